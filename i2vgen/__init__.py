@@ -1,0 +1,3 @@
+"""I2VGen-XL written to be changed: one picture and a sentence in, a video out."""
+
+__version__ = "0.1.0"

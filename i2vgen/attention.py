@@ -1,0 +1,75 @@
+"""One attention function with named backends, and the one attention module.
+
+Axes: n independent sequences, m heads, t and k query and context tokens, d head width; b batch, f frames,
+p pixels of a frame (h w flattened), c channels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+BACKENDS = ("sdpa", "math")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v for q [n m t d], k and v [n m k d] -> [n m t d]. Strided views are welcome.
+
+    `math` is the oracle: the formula as written, softmax in at least float32. `sdpa` is PyTorch's fused
+    kernel.
+    """
+    if backend == "sdpa":
+        return F.scaled_dot_product_attention(q, k, v)
+    if backend == "math":
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        return scores.softmax(-1, dtype=wide).to(v.dtype) @ v
+    raise ValueError(f"attention backend {backend!r} does not exist; known are {', '.join(BACKENDS)}")
+
+
+class Attention(nn.Module):
+    """Multi-head attention: projections without bias, output projection with one; no mask, no positions."""
+
+    def __init__(
+        self,
+        width: int,
+        context_width: int,
+        heads: int,
+        head_width: int,
+        *,
+        dropout: float = 0.0,
+        backend: str,
+    ):
+        super().__init__()
+        inner = heads * head_width
+        self.heads, self.backend = heads, backend
+        self.to_q = nn.Linear(width, inner, bias=False)
+        self.to_k = nn.Linear(context_width, inner, bias=False)
+        self.to_v = nn.Linear(context_width, inner, bias=False)
+        self.to_out = nn.Linear(inner, width)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Sequences x [n t c] attend to context [n k d], or to themselves. -> [n t c]"""
+        context = x if context is None else context
+        q, k, v = (
+            rearrange(y, "n t (m d) -> n m t d", m=self.heads)
+            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        y = rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
+        return self.dropout(self.to_out(y))
+
+    def over_frames(self, x: Tensor) -> Tensor:
+        """Every pixel's frames attend to each other: x [b f p c] -> [b f p c].
+
+        The projections run on x as it lies; only the kernel sees frames as tokens, through strided views.
+        """
+        q, k, v = (
+            rearrange(y, "b f p (m d) -> b p m f d", m=self.heads)
+            for y in (self.to_q(x), self.to_k(x), self.to_v(x))
+        )
+        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample.
+        y = torch.stack([attend(q[i], k[i], v[i], self.backend) for i in range(x.shape[0])])
+        return self.dropout(self.to_out(rearrange(y, "b p m f d -> b f p (m d)")))

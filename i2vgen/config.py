@@ -1,0 +1,673 @@
+"""Every setting of the project, once: frozen dataclasses whose defaults are the released model.
+
+A YAML file is a difference over these defaults, the command line a difference over both:
+
+    dataclass defaults < settings stored in the weights folder < YAML file < command line
+
+Typos and impossible combinations end here, before any work, with a ValueError that names the fields.
+Sizes are pixels and always given as width, height; the latent is `vae.factor` times smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+# What the released model was always sampled with; part of its behaviour, so it is the default.
+NEGATIVE_PROMPT = (
+    "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
+    "disconnected limbs, Ugly faces, incomplete arms"
+)
+MAX_FRAMES = 64
+MAX_SEED = 2**63 - 1
+RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
+SETTINGS_FILE = "settings.json"
+
+
+@dataclass(frozen=True)
+class Use:
+    """Every ablation switch. A part switched off is not built, so its parameters are gone, not ignored.
+
+    What a checkpoint of the full model then loses is declared in `unet.declared_drops`.
+    """
+
+    text: bool = True  # the prompt's tokens in cross-attention (77)
+    global_tokens: bool = True  # CLIP image vector as tokens in cross-attention (4)
+    local_tokens: bool = True  # first-frame latent as tokens in cross-attention (64)
+    concat: bool = True  # first-frame latent and frame positions as extra input channels
+    concat_temporal: bool = True  # the small transformer over frames inside the concat branch
+    fps: bool = True  # fps embedding added to the timestep embedding
+    temporal_attention: bool = True  # every temporal transformer, the one after the input conv included
+    temporal_convolution: bool = True  # the four temporal convolutions after every ResBlock
+    temporal_second_attention: bool = True  # second self-attention of every temporal transformer
+    # The official code adds the concat branch twice and the weights were trained so; diffusers adds it once.
+    concat_gain: float = 2.0
+    # The float32 formula of the sinusoidal embedding: official `pow`; diffusers `exp`, up to 6e-5 apart.
+    sinusoid: Literal["pow", "exp"] = "pow"
+    # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
+    frame_planes: Literal["float32", "network"] = "float32"
+
+    def __post_init__(self):
+        if not (self.text or self.global_tokens or self.local_tokens):
+            raise ValueError(
+                "use.text, use.global_tokens and use.local_tokens are all off, which leaves cross-attention "
+                "without a single context token; keep at least one of them"
+            )
+        if not math.isfinite(self.concat_gain):
+            raise ValueError(f"use.concat_gain is {self.concat_gain}; give a finite number (official 2.0)")
+
+
+# Switches of `Use` that decide which parameters exist; the others only change arithmetic.
+STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
+
+
+@dataclass(frozen=True)
+class UNet:
+    """The spatio-temporal UNet. Per-level settings are parallel tuples, finest level first."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    base_width: int = 320
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # spatial and temporal transformers
+    head_width: int = 64
+    first_temporal_heads: int = 8  # the temporal transformer after the input conv has its own head count
+    context_width: int = 1024
+    norm_groups: int = 32
+    dropout: float = 0.1  # ResBlocks
+    temporal_conv_dropout: float = 0.1
+    # hierarchical image conditions
+    image_channels: int = 4  # channels of the first-frame latent
+    image_vector_width: int = 1024  # CLIP joint dimension
+    num_global_tokens: int = 4
+    local_grid: int = 32  # the latent is pooled to local_grid x local_grid; (local_grid / 4)^2 tokens
+    local_widths: tuple[int, int] = (32, 64)
+    concat_channels: int = 4
+    concat_hidden: int = 16  # width of the concat branch's convolutions
+    concat_layers: int = 1
+    concat_heads: int = 2
+    concat_head_width: int = 4
+    concat_dropout: float = 0.05
+
+    def __post_init__(self):
+        _positive(self, "unet")
+        levels = len(self.width_multipliers)
+        if levels == 0:
+            raise ValueError("unet.width_multipliers is empty; give one multiplier per resolution level")
+        if len(self.attention_levels) != levels:
+            raise ValueError(
+                f"unet.attention_levels has {len(self.attention_levels)} entries, "
+                f"unet.width_multipliers {levels}; give one of each per level"
+            )
+        for level, width in enumerate(self.widths):
+            if width % self.norm_groups:
+                raise ValueError(
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.norm_groups = {self.norm_groups}"
+                )
+            if width % self.head_width and (self.attention_levels[level] or level == levels - 1):
+                raise ValueError(
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.head_width = {self.head_width}"
+                )
+        if self.local_grid % 4:
+            raise ValueError(
+                f"unet.local_grid is {self.local_grid}; the local tokens halve it twice, use a multiple of 4"
+            )
+        for name in ("dropout", "temporal_conv_dropout", "concat_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"unet.{name} is {getattr(self, name)}; give a probability in [0, 1)")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.base_width * multiplier for multiplier in self.width_multipliers)
+
+    @property
+    def embedding_width(self) -> int:
+        return 4 * self.base_width
+
+    @property
+    def factor(self) -> int:
+        """How often the latent must be divisible: once by two per downsampling."""
+        return 2 ** (len(self.width_multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class VAE:
+    """The KL autoencoder of Stable Diffusion 2.1, or a smaller one of the same family."""
+
+    channels: int = 3
+    base_width: int = 128
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    z_channels: int = 4  # channels inside, before quant_conv
+    embed_dim: int = 4  # channels of the latent
+    resolution: int = 256  # with attention_resolutions: which levels carry attention besides the middle
+    attention_resolutions: tuple[int, ...] = ()
+    norm_groups: int = 32
+    scale: float = 0.18215  # latent = scale x posterior; the one place where this number stands
+
+    def __post_init__(self):
+        _positive(self, "vae", skip=("attention_resolutions",))
+        if not self.width_multipliers:
+            raise ValueError("vae.width_multipliers is empty; give one multiplier per resolution level")
+        for level, multiplier in enumerate(self.width_multipliers):
+            if (self.base_width * multiplier) % self.norm_groups:
+                raise ValueError(
+                    f"vae.base_width x vae.width_multipliers[{level}] = {self.base_width * multiplier} is no "
+                    f"multiple of vae.norm_groups = {self.norm_groups}"
+                )
+        reached = {self.resolution // 2**level for level in range(len(self.width_multipliers))}
+        if unknown := set(self.attention_resolutions) - reached:
+            raise ValueError(
+                f"vae.attention_resolutions names {sorted(unknown)}, but vae.resolution = {self.resolution} "
+                f"passes only {sorted(reached, reverse=True)}"
+            )
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.width_multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model: its two towers in open_clip's own words. Default: ViT-H-14.
+
+    `model` replaces the rest: an open_clip model name, or the path of a JSON file in open_clip's format.
+    """
+
+    model: Optional[str] = None  # noqa: UP045 (OmegaConf reads this annotation)
+    embed_dim: int = 1024
+    quick_gelu: bool = False
+    vision: dict[str, Any] = field(
+        default_factory=lambda: {
+            "image_size": 224,
+            "patch_size": 14,
+            "layers": 32,
+            "width": 1280,
+            "head_width": 80,
+        }
+    )
+    text: dict[str, Any] = field(
+        default_factory=lambda: {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 1024,
+            "heads": 16,
+            "layers": 24,
+        }
+    )
+    text_layer: Literal["penultimate", "last"] = "penultimate"
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for name, needed in (("vision", "image_size"), ("text", "width"), ("text", "layers")):
+            if needed not in getattr(self, name):
+                raise ValueError(f"clip.{name} lacks {needed!r}; it is an open_clip {name}_cfg")
+        if self.text_layer == "penultimate" and self.text["layers"] < 2:
+            raise ValueError(
+                f"clip.text_layer is penultimate but clip.text.layers is {self.text['layers']}; "
+                "use at least 2 layers or clip.text_layer=last"
+            )
+
+    @property
+    def image_size(self) -> int:
+        return self.vision["image_size"]
+
+    @property
+    def text_length(self) -> int:
+        return self.text.get("context_length", 77)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The diffusion process the weights were trained for."""
+
+    kind: Literal["cosine", "linear", "linear_sd", "quadratic"] = "cosine"
+    num_timesteps: int = 1000
+    cosine_s: float = 0.008
+    init_beta: Optional[float] = None  # noqa: UP045
+    last_beta: Optional[float] = None  # noqa: UP045
+    zero_terminal_snr: bool = True
+    prediction: Literal["v", "eps", "x0", "previous"] = "v"
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+
+    def __post_init__(self):
+        if self.num_timesteps < 1:
+            raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 1")
+        if self.kind == "linear_sd" and (self.init_beta is None or self.last_beta is None):
+            raise ValueError(
+                "schedule.kind is linear_sd, which has no default betas; give schedule.init_beta and "
+                "schedule.last_beta (Stable Diffusion: 0.00085 and 0.012)"
+            )
+        if self.zero_terminal_snr and self.prediction == "eps" and self.kind != "cosine":
+            raise ValueError(
+                "schedule.prediction is eps and schedule.zero_terminal_snr is on: at the last timestep eps "
+                "says nothing about the picture; use v, or switch the rescale off"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What to sample. Sizes in pixels; `fps` is the motion the model is asked for, not the file's rate."""
+
+    width: int = 1280
+    height: int = 704
+    frames: int = 16
+    fps: int = 16
+    steps: int = 50
+    guidance: float = 9.0  # 1.0 = one pass without the negative prompt
+    eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
+    seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is made once per seed
+    # "official" may make more calls than asked (30 asked: 31); the other three make exactly `steps`
+    spacing: Literal["official", "leading", "trailing", "linspace"] = "official"
+    eps_form: Literal["direct", "recovered"] = "direct"  # official: recovered, NaN when it meets t = 999
+    final_alpha: Literal["first", "one"] = (
+        "first"  # official: the last step lands on abar[0]; diffusers: on 1
+    )
+    guidance_precision: Literal["float32", "network"] = "float32"  # official: the network's float16
+    posterior: Literal["sample", "mode"] = "sample"  # first-frame latent: official is a posterior sample
+    negative_image: Literal["zeros", "none"] = "zeros"  # CLIP image vector of the unconditional branch
+
+    def __post_init__(self):
+        if not 1 <= self.frames <= MAX_FRAMES:
+            raise ValueError(f"sample.frames is {self.frames}; give 1 to {MAX_FRAMES}")
+        if self.fps < 1:
+            raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model knows 8 and 16)")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"sample.guidance is {self.guidance}; give a finite number (official 9.0)")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sample.eta is {self.eta}; give a number from 0 to 1")
+        if not self.seed:
+            raise ValueError("sample.seed is empty; give at least one seed")
+        for seed in self.seed:
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"sample.seed is {seed}; give an integer from 0 to {MAX_SEED}")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Pictures in. The official forms leave a black column, ignore EXIF and drop alpha; ours do not."""
+
+    crop: Literal["clean", "official"] = "clean"
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["white", "drop"] = "white"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Videos out. `fps` is the rate of the file; the official code always writes 8."""
+
+    fps: float = 8.0
+    quality: int = 18  # H.264 constant rate factor: 0 lossless, 51 worst
+    rounding: Literal["truncate", "nearest"] = "truncate"  # official: float to byte by truncation
+    grey_last_frame: Literal["keep", "drop"] = (
+        "keep"  # official: a last frame that is mostly mid-grey is dropped
+    )
+
+    def __post_init__(self):
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"save.fps is {self.fps}; give a number above 0, at most 1000")
+        if not 0 <= self.quality <= 51:
+            raise ValueError(f"save.quality is {self.quality}; give an H.264 rate factor from 0 to 51")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
+
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    # auto: float16 on CUDA (as the official sampler), float32 elsewhere
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    encoder_dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"  # official: float32
+    vae_dtype: Literal["float64", "float32", "bfloat16", "float16"] = (
+        "float32"  # float16 can overflow to black
+    )
+    attention: Literal["sdpa", "math"] = "sdpa"
+    vae_chunk: int = 2  # frames decoded at once; memory only, any value gives the same frames
+    tf32: bool = False  # faster float32 products on recent GPUs, three digits less
+    compile: bool = False
+    check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
+
+    def __post_init__(self):
+        if self.vae_chunk < 1:
+            raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
+
+
+@dataclass(frozen=True)
+class Config:
+    use: Use = field(default_factory=Use)
+    unet: UNet = field(default_factory=UNet)
+    vae: VAE = field(default_factory=VAE)
+    clip: Clip = field(default_factory=Clip)
+    schedule: Schedule = field(default_factory=Schedule)
+    sample: Sample = field(default_factory=Sample)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    save: Save = field(default_factory=Save)
+    runtime: Runtime = field(default_factory=Runtime)
+    # The job. These are literal text: never parsed, so `a cat: it runs` and `no` stay what they are.
+    weights: str = ""
+    image: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    negative_prompt: str = NEGATIVE_PROMPT
+    output: str = ""
+    items: str = (
+        ""  # a JSONL file of {"image", "prompt", "seed", "output"} records instead of image= and prompt=
+    )
+
+    def __post_init__(self):
+        unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
+        if vae.embed_dim != unet.in_channels:
+            raise ValueError(
+                f"vae.embed_dim is {vae.embed_dim} but unet.in_channels is {unet.in_channels}; "
+                "the UNet denoises the VAE's latent, so they must be equal"
+            )
+        if vae.embed_dim != unet.image_channels and (self.use.concat or self.use.local_tokens):
+            raise ValueError(
+                f"vae.embed_dim is {vae.embed_dim} but unet.image_channels is {unet.image_channels}; "
+                "the first frame reaches the UNet as the VAE's latent, so they must be equal"
+            )
+        if self.use.text and clip.text["width"] != unet.context_width:
+            raise ValueError(
+                f"clip.text.width is {clip.text['width']} but unet.context_width is {unet.context_width}; "
+                "text tokens enter cross-attention unchanged, so they must be equal"
+            )
+        if self.use.global_tokens and clip.embed_dim != unet.image_vector_width:
+            raise ValueError(
+                f"clip.embed_dim is {clip.embed_dim} but unet.image_vector_width is "
+                f"{unet.image_vector_width}; they must be equal"
+            )
+        multiple = self.size_multiple
+        for name in ("width", "height"):
+            size = getattr(sample, name)
+            if size < multiple or size % multiple:
+                low, high = size // multiple * multiple, -(-size // multiple) * multiple
+                legal = [s for s in (low, high) if s >= multiple] or [multiple]
+                raise ValueError(
+                    f"sample.{name} is {size} pixels; vae.factor x unet.factor = {vae.factor} x "
+                    f"{unet.factor} needs a multiple of {multiple}: the nearest is "
+                    f"{' or '.join(map(str, dict.fromkeys(legal)))}"
+                )
+        if not 1 <= sample.steps <= self.schedule.num_timesteps:
+            raise ValueError(
+                f"sample.steps is {sample.steps}; give 1 to schedule.num_timesteps = "
+                f"{self.schedule.num_timesteps}"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae.factor * self.unet.factor
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of the latent."""
+        return self.sample.height // self.vae.factor, self.sample.width // self.vae.factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (tuples become lists), as stored in weights folders and beside videos."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
+LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
+LISTS = ("image", "prompt")  # literals of which a job may hold several
+# A weights folder decides these; contradicting it is an error.
+ARCHITECTURE = ("unet", "vae", "clip")
+# `steps=20` is short for `sample.steps=20`; every bare name of these two sections works so.
+SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime), ("sample", Sample))
+         for f in dataclasses.fields(cls)}  # fmt: skip
+
+
+def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), **literals: str) -> Config:
+    """Merge defaults, the weights folder's stored settings, a YAML file and `name=value` overrides.
+
+    `overrides` are what a command line holds, e.g. `["sample.steps=20", "prompt=a cat: it runs"]`; a
+    repeated `image=` or `prompt=` makes a list. `literals` are the literal fields by keyword
+    (`weights="folder"`), never parsed. Raises ValueError on an unknown name, a value of the wrong type,
+    an impossible combination, and an architecture setting that contradicts the weights.
+    """
+    yaml_settings, yaml_literals = _read_yaml(file) if file is not None else ({}, {})
+    cli_settings, cli_literals = parse_overrides(overrides)
+    texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
+    weights = texts.get("weights", "")
+    stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
+    layers = [
+        (f"the weights in {weights}", stored),
+        (str(file), yaml_settings),
+        ("the command line", cli_settings),
+    ]
+    if stored:
+        for source, layer in layers[1:]:
+            _refuse_contradiction(stored, weights, layer, source)
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        merged = _merge(merged, _resolve_clip(layer), source)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
+        raise ValueError(_first_line(error)) from error
+    return dataclasses.replace(config, **texts)
+
+
+def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`["a.b=1", "prompt=x"]` -> nested settings dict, literal fields. Values are YAML, literals are text."""
+    settings: dict[str, Any] = {}
+    literals: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
+        if name in LITERALS:
+            literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
+            continue
+        name = SHORT.get(name, name)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r}: the value cannot be read: {_first_line(error)}") from error
+        _set(settings, name, parsed, override)
+    return settings, literals
+
+
+def read_stored_settings(weights: str | Path) -> dict[str, Any]:
+    """The settings a native weights folder holds; ValueError if it is none."""
+    folder = Path(weights)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise ValueError(
+            f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
+            "weights=random to drive the road with seeded random weights"
+        )
+    path = folder / SETTINGS_FILE
+    try:
+        return json.loads(path.read_text())["settings"]
+    except FileNotFoundError:
+        raise ValueError(
+            f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); convert the weights again") from error
+
+
+def from_dict(settings: Mapping[str, Any]) -> Config:
+    """The inverse of `Config.to_dict`."""
+    literals = {k: _listed(k, v) for k, v in settings.items() if k in LITERALS}
+    sections = {k: v for k, v in settings.items() if k not in LITERALS}
+    merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
+    return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"configuration file {file} does not exist")
+    try:
+        text = path.read_text()
+        parsed = yaml.safe_load(text) or {}
+        plain = yaml.load(text, Loader=yaml.BaseLoader) or {}  # every scalar as the text that stands there
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no readable YAML file: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file} holds no settings; write `section: {{name: value}}` pairs")
+    literals = {name: _listed(name, plain[name]) for name in parsed if name in LITERALS}
+    settings: dict[str, Any] = {}
+    for name, value in parsed.items():
+        if name not in LITERALS:
+            _set(settings, SHORT.get(str(name), str(name)), value, f"{file}: {name}")
+    return settings, literals
+
+
+def _listed(name: str, value: Any) -> Any:
+    if name not in LITERALS:
+        raise ValueError(f"unknown field {name!r}; the literal fields are {', '.join(LITERALS)}")
+    if name in LISTS:
+        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else (str(value),)
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{name} is {value!r}; give one text")
+    return str(value)
+
+
+def _set(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Put `value` at `a.b.c`; a single value for a setting that is a tuple becomes a tuple of one."""
+    *parents, leaf = dotted.split(".")
+    node = settings
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"{source}: {parent} was given a value and a part of it as well")
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict):
+        for key, inner in value.items():
+            _set(node[leaf], str(key), inner, source)
+    else:
+        node[leaf] = value
+
+
+def _merge(base, layer: Mapping[str, Any], source: str):
+    if not layer:
+        return base
+    layer = {name: _wrap_tuples(name, value) for name, value in layer.items()}
+    try:
+        return OmegaConf.merge(base, OmegaConf.create(layer))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {_explain(error, layer)}") from error
+
+
+def _wrap_tuples(section: str, values: Any) -> Any:
+    if section not in SECTIONS or not isinstance(values, dict):
+        return values
+    cls = type(getattr(DEFAULTS, section))
+    tuples = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple[")}
+    return {k: [v] if k in tuples and not isinstance(v, list | tuple) else v for k, v in values.items()}
+
+
+def _explain(error: OmegaConfBaseException, layer: Mapping[str, Any]) -> str:
+    """An unknown name gets the nearest known ones; the rest keeps OmegaConf's words and the full name."""
+    for section, values in layer.items():
+        if section not in SECTIONS:
+            known = [*SECTIONS, *LITERALS, *SHORT]
+            return f"there is no setting {section!r}{_nearest(section, known)}"
+        if not isinstance(values, dict):
+            return f"{section} is a group of settings; write {section}.NAME={values}"
+        known = [f.name for f in dataclasses.fields(getattr(DEFAULTS, section))]
+        for name in values:
+            if name not in known:
+                return f"there is no setting {section}.{name}{_nearest(name, known, section + '.')}"
+    return f"{error.full_key}: {_first_line(error)}" if error.full_key else _first_line(error)
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    names = near or known
+    return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def _refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
+    for section in ARCHITECTURE:
+        values = _wrap_tuples(section, _resolve_clip(layer).get(section, {}))
+        for name, value in _flat(values):
+            have = dict(_flat(stored.get(section, {}))).get(name)
+            if have is not None and value != have:
+                raise ValueError(
+                    f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
+                    "drop the setting, or choose weights that match it"
+                )
+    for name in STRUCTURAL_SWITCHES:
+        wanted = layer.get("use", {}).get(name)
+        if wanted is True and stored.get("use", {}).get(name) is False:
+            raise ValueError(
+                f"use.{name} is true in {source} but false in the weights {weights}: they hold no such part"
+            )
+
+
+def _flat(values: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), list(value) if isinstance(value, tuple) else value
+
+
+def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`clip.model`, a name of open_clip's or a JSON file in its format, becomes what it stands for."""
+    clip = layer.get("clip")
+    if not isinstance(clip, dict) or not clip.get("model"):
+        return layer
+    model = str(clip["model"])
+    if model.endswith(".json"):
+        try:
+            card = json.loads(Path(model).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"clip.model={model} does not exist") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"clip.model={model} is no JSON file: {error}") from error
+    else:
+        import open_clip  # seconds; only for who asks for a model by name
+
+        card = open_clip.get_model_config(model)
+        if card is None:
+            near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+            raise ValueError(f"clip.model={model} is no open_clip model; near: {', '.join(near) or 'none'}")
+    try:
+        settings = {
+            "embed_dim": card["embed_dim"],
+            "quick_gelu": card.get("quick_gelu", False),
+            "vision": card["vision_cfg"],
+            "text": {"context_length": 77, "vocab_size": 49408, **card["text_cfg"]},
+        }
+    except KeyError as error:
+        raise ValueError(
+            f"clip.model={model} lacks {error}; it is no open_clip model configuration"
+        ) from error
+    return {**layer, "clip": {**settings, **{k: v for k, v in clip.items() if k != "model"}, "model": None}}
+
+
+def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if f.name in skip or f.name.endswith("dropout"):
+            continue
+        if any(not isinstance(n, bool) and n <= 0 for n in numbers):
+            raise ValueError(f"{section}.{f.name} is {value}; it must be positive")
+
+
+DEFAULTS = Config()

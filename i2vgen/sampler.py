@@ -1,0 +1,250 @@
+"""Samplers: functions from noise to latents with one signature, whatever the network is.
+
+A network enters as `Predict`: a function of x_t [b c f h w] and t int64 [b]. Conditions, guidance and
+number formats are its own affair; the state x here stays in at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from i2vgen.schedule import EpsForm, Schedule, Spacing, inversion_timesteps, next_levels, timesteps
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[Tensor], Tensor]
+
+
+class StepInfo(NamedTuple):
+    """What `on_step` is told: step `index` of `num_steps` at timestep `t` gave `x0` and moved on to `x`."""
+
+    index: int
+    num_steps: int
+    t: int
+    x: Tensor
+    x0: Tensor
+
+
+OnStep = Callable[[StepInfo], None]
+
+
+def guided(
+    cond: Predict, uncond: Predict, scale: float, *, precision: Literal["float32", "network"] = "float32"
+) -> Predict:
+    """Classifier-free guidance: u + scale (c - u), the conditional pass first. -> Predict
+
+    `scale` 1 is the conditional network itself, one pass per step. "float32" combines in at least float32;
+    "network" in the output's own dtype, which is float16 in the official code under autocast.
+    ValueError if `scale` is not finite.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance scale is {scale}; give a finite number, 1 for no guidance")
+    if precision not in ("float32", "network"):
+        raise ValueError(f"guidance precision is {precision!r}; choose float32 or network")
+    if scale == 1.0:
+        return cond
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        c = cond(x, t)
+        u = uncond(x, t)
+        if precision == "float32":
+            c, u = _at_least_float32(c), _at_least_float32(u)
+        return u + scale * (c - u)
+
+    return predict
+
+
+@torch.no_grad()
+def ddim(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    eta: float = 0.0,
+    eps_form: EpsForm = "direct",
+    final_alpha: Literal["first", "one"] = "first",
+    clamp: float | None = None,
+    percentile: float | None = None,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by DDIM (Song et al. 2021, eq. 12), in at least float32.
+
+    `steps` and `spacing` choose the timesteps (`schedule.timesteps`; "official" may take more than `steps`).
+    `eta` 0 is deterministic, 1 as noisy as ancestral sampling; `noise` draws z like x, called only where it
+    is used. `final_alpha` is the signal power that the last step lands on: "first" is abar[0] as in the
+    official code, which leaves sqrt(1 - abar[0]) of eps in the result; "one" returns x0. `clamp` or
+    `percentile` limit x0 (`limit_x0`). `eps_form="recovered"` keeps the official order of operations, its NaN
+    at abar = 0 included. No gradients. ValueError for settings outside their range, FloatingPointError when x
+    stops being finite (`check_finite`).
+    """
+    _check_latents(x)
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (ancestral)")
+    if eta > 0 and noise is None:
+        raise ValueError(f"eta is {eta} but no `noise` was given; pass a function that draws noise like x")
+    if final_alpha not in ("first", "one"):
+        raise ValueError(f"final_alpha is {final_alpha!r}; choose first or one")
+    visited = timesteps(schedule.num_timesteps, steps, spacing)
+    levels = next_levels(schedule.num_timesteps, steps, spacing)
+    x = _at_least_float32(x)
+    for index, (now, level) in enumerate(zip(visited, levels, strict=True)):
+        t = _timestep(now, x)
+        x0, eps = _estimate(predict, x, t, schedule, eps_form, clamp, percentile)
+        abar = schedule.pick(schedule.abar, t, x)
+        abar_to = schedule.pick(schedule.abar, _timestep(level, x), x)
+        if final_alpha == "one" and index == len(visited) - 1:
+            abar_to = torch.ones_like(abar_to)
+        # The coefficients below are float32 operations on picked values, as in the official code.
+        sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar) * (1 - abar / abar_to))
+        rest = (1 - abar_to - sigma**2).clamp(min=0)  # eta 1 at abar = 0 can round to just below 0
+        x = torch.sqrt(abar_to) * x0 + torch.sqrt(rest) * eps
+        if eta > 0 and now > 0:
+            x = x + sigma * noise(x)
+        _finish_step(StepInfo(index, len(visited), now, x, x0), schedule, on_step, check_finite)
+    return x
+
+
+@torch.no_grad()
+def ddim_invert(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    eps_form: EpsForm = "direct",
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Clean latents x [b c f h w] -> the noise [b c f h w] that DDIM turns into them, in at least float32.
+
+    Visits 0, stride, 2 stride, ... upwards and ends on pure eps (`schedule.inversion_timesteps`): for T
+    timesteps ceil(T / (T // steps)) network calls. Errors as in `ddim`.
+    """
+    _check_latents(x)
+    visited, levels = inversion_timesteps(schedule.num_timesteps, steps)
+    x = _at_least_float32(x)
+    for index, (now, level) in enumerate(zip(visited, levels, strict=True)):
+        t, to = _timestep(now, x), _timestep(level, x)
+        x, x0 = invert_step(predict, x, t, to, schedule, eps_form=eps_form)
+        _finish_step(StepInfo(index, len(visited), now, x, x0), schedule, on_step, check_finite)
+    return x
+
+
+def invert_step(
+    predict: Predict, x: Tensor, t: Tensor, level: Tensor, schedule: Schedule, *, eps_form: EpsForm = "direct"
+) -> tuple[Tensor, Tensor]:
+    """x [b c f h w] at t int64 [b] -> (x at `level` int64 [b], x0), both [b c f h w]. Level T is noise."""
+    x0, eps = _estimate(predict, x, t, schedule, eps_form, None, None)
+    abar_to = schedule.pick(schedule.abar_to_noise, level, x)
+    return torch.sqrt(abar_to) * x0 + torch.sqrt(1 - abar_to) * eps, x0
+
+
+@torch.no_grad()
+def ancestral(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    noise: Noise,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] over all T steps (Ho et al. 2020, algorithm 2).
+
+    The state is kept in at least float32. `noise` draws z like x, once per step except the last; its size
+    follows `schedule.variance`.
+    FloatingPointError when x stops being finite (`check_finite`).
+    """
+    _check_latents(x)
+    x = _at_least_float32(x)
+    for index, now in enumerate(reversed(range(schedule.num_timesteps))):
+        t = _timestep(now, x)
+        step = schedule.model_distribution(_call(predict, x, t), x, t)
+        x = step.mean
+        if now > 0:
+            x = x + torch.exp(0.5 * step.log_variance) * noise(x)
+        info = StepInfo(index, schedule.num_timesteps, now, x, step.x0)
+        _finish_step(info, schedule, on_step, check_finite)
+    return x
+
+
+def limit_x0(x0: Tensor, *, clamp: float | None = None, percentile: float | None = None) -> Tensor:
+    """x0 [b c f h w] -> the same, limited; unchanged if neither is given, ValueError if both are.
+
+    `clamp` clips to [-clamp, clamp]. `percentile` p in (0, 1] is Imagen's dynamic thresholding: per sample,
+    s = max(p-quantile of |x0|, 1), clip to [-s, s], divide by s. (The official code shapes s for four axes.)
+    """
+    if clamp is not None and percentile is not None:
+        raise ValueError(f"clamp {clamp} and percentile {percentile} exclude each other; give one")
+    if percentile is not None:
+        if not 0 < percentile <= 1:
+            raise ValueError(f"percentile is {percentile}; give a number above 0 and at most 1")
+        s = torch.stack([torch.quantile(sample.abs().flatten(), percentile) for sample in x0])
+        s = s.clamp(min=1).view(-1, 1, 1, 1, 1)
+        return torch.maximum(torch.minimum(x0, s), -s) / s
+    if clamp is not None:
+        if not clamp > 0:
+            raise ValueError(f"clamp is {clamp}; give a positive number")
+        return x0.clamp(-clamp, clamp)
+    return x0
+
+
+def _estimate(
+    predict: Predict,
+    x: Tensor,
+    t: Tensor,
+    schedule: Schedule,
+    eps_form: EpsForm,
+    clamp: float | None,
+    percentile: float | None,
+) -> tuple[Tensor, Tensor]:
+    """x [b c f h w], t int64 [b] on the CPU -> (x0, eps), both [b c f h w]; eps follows a limited x0."""
+    out = _call(predict, x, t)
+    x0 = limit_x0(schedule.to_x0(out, x, t), clamp=clamp, percentile=percentile)
+    if eps_form == "direct" and clamp is None and percentile is None:
+        return x0, schedule.to_eps(out, x, t)
+    return x0, schedule.eps_from_x0(x0, x, t, form=eps_form)
+
+
+def _call(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
+    out = predict(x, t.to(x.device))
+    if out.shape != x.shape:
+        raise ValueError(
+            f"the network returned {tuple(out.shape)} for latents {tuple(x.shape)}; want the same"
+        )
+    return out
+
+
+def _timestep(t: int, x: Tensor) -> Tensor:
+    """-> int64 [b] on the CPU, where the schedule's tables are: picking with it never waits for the GPU."""
+    return torch.full((x.shape[0],), t, dtype=torch.int64)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_latents(x: Tensor) -> None:
+    if x.ndim != 5 or not x.is_floating_point():
+        raise ValueError(f"latents are {x.dtype} {tuple(x.shape)}; give floats [b c f h w]")
+
+
+def _finish_step(info: StepInfo, schedule: Schedule, on_step: OnStep | None, check_finite: bool) -> None:
+    if check_finite and not bool(torch.isfinite(info.x).all()):
+        message = f"latents are not finite after step {info.index + 1} of {info.num_steps} (t = {info.t})"
+        if schedule.abar[info.t] == 0:
+            message += (
+                "; no signal is left at this t, so eps cannot be recovered from x0 nor x0 from eps: "
+                "use eps_form='direct' with v prediction, or another number of steps"
+            )
+        raise FloatingPointError(message)
+    if on_step is not None:
+        on_step(info)

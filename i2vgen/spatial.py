@@ -1,0 +1,91 @@
+"""What mixes pixels inside a frame and never looks at another frame. All tensors are [b f h w c].
+
+Axes: b batch, f frames, h w latent rows and columns, c channels, k context tokens, d context width,
+e embedding width.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from i2vgen.attention import Attention
+from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, per_frame, zero_
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around the addition of the timestep embedding, and a skip."""
+
+    def __init__(self, width_in: int, width: int, embedding_width: int, *, groups: int, dropout: float):
+        super().__init__()
+        self.norm1 = GroupNorm(groups, width_in, eps=RES_EPS)
+        self.conv1 = Conv(width_in, width, 3, padding=1)
+        self.embedding = nn.Linear(embedding_width, width)
+        self.norm2 = GroupNorm(groups, width, eps=RES_EPS)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = zero_(Conv(width, width, 3, padding=1))
+        self.skip = Conv(width_in, width, 1) if width_in != width else nn.Identity()
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x [b f h w c], embedding [b e] -> [b f h w c']"""
+        y = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
+        y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
+        y = per_frame(self.conv2, self.dropout(F.silu(per_frame(self.norm2, y))))
+        return per_frame(self.skip, x) + y
+
+
+class SpatialTransformer(nn.Module):
+    """Self-attention over a frame's pixels, cross-attention to the context tokens, feed-forward."""
+
+    def __init__(self, width: int, context_width: int, *, head_width: int, groups: int, backend: str):
+        super().__init__()
+        heads = width // head_width
+        self.norm = GroupNorm(groups, width, eps=TRANSFORMER_EPS)
+        self.proj_in = nn.Linear(width, width)
+        self.norm1 = nn.LayerNorm(width)
+        self.self_attention = Attention(width, width, heads, head_width, backend=backend)
+        self.norm2 = nn.LayerNorm(width)
+        self.cross_attention = Attention(width, context_width, heads, head_width, backend=backend)
+        self.norm3 = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width)
+        self.proj_out = zero_(nn.Linear(width, width))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """x [b f h w c], context [b k d] -> [b f h w c]"""
+        b, f, h, w, _ = x.shape
+        y = self.proj_in(per_frame(self.norm, x))
+        y = rearrange(y, "b f h w c -> (b f) (h w) c")
+        y = y + self.self_attention(self.norm1(y))
+        # All frames of a sample see the same context: they are one long sequence of queries.
+        y = rearrange(y, "(b f) p c -> b (f p) c", b=b)
+        y = y + self.cross_attention(self.norm2(y), context)
+        y = y + self.feed_forward(self.norm3(y))
+        return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
+
+
+class Downsample(nn.Module):
+    """Half the rows and columns by a convolution of stride 2."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = Conv(width, width, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(self.conv, x)
+
+
+class Upsample(nn.Module):
+    """Twice the rows and columns: nearest neighbour, then a convolution."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.conv = Conv(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return per_frame(self.conv, nearest_twice(x))
+
+
+def nearest_twice(x: Tensor) -> Tensor:
+    """[... h w c] -> [... 2h 2w c]"""
+    return x.repeat_interleave(2, dim=-3).repeat_interleave(2, dim=-2)

@@ -1,0 +1,36 @@
+"""What i2vgen needs to run; `pip install -e '.[test]'` adds what its tests need."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "i2vgen" / "__init__.py").read_text())[1]
+
+setup(
+    name="i2vgen",
+    version=VERSION,
+    description="I2VGen-XL written to be changed: one picture and a sentence in, a video out",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["i2vgen*", "weights_conversion*"]),
+    package_data={"i2vgen": ["assets/**/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "einops>=0.8",
+        "open_clip_torch>=3.0",
+        "omegaconf>=2.4",
+        "numpy",
+        "safetensors>=0.4",
+        "pillow",
+        "tqdm",
+        "av",
+    ],
+    extras_require={
+        # diffusers is the live reference; from transformers 5.6 on its I2VGen-XL pipeline fails by default
+        "test": ["pytest", "ruff", "scikit-image", "matplotlib", "diffusers", "transformers<5.6"],
+    },
+)

@@ -1,0 +1,129 @@
+"""The autoencoder in CompVis' names (the Stable Diffusion checkpoint) and in diffusers' <-> ours."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from i2vgen import config
+from weights_conversion.rules import Place, Row, Table, expand
+
+# The checkpoint keeps the autoencoder under this prefix, beside a UNet and a text model that are not used here.
+PREFIX = "first_stage_model."
+
+RES_BLOCK: Table = tuple((name, name, "affine") for name in ("norm1", "conv1", "norm2", "conv2"))
+COMPVIS_ATTENTION: Table = (
+    ("norm", "norm", "affine"),
+    ("q", "to_q", "squeeze2"),
+    ("k", "to_k", "squeeze2"),
+    ("v", "to_v", "squeeze2"),
+    ("proj_out", "to_out", "squeeze2"),
+)
+DIFFUSERS_ATTENTION: Table = (
+    ("group_norm", "norm", "affine"),
+    ("to_q", "to_q", "affine"),
+    ("to_k", "to_k", "affine"),
+    ("to_v", "to_v", "affine"),
+    ("to_out.0", "to_out", "affine"),
+)
+QUANT: Table = (("quant_conv", "quant_conv", "affine"), ("post_quant_conv", "post_quant_conv", "affine"))
+
+
+def rows(vae: config.VAE) -> list[Row]:
+    """CompVis' names, without PREFIX."""
+    return expand(places(vae))
+
+
+def places(vae: config.VAE) -> Iterator[Place]:
+    for half in ("encoder", "decoder"):
+        ends = ("conv_in", "norm_out", "conv_out")
+        yield half, tuple((name, name, "affine") for name in ends), half
+        yield f"{half}.mid.block_1", RES_BLOCK, f"{half}.mid.block1"
+        yield f"{half}.mid.attn_1", COMPVIS_ATTENTION, f"{half}.mid.attention"
+        yield f"{half}.mid.block_2", RES_BLOCK, f"{half}.mid.block2"
+    for half, side, level, block, skip in _blocks(vae):
+        theirs, ours = f"{half}.{side}.{level}", f"{half}.{side}.{level}"
+        table = (*RES_BLOCK, ("nin_shortcut", "skip", "affine")) if skip else RES_BLOCK
+        yield f"{theirs}.block.{block}", table, f"{ours}.blocks.{block}"
+        if _attends(vae, level):
+            yield f"{theirs}.attn.{block}", COMPVIS_ATTENTION, f"{ours}.attentions.{block}"
+    for half, side, level in _resamples(vae):
+        name = "downsample" if side == "down" else "upsample"
+        yield f"{half}.{side}.{level}.{name}", (("conv", "conv", "affine"),), f"{half}.{side}.{level}.resample"
+    yield "", QUANT, ""
+
+
+def diffusers_rows(vae: config.VAE) -> list[Row]:
+    """ValueError for settings that diffusers' AutoencoderKL cannot express."""
+    if vae.attention_resolutions:
+        raise ValueError(
+            f"vae.attention_resolutions is {vae.attention_resolutions}; diffusers' AutoencoderKL has attention "
+            "in the middle only"
+        )
+    if vae.embed_dim != vae.z_channels:
+        raise ValueError(
+            f"vae.embed_dim is {vae.embed_dim} and vae.z_channels {vae.z_channels}; diffusers' AutoencoderKL "
+            "has one number for both"
+        )
+    return expand(diffusers_places(vae))
+
+
+def diffusers_places(vae: config.VAE) -> Iterator[Place]:
+    depth = len(vae.width_multipliers)
+    for half in ("encoder", "decoder"):
+        ends = (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out"))
+        yield half, tuple((theirs, ours, "affine") for theirs, ours in ends), half
+        yield f"{half}.mid_block.resnets.0", RES_BLOCK, f"{half}.mid.block1"
+        yield f"{half}.mid_block.attentions.0", DIFFUSERS_ATTENTION, f"{half}.mid.attention"
+        yield f"{half}.mid_block.resnets.1", RES_BLOCK, f"{half}.mid.block2"
+
+    def theirs(half: str, side: str, level: int) -> str:
+        # diffusers numbers the decoder's levels in the order in which they run: coarsest first
+        return f"{half}.{side}_blocks.{level if side == 'down' else depth - 1 - level}"
+
+    for half, side, level, block, skip in _blocks(vae):
+        table = (*RES_BLOCK, ("conv_shortcut", "skip", "affine")) if skip else RES_BLOCK
+        yield f"{theirs(half, side, level)}.resnets.{block}", table, f"{half}.{side}.{level}.blocks.{block}"
+    for half, side, level in _resamples(vae):
+        name = f"{theirs(half, side, level)}.{side}samplers.0"
+        yield name, (("conv", "conv", "affine"),), f"{half}.{side}.{level}.resample"
+    yield "", QUANT, ""
+
+
+def settings(ddconfig: Mapping[str, Any], embed_dim: int, scale: float) -> config.VAE:
+    """CompVis' `ddconfig` -> our settings."""
+    return config.VAE(
+        channels=ddconfig["in_channels"],
+        base_width=ddconfig["ch"],
+        width_multipliers=tuple(ddconfig["ch_mult"]),
+        blocks_per_level=ddconfig["num_res_blocks"],
+        z_channels=ddconfig["z_channels"],
+        embed_dim=embed_dim,
+        resolution=ddconfig["resolution"],
+        attention_resolutions=tuple(ddconfig["attn_resolutions"]),
+        scale=scale,
+    )
+
+
+def _attends(vae: config.VAE, level: int) -> bool:
+    return vae.resolution // 2**level in vae.attention_resolutions
+
+
+def _blocks(vae: config.VAE) -> Iterator[tuple[str, str, int, int, bool]]:
+    """(half, side, level, block, has a skip convolution) of every ResBlock outside the middle."""
+    widths = [vae.base_width * m for m in vae.width_multipliers]
+    width = vae.base_width
+    for level, out in enumerate(widths):
+        for block in range(vae.blocks_per_level):
+            yield "encoder", "down", level, block, width != out
+            width = out
+    for level, out in reversed(list(enumerate(widths))):
+        for block in range(vae.blocks_per_level + 1):
+            yield "decoder", "up", level, block, width != out
+            width = out
+
+
+def _resamples(vae: config.VAE) -> Iterator[tuple[str, str, int]]:
+    depth = len(vae.width_multipliers)
+    yield from (("encoder", "down", level) for level in range(depth - 1))
+    yield from (("decoder", "up", level) for level in range(1, depth))
