@@ -311,7 +311,7 @@ class Save:
     """Videos out. `fps` is the rate of the file; the official code always writes 8."""
 
     fps: float = 8.0
-    quality: int = 18  # H.264 constant rate factor: 0 lossless, 51 worst
+    quality: int = 8  # 1 to 10, as the official writer counts; mp4 and webp
     rounding: Literal["truncate", "nearest"] = "truncate"  # official: float to byte by truncation
     grey_last_frame: Literal["keep", "drop"] = (
         "keep"  # official: a last frame that is mostly mid-grey is dropped
@@ -320,8 +320,8 @@ class Save:
     def __post_init__(self):
         if not 0 < self.fps <= 1000:
             raise ValueError(f"save.fps is {self.fps}; give a number above 0, at most 1000")
-        if not 0 <= self.quality <= 51:
-            raise ValueError(f"save.quality is {self.quality}; give an H.264 rate factor from 0 to 51")
+        if not 1 <= self.quality <= 10:
+            raise ValueError(f"save.quality is {self.quality}; give 1 (small) to 10 (best); official 8")
 
 
 @dataclass(frozen=True)
@@ -337,6 +337,7 @@ class Runtime:
     )
     attention: Literal["sdpa", "math"] = "sdpa"
     vae_chunk: int = 2  # frames decoded at once; memory only, any value gives the same frames
+    batch: int = 1  # clips sampled at once; memory and speed only
     tf32: bool = False  # faster float32 products on recent GPUs, three digits less
     compile: bool = False
     check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
@@ -344,6 +345,8 @@ class Runtime:
     def __post_init__(self):
         if self.vae_chunk < 1:
             raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
+        if self.batch < 1:
+            raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
 
 
 @dataclass(frozen=True)

@@ -162,7 +162,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run from the last to the first."""
+    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run from the last to the
+    first.
+    """
 
     def __init__(self, vae: config.VAE, backend: str):
         super().__init__()
@@ -199,7 +201,9 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = Conv(vae.embed_dim, vae.z_channels, 1)
 
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Pixels [n 3 H W] in [-1, 1] -> posterior over unscaled latents. Odd rests of H and W are cut off."""
+        """Pixels [n 3 H W] in [-1, 1] -> posterior over unscaled latents. Odd rests of H and W are cut
+        off.
+        """
         return Posterior.from_moments(self.moments(pixels))
 
     def moments(self, pixels: Tensor) -> Tensor:
@@ -208,7 +212,8 @@ class AutoencoderKL(nn.Module):
         return rearrange(self.quant_conv(self.encoder(x)), "n h w c -> n c h w")
 
     def encode(self, pixels: Tensor, noise: Tensor | None, *, chunk: int | None = None) -> Tensor:
-        """Pixels [n 3 H W] in [-1, 1] -> scaled latents [n c h w]: a posterior sample, or the mode without noise.
+        """Pixels [n 3 H W] in [-1, 1] -> scaled latents [n c h w]: a posterior sample, or the mode without
+        noise.
 
         noise [n c h w] is standard normal. `chunk` pictures at a time; the result does not depend on it.
         """
@@ -216,11 +221,15 @@ class AutoencoderKL(nn.Module):
         for i in range(0, pixels.shape[0], chunk or pixels.shape[0]):
             part = slice(i, i + (chunk or pixels.shape[0]))
             posterior = self.posterior(pixels[part])
-            latents.append(posterior.mean if noise is None else posterior.sample(noise[part].to(posterior.mean)))
+            latents.append(
+                posterior.mean if noise is None else posterior.sample(noise[part].to(posterior.mean))
+            )
         return self.scale * torch.cat(latents)
 
     def decode(self, latents: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Scaled latents [n c h w] -> pixels [n 3 H W], around [-1, 1] but not clamped. `chunk` frames at a time."""
+        """Scaled latents [n c h w] -> pixels [n 3 H W], around [-1, 1] but not clamped. `chunk` frames at a
+        time.
+        """
         return torch.cat([self._decode(part) for part in latents.split(chunk or latents.shape[0])])
 
     def _decode(self, latents: Tensor) -> Tensor:

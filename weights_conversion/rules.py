@@ -1,7 +1,9 @@
-"""A mapping between two checkpoint layouts is a list of rows; a row is a pure rename or one of two exact reshapes.
+"""A mapping between two checkpoint layouts is a list of rows; a row is a pure rename or one of two exact
+reshapes.
 
-A leaf table lists what one kind of block holds (their module name, our module name, kind); a place says where a
-block stands (their prefix, table, our prefix). `expand` multiplies them out. Everything can be inverted.
+A leaf table lists what one kind of block holds (their module name, our module name, kind); a place says
+where a block stands (their prefix, table, our prefix). `expand` multiplies them out. Everything can be
+inverted.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from torch import Tensor
 # What the parameters of a leaf are, and how their weight differs from ours:
 #   affine    weight and bias, as they are
 #   weight    a weight without a bias
-#   squeeze   weight with one trailing axis of length 1 more than ours, and a bias (Conv1d k=1, Conv3d k=(3,1,1))
+#   squeeze   weight with one trailing axis of length 1 more than ours, and a bias (Conv1d k=1, Conv3d
+# k=(3,1,1))
 #   squeeze2  weight with two such axes, and a bias (1x1 convolution where ours is a Linear)
 #   split     one weight without a bias whose rows are ours, stacked (fused q, k, v)
 #   tensor    the name is a parameter itself, not a module
@@ -77,7 +80,9 @@ def audit(rows: list[Row], theirs: Iterable[str]) -> tuple[list[str], list[str]]
 
 
 def to_ours(rows: list[Row], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict -> ours. ValueError that lists missing and unexpected names unless every name is mapped."""
+    """Their state dict -> ours. ValueError that lists missing and unexpected names unless every name is
+    mapped.
+    """
     missing, unexpected = audit(rows, theirs)
     if missing or unexpected:
         raise ValueError(

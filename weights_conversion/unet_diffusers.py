@@ -64,7 +64,11 @@ def places(unet: config.UNet) -> Iterator[Place]:
             width = widths[level]
             skips.append(width)
         if level < depth - 1:
-            yield f"down_blocks.{level}.downsamplers.0", (("conv", "conv", "affine"),), f"down.{level}.resample"
+            yield (
+                f"down_blocks.{level}.downsamplers.0",
+                (("conv", "conv", "affine"),),
+                f"down.{level}.resample",
+            )
             skips.append(width)
     yield from block("mid_block", 0, "mid1", True, False)
     yield from block("mid_block", 1, "mid2", False, False)

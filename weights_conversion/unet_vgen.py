@@ -26,7 +26,8 @@ RES_BLOCK: Table = (
     ("out_layers.3", "conv2", "affine"),
 )
 SKIP: Table = (("skip_connection", "skip", "affine"),)
-# The misspelling is the checkpoint's. The first stage has no dropout, so its convolution sits one place earlier.
+# The misspelling is the checkpoint's. The first stage has no dropout, so its convolution sits one place
+# earlier.
 TEMPORAL_CONV: Table = (
     ("conv1.0", "stages.0.norm", "affine"),
     ("conv1.2", "stages.0.conv", "squeeze"),
@@ -130,7 +131,11 @@ def stem(unet: config.UNet, use: config.Use) -> Iterator[Place]:
         yield "local_image_concat", CONCAT, "stem.concat"
         if use.concat_temporal:
             for layer in range(unet.concat_layers):
-                yield f"local_temporal_encoder.layers.{layer}", FRAME_ENCODER, f"stem.concat.frames.layers.{layer}"
+                yield (
+                    f"local_temporal_encoder.layers.{layer}",
+                    FRAME_ENCODER,
+                    f"stem.concat.frames.layers.{layer}",
+                )
 
 
 def block(theirs: str, ours: str, use: config.Use, attends: bool, skip: bool) -> Iterator[Place]:

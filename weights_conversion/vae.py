@@ -8,7 +8,8 @@ from typing import Any
 from i2vgen import config
 from weights_conversion.rules import Place, Row, Table, expand
 
-# The checkpoint keeps the autoencoder under this prefix, beside a UNet and a text model that are not used here.
+# The checkpoint keeps the autoencoder under this prefix, beside a UNet and a text model that are not used
+# here.
 PREFIX = "first_stage_model."
 
 RES_BLOCK: Table = tuple((name, name, "affine") for name in ("norm1", "conv1", "norm2", "conv2"))
@@ -49,7 +50,11 @@ def places(vae: config.VAE) -> Iterator[Place]:
             yield f"{theirs}.attn.{block}", COMPVIS_ATTENTION, f"{ours}.attentions.{block}"
     for half, side, level in _resamples(vae):
         name = "downsample" if side == "down" else "upsample"
-        yield f"{half}.{side}.{level}.{name}", (("conv", "conv", "affine"),), f"{half}.{side}.{level}.resample"
+        yield (
+            f"{half}.{side}.{level}.{name}",
+            (("conv", "conv", "affine"),),
+            f"{half}.{side}.{level}.resample",
+        )
     yield "", QUANT, ""
 
 
@@ -57,8 +62,8 @@ def diffusers_rows(vae: config.VAE) -> list[Row]:
     """ValueError for settings that diffusers' AutoencoderKL cannot express."""
     if vae.attention_resolutions:
         raise ValueError(
-            f"vae.attention_resolutions is {vae.attention_resolutions}; diffusers' AutoencoderKL has attention "
-            "in the middle only"
+            f"vae.attention_resolutions is {vae.attention_resolutions}; diffusers' AutoencoderKL has "
+            "attention in the middle only"
         )
     if vae.embed_dim != vae.z_channels:
         raise ValueError(

@@ -26,13 +26,16 @@ from i2vgen.schedule import Prediction, Schedule, Variance
 
 TABLE_TOLERANCE = 1e-12  # absolute, float64 tables
 SIGMA_TOLERANCE = 1e-6  # absolute; the official sigma tables were computed in float32
-FLOAT64_TOLERANCE = 1e-6  # relative L2 of float64 runs
+FLOAT64_TOLERANCE = 1e-9  # relative L2 of float64 runs against stored float64 ones; measured 1e-15
 STATED_TOLERANCE = 1e-5  # of forward quantities and losses, relative to the largest value
 
 # Absolute tolerance on final latents, and the size of the latents it was stated for (larger ones scale it).
-# Where eps is recovered from x0 near t = 0 the division is ill-conditioned; hence the last two.
-LATENT_TOLERANCE = {"v": (1e-5, 2.0), "eps": (5e-4, 444.0), "x0": (4e-4, 1.0), "previous": (5e-4, 444.0)}
+# Where eps is recovered from x0 near t = 0 the division is ill-conditioned; hence the two after v. The
+# stand-in is no denoiser, and x_{t-1} prediction divides its output by about 1e-3 in every step: such a loop
+# amplifies the last bit without bound, so there the proof lies in the single steps and in float64.
+LATENT_TOLERANCE = {"v": (1e-5, 2.0), "eps": (5e-4, 444.0), "x0": (4e-4, 1.0), "previous": (1e-1, 1.0)}
 HALF_OUTPUT_TOLERANCE = 1e-3  # absolute at latent size 2: the network's output is rounded to float16
+FLOAT64_AGAINST_FLOAT32 = 3.0  # room for the rounding of the stored float32 run itself, 0.7 of the bound
 HALF_OUTPUT_STEPS = 1e-3  # relative L2 of what lies between, for which no tolerance is stated
 INVERSION_FLOAT64 = 1e-4  # relative to the largest value: the stored float32 runs are that far off themselves
 
@@ -266,7 +269,7 @@ def _ddim_draws(golden: Golden, name: str, case: dict) -> Iterable[Tensor]:
 def _latents(
     name: str, got: Tensor, expected: Tensor, settings: Settings, case: dict, *, between: bool = False
 ) -> Row:
-    """The tolerance for latents of a case, by its prediction type and precision; `between` the ends of a run."""
+    """The tolerance by prediction type and precision; `between` for states and x0 before the last step."""
     if settings.half:
         return compare(name, *_shown_nan(got, expected), relative_l2=HALF_TOLERANCE[settings.dtype])
     if case.get("half") and between:
@@ -274,6 +277,8 @@ def _latents(
     bound, size = LATENT_TOLERANCE[PREDICTIONS[case["mean_type"]]]
     if case.get("half"):
         bound, size = HALF_OUTPUT_TOLERANCE, LATENT_TOLERANCE["v"][1]
+    if settings.dtype == torch.float64:
+        bound *= FLOAT64_AGAINST_FLOAT32
     return compare(name, *_shown_nan(got, expected), max_abs=bound * max(1.0, _largest(expected) / size))
 
 

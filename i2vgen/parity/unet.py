@@ -145,7 +145,9 @@ def _entries(
         stage = model.up[level]
         for i in range(len(stage.blocks)):
             last = i == len(stage.blocks) - 1 and stage.resample is not None
-            yield from row(f"output_blocks.{index}", f"up.{level}.resample" if last else f"up.{level}.blocks.{i}")
+            yield from row(
+                f"output_blocks.{index}", f"up.{level}.resample" if last else f"up.{level}.blocks.{i}"
+            )
             index += 1
 
 
@@ -156,7 +158,9 @@ def _details(
     bound: float,
     shape: torch.Size,
 ) -> Iterator[Row]:
-    """`detail/<official module path>`: convolutions, linears and norms, found through the conversion table."""
+    """`detail/<official module path>`: convolutions, linears and norms, found through the conversion
+    table.
+    """
     ours = {row.theirs.removesuffix(".weight"): row.ours[0].removesuffix(".weight") for row in mapping}
     for name in sorted(expected):
         module = ours.get(name.removeprefix("detail/")) if name.startswith("detail/") else None
@@ -168,7 +172,9 @@ def _details(
 
 
 def _as_layout(got: Tensor, shape: torch.Size, b: int, f: int) -> Tensor | None:
-    """Our channels-last tensor in the official module's own layout; None where the rank does not tell which."""
+    """Our channels-last tensor in the official module's own layout; None where the rank does not tell
+    which.
+    """
     if got.ndim == 4 and got.shape[:2] == (b, f):  # temporal: [b f p c]
         if len(shape) == 5:
             return rearrange(got, "b f (h w) c -> b c f h w", h=shape[3])
@@ -202,7 +208,8 @@ def _gradients(
     theirs = rules.to_theirs(mapping, zeros)
     norms = torch.stack([theirs[key].double().norm() for key in golden.meta["grad_keys"]])
     expected = golden["grads/param_l2"]
-    # Parameters without influence (a bias before a norm of one-channel groups) have gradients of pure rounding.
+    # Parameters without influence (a bias before a norm of one-channel groups) have gradients of pure
+    # rounding.
     dead = expected < 1e-9 * expected.max()
     relative = torch.where(dead, 0.0, (norms.cpu() - expected).abs() / expected)
     worst = golden.meta["grad_keys"][int(relative.argmax())]
@@ -221,4 +228,3 @@ def _keep(seen: dict[str, Tensor], name: str):
 
 def _names(golden: Golden, prefix: str) -> list[str]:
     return [name.removeprefix(prefix) for name in golden if name.startswith(prefix)]
-

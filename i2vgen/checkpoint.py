@@ -1,0 +1,268 @@
+"""Native weights: a folder of safetensors, the settings they were made with, and where they came from.
+
+    settings.json                     {"format": 1, "settings": every setting, see config.py}
+    origin.json                       source files, hashes, licence notes; free-form, written by who made the
+    folder unet.safetensors                  one file per part (unet, vae, clip), or shards
+    unet-00001-of-00003.safetensors   with unet.safetensors.index.json (`weight_map`: tensor -> file)
+
+Models are built on `meta` and filled strictly: every tensor must be there and none may be left over, except
+what an ablation declares (`unet.declared_drops`). Nothing in a weights folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import shutil
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from i2vgen import config as settings
+from i2vgen.config import SETTINGS_FILE, Config, Use
+from i2vgen.encoders import ClipEncoders
+from i2vgen.unet import Drops, UNet, declared_drops
+from i2vgen.vae import AutoencoderKL
+
+FORMAT = 1
+ORIGIN_FILE = "origin.json"
+PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
+NO_DROPS = Drops((), {})
+
+
+def build(part: str, config: Config) -> nn.Module:
+    """One part without memory or numbers, on the `meta` device."""
+    with torch.device("meta"):
+        if part == "unet":
+            return UNet(config.unet, config.use, backend=config.runtime.attention)
+        if part == "vae":
+            return AutoencoderKL(config.vae, backend=config.runtime.attention)
+        if part == "clip":
+            return ClipEncoders(config.clip)
+    raise ValueError(f"there is no part {part!r}; a model has {', '.join(PARTS)}")
+
+
+def load(part: str, config: Config, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """One part with the weights of `config.weights`, or random ones, in eval mode and without gradients."""
+    model = build(part, config)
+    if config.weights == settings.RANDOM:
+        state = random_state(model, seed=0)
+        drops = NO_DROPS
+    else:
+        state = read_part(config.weights, part)
+        drops = declared_drops(config.unet, config.use) if part == "unet" else NO_DROPS
+    fill(model, state, drops=drops, device=device, dtype=dtype, source=f"{part} of {config.weights}")
+    return model.eval().requires_grad_(False)
+
+
+def fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    drops: Drops = NO_DROPS,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    source: str = "the state dict",
+) -> None:
+    """Put a state dict into a model built on `meta`: strictly, tensor by tensor, cast on the way.
+
+    ValueError lists what is missing, left over or of another shape. Tensors that `drops` declares are left
+    out.
+    """
+    wanted = {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
+    filled: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in state.items() if isinstance(state, Mapping) else state:
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in drops.patterns):
+            continue
+        if name in drops.slices:
+            tensor = tensor[:, : drops.slices[name]]
+        if name not in wanted:
+            problems.append(f"unexpected {name}")
+        elif tuple(tensor.shape) != wanted[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {wanted[name]}")
+        else:
+            cast = dtype if tensor.is_floating_point() else None
+            filled[name] = tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
+    problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
+    if problems:
+        shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+        raise ValueError(f"{source} does not fit the settings in {len(problems)} tensors: {shown}")
+    inner(model).load_state_dict(filled, strict=True, assign=True)
+    if isinstance(model, ClipEncoders):
+        model.reset_buffers()
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module whose state dict a weights file holds: for CLIP open_clip's own."""
+    return model.model if isinstance(model, ClipEncoders) else model
+
+
+def random_state(model: nn.Module, *, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Seeded weights for every tensor, from its name and shape alone; none is zero, activations stay
+    finite.
+    """
+    for name, like in inner(model).state_dict().items():
+        shape = tuple(like.shape)
+        if not shape:
+            yield name, torch.tensor(math.log(1 / 0.07))  # CLIP's logit_scale
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
+        value = torch.randn(shape, generator=generator)
+        if len(shape) >= 2:
+            value = value / math.sqrt(math.prod(shape[1:]))
+        else:
+            value = 1 + 0.1 * value if name.endswith("weight") else 0.05 * value
+        yield name, value
+
+
+def missing_parts(folder: str | Path) -> list[str]:
+    """Parts that a native folder lacks for generation."""
+    return [part for part in PARTS if not _files(Path(folder), part)]
+
+
+def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor of every tensor of a part, one at a time. ValueError if the part is missing or
+    damaged.
+    """
+    files = _files(Path(folder), part)
+    if not files:
+        raise ValueError(
+            f"weights folder {folder} lacks the {part}; it needs {part}.safetensors or its shards"
+        )
+    return _tensors(files)
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+
+
+def _files(folder: Path, part: str) -> list[Path]:
+    index = folder / f"{part}.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); convert the weights again") from error
+        if bad := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{index} names files outside its folder: {bad[0]}")
+        return [folder / name for name in names]
+    single = folder / f"{part}.safetensors"
+    return [single] if single.is_file() else []
+
+
+def save(
+    folder: str | Path,
+    parts: Mapping[str, nn.Module | Mapping[str, Tensor]],
+    config: Config,
+    *,
+    origin: Mapping | None = None,
+    shard_bytes: int | None = None,
+) -> Path:
+    """Write a native folder, whole or not at all; an old one at the same place is replaced at the very end.
+
+    `parts` maps names of PARTS to models or state dicts. ValueError if the place holds anything but weights.
+    """
+    folder = Path(folder)
+    if (
+        folder.exists()
+        and not (folder / SETTINGS_FILE).is_file()
+        and (folder.is_file() or any(folder.iterdir()))
+    ):
+        raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"there is no part {sorted(unknown)[0]!r}; a model has {', '.join(PARTS)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        for part, held in parts.items():
+            state = inner(held).state_dict() if isinstance(held, nn.Module) else held
+            _write_part(temporary, part, state, config, shard_bytes)
+        stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
+        for name in (*settings.LITERALS, "runtime"):  # the job and the machine are not the weights' business
+            stored.pop(name, None)
+        _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
+        _write_json(temporary / SETTINGS_FILE, {"format": FORMAT, "settings": stored})
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _write_part(
+    folder: Path, part: str, state: Mapping[str, Tensor], config: Config, shard_bytes: int | None
+) -> None:
+    metadata = {"format": "pt", "part": part, "i2vgen": json.dumps(config.to_dict()[part], sort_keys=True)}
+    shards = _shards(state, shard_bytes)
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{part}.safetensors", metadata=metadata)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        name = f"{part}-{i:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / name, metadata=metadata)
+        weight_map.update(dict.fromkeys(shard, name))
+    total = sum(t.numel() * t.element_size() for t in state.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / f"{part}.safetensors.index.json", index)
+
+
+def _shards(state: Mapping[str, Tensor], shard_bytes: int | None) -> list[dict[str, Tensor]]:
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in state.items():
+        tensor = tensor.detach().contiguous()
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard_bytes is not None and shards[-1] and size + bytes_ > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += bytes_
+    return shards
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _named(problems: list[str], name: str) -> bool:
+    return any(problem.startswith(f"{name} has shape") for problem in problems)
+
+
+def full_use(use: Use) -> Use:
+    """The same conventions with every part switched on: what an unablated checkpoint holds."""
+    return dataclasses.replace(use, **dict.fromkeys(settings.STRUCTURAL_SWITCHES, True))

@@ -1,0 +1,94 @@
+"""CLIP: prompts to text tokens, a picture to one vector. The only file that knows open_clip.
+
+open_clip takes seconds to import, so it is imported where it is first needed.
+
+Axes: b batch, k tokens, d text width, v joint (image vector) width.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from i2vgen import config
+
+
+class ClipEncoders(nn.Module):
+    """Both towers of one open_clip model under open_clip's own parameter names."""
+
+    def __init__(self, clip: config.Clip):
+        super().__init__()
+        import open_clip
+
+        for tower, name in (("text", "hf_model_name"), ("text", "hf_tokenizer_name")):
+            if getattr(clip, tower).get(name):
+                raise ValueError(
+                    f"clip.{tower}.{name} is set: towers from Hugging Face have no penultimate open_clip "
+                    "block; use an open_clip model with its own text tower"
+                )
+        self.settings = clip
+        self.tokenizer = open_clip.SimpleTokenizer(
+            context_length=clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})
+        )
+        if self.tokenizer.vocab_size > clip.text["vocab_size"]:
+            raise ValueError(
+                f"clip.text.vocab_size is {clip.text['vocab_size']} but the tokenizer knows "
+                f"{self.tokenizer.vocab_size} words; they must match"
+            )
+        try:
+            self.model = open_clip.CLIP(
+                clip.embed_dim,
+                vision_cfg=open_clip.CLIPVisionCfg(**clip.vision),
+                text_cfg=open_clip.CLIPTextCfg(**clip.text),
+                quick_gelu=clip.quick_gelu,
+            )
+        except TypeError as error:  # a dataclass of open_clip's was given a field that it has not
+            raise ValueError(f"clip.vision or clip.text is no open_clip configuration: {error}") from error
+        self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """The causal mask is not part of a checkpoint; make it anew after a build on `meta`."""
+        if self.model.attn_mask is not None:
+            n, device = self.settings.text_length, self.model.positional_embedding.device
+            self.model.attn_mask = torch.full((n, n), float("-inf"), device=device).triu(1)
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """-> int64 [b k]: start, tokens, end, zeros. A prompt that is too long is cut, with a warning of
+        what.
+        """
+        for prompt in prompts:
+            ids = self.tokenizer.encode(prompt)
+            room = self.settings.text_length - 2  # start and end of text
+            if len(ids) > room:
+                lost = self.tokenizer.decode(ids[room:]).strip()
+                warnings.warn(
+                    f"the prompt has {len(ids)} tokens and CLIP reads {room}; this is lost: {lost!r}",
+                    stacklevel=2,
+                )
+        return self.tokenizer(list(prompts))
+
+    def text(self, tokens: Tensor) -> Tensor:
+        """int64 [b k] -> text tokens [b k d]: penultimate block (or the last), then the final norm, no
+        projection.
+        """
+        model = self.model
+        x = model.token_embedding(tokens) + model.positional_embedding
+        blocks = list(model.transformer.resblocks)
+        for block in blocks[:-1] if self.settings.text_layer == "penultimate" else blocks:
+            x = block(x, attn_mask=model.attn_mask)
+        return model.ln_final(x)
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels [b 3 s s] -> image vectors [b v], projected but not normalised."""
+        return self.model.visual(pixels.to(self.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.positional_embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.positional_embedding.device

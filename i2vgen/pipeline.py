@@ -1,0 +1,295 @@
+"""The road from a picture and a sentence to a video, and the record of the parts it needs.
+
+    image, prompt - images - encoders, vae.encode - unet.prepare - ddim(unet) - vae.decode - video
+
+Axes: b batch, f frames, c channels, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+import i2vgen
+from i2vgen import checkpoint, images, runtime, video
+from i2vgen.conditioning import Conditions
+from i2vgen.config import RANDOM, Config, load_config
+from i2vgen.encoders import ClipEncoders
+from i2vgen.sampler import OnStep, ddim, guided
+from i2vgen.schedule import Schedule, make_betas
+from i2vgen.unet import UNet
+from i2vgen.vae import AutoencoderKL
+
+
+@dataclass
+class Video:
+    """A finished clip: `frames` uint8 [f h w 3], and everything needed to make it again."""
+
+    frames: np.ndarray
+    image: str
+    prompt: str
+    seed: int
+    config: Config
+
+    def save(self, path: str | Path) -> Path:
+        """Write the clip by the ending of `path` (.mp4, .gif, .webp, else PNGs) and a JSON beside it.
+
+        The JSON holds all settings, the seed, the versions that matter and the file's SHA-256.
+        """
+        save = self.config.save
+        path = video.save(self.frames, path, fps=save.fps, quality=save.quality)
+        config = dataclasses.replace(
+            self.config,
+            image=(self.image,),
+            prompt=(self.prompt,),
+            output=str(path),
+            items="",
+            sample=dataclasses.replace(self.config.sample, seed=(self.seed,)),
+        )
+        frames, height, width, _ = self.frames.shape
+        record = {
+            "file": path.name,
+            "sha256": _sha256(path),
+            "width": width,
+            "height": height,
+            "frames": frames,
+            "seed": self.seed,
+            "settings": config.to_dict(),
+            "versions": {
+                "i2vgen": i2vgen.__version__,
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+            },
+        }
+        _write_whole(record_path(path), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        return path
+
+
+class I2VGenXL:
+    """The four parts and their settings. Call it with a picture and a prompt: it returns a `Video`."""
+
+    def __init__(
+        self, config: Config, unet: UNet, vae: AutoencoderKL, clip: ClipEncoders, device: torch.device
+    ):
+        self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
+        self.schedule = make_schedule(config)
+
+    def __call__(
+        self,
+        image: str | Path | Image.Image,
+        prompt: str,
+        *,
+        seed: int | None = None,
+        on_step: OnStep | None = None,
+    ) -> Video:
+        """One clip. `seed` defaults to the first of `sample.seed`; `on_step` is told of every step."""
+        seed = self.config.sample.seed[0] if seed is None else seed
+        return self.generate([image], [prompt], [seed], on_step=on_step)[0]
+
+    def generate(
+        self,
+        pictures: Sequence[str | Path | Image.Image],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        on_step: OnStep | None = None,
+    ) -> list[Video]:
+        """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only."""
+        config = self.config
+        if not len(pictures) == len(prompts) == len(seeds):
+            raise ValueError(
+                f"got {len(pictures)} pictures, {len(prompts)} prompts, {len(seeds)} seeds; give as many of each"
+            )
+        opened = [open_picture(picture, config) for picture in pictures]
+        dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
+        frames = generate(self, opened, prompts, seeds, on_step=on_step)
+        if config.save.grey_last_frame == "drop":
+            clips = [video.drop_grey_last_frame(clip) for clip in frames]
+        else:
+            clips = list(frames)
+            for clip in clips:
+                if len(video.drop_grey_last_frame(clip)) < len(clip):
+                    warnings.warn(
+                        "the last frame is mostly mid-grey; the official code would drop it "
+                        "(save.grey_last_frame=drop)",
+                        stacklevel=2,
+                    )
+        names = [str(p) if isinstance(p, str | Path) else "<picture>" for p in pictures]
+        return [Video(c.cpu().numpy(), *facts, config)
+                for c, *facts in zip(clips, names, prompts, seeds, strict=True)]  # fmt: skip
+
+
+@torch.no_grad()
+def generate(
+    model: I2VGenXL,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    *,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """RGB pictures, prompts and seeds, b of each -> uint8 frames [b f H W 3]: the whole road."""
+    config, sample = model.config, model.config.sample
+    noises = [runtime.SampleNoise(seed) for seed in seeds]
+    latent = (config.vae.embed_dim, *config.latent_size)
+
+    cond, uncond = encode(model, pictures, prompts, runtime.draw_all(noises, latent))
+    noise = runtime.draw_all(noises, (latent[0], sample.frames, *latent[1:])).to(model.device)
+
+    positive = model.unet.prepare(cond, sample.frames)
+    negative = model.unet.prepare(uncond, sample.frames) if sample.guidance != 1.0 else None
+    predict = guided(
+        lambda x, t: model.unet(x, t, positive),
+        lambda x, t: model.unet(x, t, negative),
+        sample.guidance,
+        precision=sample.guidance_precision,
+    )
+    latents = ddim(
+        predict,
+        noise,
+        model.schedule,
+        steps=sample.steps,
+        spacing=sample.spacing,
+        eta=sample.eta,
+        eps_form=sample.eps_form,
+        final_alpha=sample.final_alpha,
+        noise=lambda x: runtime.draw_all(noises, tuple(x.shape[1:])).to(x),
+        on_step=on_step,
+    )
+    return decode(model, latents)
+
+
+def encode(
+    model: I2VGenXL, pictures: Sequence[Image.Image], prompts: Sequence[str], posterior_noise: Tensor
+) -> tuple[Conditions, Conditions]:
+    """Pictures and prompts, b of each, posterior noise [b c h w] -> conditions with and without the prompt.
+
+    Without: the negative prompt and a zero image vector; the first-frame latent and fps stay, as in training.
+    """
+    config, sample, device = model.config, model.config.sample, model.device
+    views = [
+        images.prepare(
+            picture,
+            width=sample.width,
+            height=sample.height,
+            clip_size=config.clip.image_size,
+            clip_mean=config.clip.image_mean,
+            clip_std=config.clip.image_std,
+            mode=config.preprocess.crop,
+        )
+        for picture in pictures
+    ]
+    pixels = torch.stack([view.pixels for view in views]).to(device)
+    noise = posterior_noise.to(device) if sample.posterior == "sample" else None
+    latent = model.vae.encode(pixels, noise, chunk=1)
+    fps = torch.full((len(pictures),), sample.fps, device=device)
+
+    text, vector = (None, None), (None, None)
+    if config.use.text:
+        texts = [*prompts, config.negative_prompt]
+        tokens = model.clip.text(model.clip.tokenize(texts).to(device))
+        text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
+    if config.use.global_tokens:
+        clip_pixels = torch.stack([view.clip_pixels for view in views]).to(device)
+        vector_cond = model.clip.image(clip_pixels)
+        vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
+    return Conditions(text[0], vector[0], latent, fps), Conditions(text[1], vector[1], latent, fps)
+
+
+def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
+    """Latents [b c f h w] -> uint8 frames [b f H W 3]."""
+    b = latents.shape[0]
+    frames = rearrange(latents, "b c f h w -> (b f) c h w")
+    pixels = model.vae.decode(frames, chunk=model.config.runtime.vae_chunk)
+    pixels = rearrange(pixels, "(b f) c h w -> b c f h w", b=b)
+    return video.to_uint8(pixels.float(), rounding=model.config.save.rounding)
+
+
+def load(
+    weights: str | Path = "",
+    config: str | Path | None = None,
+    overrides: Sequence[str] = (),
+) -> I2VGenXL:
+    """Settings and weights -> a model ready to be called.
+
+    `weights` is a native weights folder or "random"; `config` a YAML file; `overrides` are what a command
+    line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for settings, weights or memory that cannot work.
+    """
+    literal = {"weights": str(weights)} if weights else {}
+    return load_parts(load_config(config, overrides, **literal))
+
+
+def load_parts(config: Config) -> I2VGenXL:
+    """Check weights and memory first, then load UNet, VAE and CLIP onto the device."""
+    if not config.weights:
+        raise ValueError("no weights given; name a native weights folder with weights=, or weights=random")
+    if config.weights == RANDOM:
+        warnings.warn(
+            "weights=random: the model is untrained, its output is NOISE and shows only that the road works",
+            stacklevel=3,
+        )
+    elif missing := checkpoint.missing_parts(config.weights):
+        raise ValueError(
+            f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
+        )
+    device = runtime.device(config.runtime)
+    runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
+    unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
+    vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
+    clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
+    if config.runtime.compile:
+        unet.compile()
+    return I2VGenXL(config, unet, vae, clip, device)
+
+
+def make_schedule(config: Config) -> Schedule:
+    s = config.schedule
+    betas = make_betas(
+        kind=s.kind,
+        num_timesteps=s.num_timesteps,
+        cosine_s=s.cosine_s,
+        init_beta=s.init_beta,
+        last_beta=s.last_beta,
+        zero_terminal_snr=s.zero_terminal_snr,
+    )
+    return Schedule(betas, prediction=s.prediction, variance=s.variance)
+
+
+def open_picture(picture: str | Path | Image.Image, config: Config) -> Image.Image:
+    """A path or a PIL image -> RGB, as `preprocess` says."""
+    if isinstance(picture, Image.Image):
+        return images.to_rgb(picture, alpha=config.preprocess.alpha)
+    return images.open_picture(picture, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+
+
+def record_path(path: Path) -> Path:
+    """The JSON beside a video: clip.mp4 -> clip.json; a folder of PNGs -> folder.json beside it."""
+    return path.with_suffix(".json") if path.suffix else path.with_name(path.name + ".json")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with file.open("rb") as stream:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
