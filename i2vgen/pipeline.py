@@ -86,6 +86,7 @@ class I2VGenXL:
     ):
         self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
+        self.parts = {"unet": unet, "vae": vae, "clip": clip}
 
     def __call__(
         self,
@@ -111,7 +112,8 @@ class I2VGenXL:
         config = self.config
         if not len(pictures) == len(prompts) == len(seeds):
             raise ValueError(
-                f"got {len(pictures)} pictures, {len(prompts)} prompts, {len(seeds)} seeds; give as many of each"
+                f"got {len(pictures)} pictures, {len(prompts)} prompts, {len(seeds)} seeds; "
+                "give as many of each"
             )
         opened = [open_picture(picture, config) for picture in pictures]
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
@@ -226,7 +228,8 @@ def load(
     """Settings and weights -> a model ready to be called.
 
     `weights` is a native weights folder or "random"; `config` a YAML file; `overrides` are what a command
-    line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for settings, weights or memory that cannot work.
+    line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for settings, weights or memory that cannot
+    work.
     """
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, **literal))

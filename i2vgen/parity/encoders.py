@@ -17,7 +17,8 @@ from i2vgen.vae import AutoencoderKL, Posterior
 from weights_conversion import rules
 from weights_conversion import vae as vae_tables
 
-# The READMEs' absolute tolerances in float32; float64 is held to the same, for the goldens are float32 themselves.
+# The READMEs' absolute tolerances in float32; float64 is held to the same, for the goldens are float32
+# themselves.
 VAE_ABS = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 0.2, torch.bfloat16: 1.0}
 CLIP_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
 
@@ -90,7 +91,9 @@ def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
                 relative = 1e-5 if settings.dtype in (torch.float32, torch.float64) else 0.2
                 limits = {"relative_l2": relative} if name == "kl" else {"max_abs": bound}
                 yield compare(f"{case}.{name}", got, golden[f"{case}.{name}"], **limits)
-        yield compare(f"{case}.decoded in chunks of 1", model.decode(latent, chunk=1), found["decoded"], max_abs=bound)
+        yield compare(
+            f"{case}.decoded in chunks of 1", model.decode(latent, chunk=1), found["decoded"], max_abs=bound
+        )
         for side in ("enc", "dec"):
             prefix = f"{case}.{side}."
             for name in sorted(n for n in golden if n.startswith(prefix)):
@@ -102,7 +105,11 @@ def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
         parameters = settings.cast(golden["clamp.parameters"])
         wide = torch.promote_types(parameters.dtype, torch.float32)  # exp(20) is no float16
         posterior = Posterior.from_moments(parameters.to(wide))
-        for name, got in (("logvar", posterior.log_variance), ("std", posterior.std), ("var", posterior.std**2)):
+        for name, got in (
+            ("logvar", posterior.log_variance),
+            ("std", posterior.std),
+            ("var", posterior.std**2),
+        ):
             yield compare(f"clamp.{name}", got, golden[f"clamp.{name}"], relative_l2=max(1e-6, bound / 10))
 
 
@@ -154,7 +161,9 @@ def clip(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def _tap(name: str, got: Tensor, stored: Tensor, bound: float) -> Iterator[Row]:
-    """A tap holds some samples only; the file's metadata says which in words, so find each stored row in ours."""
+    """A tap holds some samples only; the file's metadata says which in words, so find each stored row in
+    ours.
+    """
     got = got[:, 0] if got.ndim == stored.ndim + 1 else got
     for i, row in enumerate(stored):
         if row.shape != got.shape[1:]:  # ln_post after pooling: [1, d] against tokens

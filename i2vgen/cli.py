@@ -1,0 +1,51 @@
+"""What the scripts share: reading a command line of settings, and telling mistakes without a traceback."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Exit status of `main`: the user's mistakes (ValueError) and the machine's refusals (OSError) become
+    one line.
+    """
+    warnings.showwarning = _note
+    try:
+        return main() or 0
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except torch.OutOfMemoryError as error:
+        sys.stderr.write(f"error: out of device memory; use a smaller size or fewer frames ({error})\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
+
+
+def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
+    """Words of a command line -> configuration file or None, name=value overrides, flags that were given."""
+    file, overrides, given = None, [], set()
+    for word in argv:
+        if word.startswith("--"):
+            if word not in flags:
+                known = ", ".join(flags)
+                raise ValueError(f"there is no option {word}; known are {known}; settings are name=value")
+            given.add(word)
+        elif "=" in word:
+            overrides.append(word)
+        elif file is None:
+            file = word
+        else:
+            raise ValueError(
+                f"got two configuration files, {file} and {word}; one is allowed (settings are name=value)"
+            )
+    return file, overrides, given
+
+
+def _note(message, category, filename, lineno, file=None, line=None) -> None:
+    sys.stderr.write(f"note: {message}\n")

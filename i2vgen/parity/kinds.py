@@ -1,0 +1,36 @@
+"""Which function runs our implementation on which kind of golden file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from i2vgen.parity import diffusion, encoders, pictures, unet, whole
+from i2vgen.parity.report import Golden, Row, Settings
+
+KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
+    "vgen_unet": unet.run,
+    "pipeline_schedules": diffusion.schedules,
+    "pipeline_ddim": diffusion.ddim,
+    "pipeline_forward_loss": diffusion.forward_loss,
+    "pipeline_vae": encoders.vae,
+    "pipeline_clip": encoders.clip,
+    "pipeline_preprocess": pictures.preprocess,
+    "pipeline_preprocess_full": pictures.preprocess_full,
+    "pipeline_video_out": pictures.video_out,
+    "pipeline_e2e": whole.e2e,
+    "pipeline_rng": whole.rng,
+}
+
+
+def run(path: str | Path, settings: Settings) -> list[Row]:
+    """Every comparison that the golden file allows. ValueError for a file of an unknown kind or a damaged
+    one.
+    """
+    golden = Golden(path)
+    if golden.kind not in KINDS:
+        raise ValueError(f"{path} is of kind {golden.kind!r}; known are {', '.join(KINDS)}")
+    try:
+        return list(KINDS[golden.kind](golden, settings))
+    except KeyError as error:
+        raise ValueError(f"{path} (kind {golden.kind}) lacks {error}, which its kind must hold") from error

@@ -1,0 +1,85 @@
+"""Run our implementation on golden files of the official one and print what agrees how closely.
+
+    python scripts/parity.py tests/goldens/*.safetensors --dtype float64
+
+Every file says by its metadata what it holds. Exit status 0 only if every row passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from i2vgen import cli, config, runtime
+from i2vgen.parity import kinds
+from i2vgen.parity.report import Row, Settings
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="+", metavar="FILE", help="golden files (.safetensors)")
+    parser.add_argument("--dtype", choices=list(runtime.DTYPES), default="float32")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, cuda, cuda:1; auto takes cuda where there is one"
+    )
+    parser.add_argument("--json", metavar="OUT", help="write the table as JSON too")
+    parser.add_argument("--failures", action="store_true", help="print only rows that fail")
+    arguments = parser.parse_args()
+
+    where = runtime.device(config.Runtime(device=arguments.device))
+    runtime.apply(config.Runtime())  # TF32 off: it would drown everything below 1e-3
+    settings = Settings(dtype=runtime.DTYPES[arguments.dtype], device=str(where))
+    tables: dict[str, list[Row]] = {}
+    for file in tqdm(arguments.files, unit="file", disable=None, leave=False):
+        tables[file] = kinds.run(file, settings)
+
+    for file, rows in tables.items():
+        print_table(file, rows, failures_only=arguments.failures)
+    rows = [row for table in tables.values() for row in table]
+    failed = sum(not row.passed for row in rows)
+    if arguments.json:
+        write_json(Path(arguments.json), arguments.dtype, str(where), tables)
+    print(f"\n{len(rows)} rows in {len(tables)} files, {arguments.dtype} on {where}: {failed} failed")
+    return 1 if failed or not rows else 0
+
+
+def print_table(file: str, rows: list[Row], *, failures_only: bool) -> None:
+    passed = sum(row.passed for row in rows)
+    print(f"\n{file}: {passed} of {len(rows)} pass")
+    width = max((len(row.name) for row in rows), default=0)
+    for row in rows:
+        if not (failures_only and row.passed):
+            verdict = "pass" if row.passed else "FAIL"
+            figures = f"l2 {row.relative_l2:8.1e}  max {row.max_abs:8.1e}"
+            print(f"  {verdict}  {row.name:{width}}  {figures}  {row.bound}")
+
+
+def write_json(path: Path, dtype: str, device: str, tables: dict[str, list[Row]]) -> None:
+    def plain(row: Row) -> dict:
+        # JSON knows no infinity
+        return {k: (str(v) if isinstance(v, float) and not math.isfinite(v) else v)
+                for k, v in dataclasses.asdict(row).items()}  # fmt: skip
+
+    rows = [row for table in tables.values() for row in table]
+    report = {
+        "dtype": dtype,
+        "device": device,
+        "passed": bool(rows) and all(row.passed for row in rows),
+        "rows": sum(map(len, tables.values())),
+        "failed": sum(not row.passed for row in rows),
+        "files": {file: [plain(row) for row in table] for file, table in tables.items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
