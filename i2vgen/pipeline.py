@@ -28,7 +28,7 @@ from i2vgen import checkpoint, images, runtime, video
 from i2vgen.conditioning import Conditions
 from i2vgen.config import RANDOM, Config, load_config
 from i2vgen.encoders import ClipEncoders
-from i2vgen.sampler import OnStep, ddim, guided
+from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided
 from i2vgen.schedule import Schedule, make_betas
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
@@ -106,9 +106,13 @@ class I2VGenXL:
         prompts: Sequence[str],
         seeds: Sequence[int],
         *,
+        noise: Tensor | None = None,
         on_step: OnStep | None = None,
     ) -> list[Video]:
-        """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only."""
+        """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only.
+
+        `noise` [b c f h w] replaces the initial noise that the seeds would draw, e.g. by that of `invert`.
+        """
         config = self.config
         if not len(pictures) == len(prompts) == len(seeds):
             raise ValueError(
@@ -117,7 +121,7 @@ class I2VGenXL:
             )
         opened = [open_picture(picture, config) for picture in pictures]
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
-        frames = generate(self, opened, prompts, seeds, on_step=on_step)
+        frames = generate(self, opened, prompts, seeds, noise=noise, on_step=on_step)
         if config.save.grey_last_frame == "drop":
             clips = [video.drop_grey_last_frame(clip) for clip in frames]
         else:
@@ -139,39 +143,96 @@ def generate(
     model: I2VGenXL,
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
-    seeds: Sequence[int],
+    seeds: Sequence[int | torch.Generator],
     *,
+    noise: Tensor | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
-    """RGB pictures, prompts and seeds, b of each -> uint8 frames [b f H W 3]: the whole road."""
+    """RGB pictures, prompts and seeds, b of each -> uint8 frames [b f H W 3]: the whole road.
+
+    `noise` [b c f h w] replaces the initial noise that the seeds would draw.
+    """
     config, sample = model.config, model.config.sample
     noises = [runtime.SampleNoise(seed) for seed in seeds]
     latent = (config.vae.embed_dim, *config.latent_size)
 
     cond, uncond = encode(model, pictures, prompts, runtime.draw_all(noises, latent))
-    noise = runtime.draw_all(noises, (latent[0], sample.frames, *latent[1:])).to(model.device)
+    drawn = runtime.draw_all(noises, (latent[0], sample.frames, *latent[1:]))
+    start = (drawn if noise is None else noise).to(model.device)
+    if start.shape != drawn.shape:
+        raise ValueError(f"noise has shape {tuple(start.shape)}; this job needs {tuple(drawn.shape)}")
 
+    predict = network(model, cond, uncond)
+
+    def step_noise(x: Tensor) -> Tensor:
+        return runtime.draw_all(noises, tuple(x.shape[1:])).to(x)
+
+    if sample.sampler == "ancestral":
+        latents = ancestral(predict, start, model.schedule, noise=step_noise, on_step=on_step)
+    else:
+        latents = ddim(
+            predict,
+            start,
+            model.schedule,
+            steps=sample.steps,
+            spacing=sample.spacing,
+            eta=sample.eta,
+            eps_form=sample.eps_form,
+            final_alpha=sample.final_alpha,
+            noise=step_noise,
+            on_step=on_step,
+        )
+    return decode(model, latents)
+
+
+def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
+    """The UNet under guidance as the samplers want it; its conditions are prepared here, once."""
+    sample = model.config.sample
     positive = model.unet.prepare(cond, sample.frames)
-    negative = model.unet.prepare(uncond, sample.frames) if sample.guidance != 1.0 else None
-    predict = guided(
+    if sample.guidance == 1.0:
+        return lambda x, t: model.unet(x, t, positive)
+    negative = model.unet.prepare(uncond, sample.frames)
+    return guided(
         lambda x, t: model.unet(x, t, positive),
         lambda x, t: model.unet(x, t, negative),
         sample.guidance,
         precision=sample.guidance_precision,
     )
-    latents = ddim(
-        predict,
-        noise,
+
+
+@torch.no_grad()
+def invert(
+    model: I2VGenXL,
+    frames: np.ndarray,
+    picture: Image.Image,
+    prompt: str,
+    *,
+    seed: int = 0,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """A clip, uint8 [f H W 3], of the settings' size -> the noise [1 c f h w] that DDIM turns into it.
+
+    `seed` draws the posterior noise of the conditioning picture. Give the result to `I2VGenXL.generate`.
+    """
+    sample = model.config.sample
+    if frames.shape != (sample.frames, sample.height, sample.width, 3):
+        raise ValueError(
+            f"the clip has shape {frames.shape}; the settings say frames, height, width = "
+            f"{sample.frames}, {sample.height}, {sample.width}"
+        )
+    draws = runtime.SampleNoise(seed)
+    latent = (model.config.vae.embed_dim, *model.config.latent_size)
+    cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
+    pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
+    latents = model.vae.encode(pixels, None, chunk=model.config.runtime.vae_chunk)
+    return ddim_invert(
+        network(model, cond, uncond),
+        rearrange(latents, "f c h w -> 1 c f h w"),
         model.schedule,
         steps=sample.steps,
-        spacing=sample.spacing,
-        eta=sample.eta,
         eps_form=sample.eps_form,
-        final_alpha=sample.final_alpha,
-        noise=lambda x: runtime.draw_all(noises, tuple(x.shape[1:])).to(x),
         on_step=on_step,
     )
-    return decode(model, latents)
 
 
 def encode(
@@ -248,6 +309,7 @@ def load_parts(config: Config) -> I2VGenXL:
         raise ValueError(
             f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
         )
+    make_schedule(config)  # refuses impossible betas before anything is loaded
     device = runtime.device(config.runtime)
     runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
     unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))

@@ -19,8 +19,8 @@ from weights_conversion import vae as vae_tables
 
 # The READMEs' absolute tolerances in float32; float64 is held to the same, for the goldens are float32
 # themselves.
-VAE_ABS = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 0.2, torch.bfloat16: 1.0}
-CLIP_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
+VAE_ABS = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 0.1, torch.bfloat16: 0.8}
+CLIP_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
 def build_vae(
