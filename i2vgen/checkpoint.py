@@ -23,12 +23,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from i2vgen import config as settings
 from i2vgen.config import SETTINGS_FILE, Config, Use
 from i2vgen.encoders import ClipEncoders
+from i2vgen.safefile import Entry, write_safetensors
 from i2vgen.unet import Drops, UNet, declared_drops
 from i2vgen.vae import AutoencoderKL
 
@@ -107,9 +107,7 @@ def inner(model: nn.Module) -> nn.Module:
 
 
 def random_state(model: nn.Module, *, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Seeded weights for every tensor, from its name and shape alone; none is zero, activations stay
-    finite.
-    """
+    """Seeded weights from each tensor's name and shape; none is zero, activations stay finite."""
     for name, like in inner(model).state_dict().items():
         shape = tuple(like.shape)
         if not shape:
@@ -130,9 +128,7 @@ def missing_parts(folder: str | Path) -> list[str]:
 
 
 def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
-    """Name and tensor of every tensor of a part, one at a time. ValueError if the part is missing or
-    damaged.
-    """
+    """(name, tensor) of a part, one at a time. ValueError if the part is missing or damaged."""
     files = _files(Path(folder), part)
     if not files:
         raise ValueError(
@@ -156,9 +152,10 @@ def _files(folder: Path, part: str) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+            bad = [name for name in names if Path(name).name != name]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); convert the weights again") from error
-        if bad := [name for name in names if Path(name).name != name]:
+        if bad:
             raise ValueError(f"{index} names files outside its folder: {bad[0]}")
         return [folder / name for name in names]
     single = folder / f"{part}.safetensors"
@@ -167,7 +164,7 @@ def _files(folder: Path, part: str) -> list[Path]:
 
 def save(
     folder: str | Path,
-    parts: Mapping[str, nn.Module | Mapping[str, Tensor]],
+    parts: Mapping[str, nn.Module | Mapping[str, Tensor | Entry]],
     config: Config,
     *,
     origin: Mapping | None = None,
@@ -175,7 +172,10 @@ def save(
 ) -> Path:
     """Write a native folder, whole or not at all; an old one at the same place is replaced at the very end.
 
-    `parts` maps names of PARTS to models or state dicts. ValueError if the place holds anything but weights.
+    `parts` maps names of PARTS to models or state dicts. Tensors are taken out of a state dict one at a time,
+    once for their shape and once to be written, so that one that reads lazily never lies in memory whole; an
+    `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
+    anything but weights.
     """
     folder = Path(folder)
     if (
@@ -206,35 +206,38 @@ def save(
 
 
 def _write_part(
-    folder: Path, part: str, state: Mapping[str, Tensor], config: Config, shard_bytes: int | None
+    folder: Path, part: str, state: Mapping[str, Tensor | Entry], config: Config, shard_bytes: int | None
 ) -> None:
     metadata = {"format": "pt", "part": part, "i2vgen": json.dumps(config.to_dict()[part], sort_keys=True)}
     shards = _shards(state, shard_bytes)
     if len(shards) == 1:
-        save_file(shards[0], folder / f"{part}.safetensors", metadata=metadata)
+        write_safetensors(folder / f"{part}.safetensors", shards[0], metadata=metadata)
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         name = f"{part}-{i:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / name, metadata=metadata)
-        weight_map.update(dict.fromkeys(shard, name))
-    total = sum(t.numel() * t.element_size() for t in state.values())
+        write_safetensors(folder / name, shard, metadata=metadata)
+        weight_map.update((entry.name, name) for entry in shard)
+    total = sum(entry.nbytes for shard in shards for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / f"{part}.safetensors.index.json", index)
 
 
-def _shards(state: Mapping[str, Tensor], shard_bytes: int | None) -> list[dict[str, Tensor]]:
-    shards: list[dict[str, Tensor]] = [{}]
+def _shards(state: Mapping[str, Tensor | Entry], shard_bytes: int | None) -> list[list[Entry]]:
+    shards: list[list[Entry]] = [[]]
     size = 0
-    for name, tensor in state.items():
-        tensor = tensor.detach().contiguous()
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shard_bytes is not None and shards[-1] and size + bytes_ > shard_bytes:
-            shards.append({})
+    for name, held in state.items():
+        entry = held if isinstance(held, Entry) else _entry(state, name, held)
+        if shard_bytes is not None and shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append([])
             size = 0
-        shards[-1][name] = tensor
-        size += bytes_
+        shards[-1].append(entry)
+        size += entry.nbytes
     return shards
+
+
+def _entry(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Entry:
+    return Entry(name, tuple(tensor.shape), tensor.dtype, lambda: state[name])  # read again in its turn
 
 
 def _write_json(path: Path, content: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -10,9 +11,7 @@ import torch
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`: the user's mistakes (ValueError) and the machine's refusals (OSError) become
-    one line.
-    """
+    """Exit status of `main`; the user's mistakes and the machine's refusals become one line."""
     warnings.showwarning = _note
     try:
         return main() or 0
@@ -49,3 +48,8 @@ def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[s
 
 def _note(message, category, filename, lineno, file=None, line=None) -> None:
     sys.stderr.write(f"note: {message}\n")
+
+
+def is_setting(word: str) -> bool:
+    """`section.name=value`, as against a path or a name."""
+    return bool(re.fullmatch(r"[a-z_0-9.]+=.*", word, re.S))

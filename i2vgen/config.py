@@ -32,6 +32,9 @@ MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
 SETTINGS_FILE = "settings.json"
+# What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
+OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768, "head_width": 64}
+OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,27 @@ class Clip:
         for name, needed in (("vision", "image_size"), ("text", "width"), ("text", "layers")):
             if needed not in getattr(self, name):
                 raise ValueError(f"clip.{name} lacks {needed!r}; it is an open_clip {name}_cfg")
+        for name in ("hf_model_name", "hf_tokenizer_name"):
+            if self.text.get(name):
+                raise ValueError(
+                    f"clip.text.{name} is set: towers from Hugging Face have no penultimate open_clip block; "
+                    "use an open_clip model with its own text tower"
+                )
+        counts = [("vision", "image_size")]
+        counts += [("text", key) for key in ("context_length", "vocab_size", "layers", "width", "heads")]
+        transformer = isinstance(self.vision.get("layers"), int)  # a list: a ResNet's stages
+        if transformer:
+            counts += [("vision", key) for key in ("patch_size", "width", "head_width")]
+        for name, key in counts:
+            value = getattr(self, name).get(key, 1)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"clip.{name}.{key} is {value!r}; give a positive integer")
+        if self.text_length < 3:
+            raise ValueError(f"clip.text.context_length is {self.text_length}; give at least 3 tokens")
+        for name, part in (("text", "heads"), ("vision", "head_width"))[: 1 + transformer]:
+            width, share = getattr(self, name).get("width", 0), getattr(self, name).get(part, 1)
+            if width % share:
+                raise ValueError(f"clip.{name}.width is {width}, no multiple of clip.{name}.{part} = {share}")
         if self.text_layer == "penultimate" and self.text["layers"] < 2:
             raise ValueError(
                 f"clip.text_layer is penultimate but clip.text.layers is {self.text['layers']}; "
@@ -268,6 +292,7 @@ class Sample:
     frames: int = 16
     fps: int = 16
     steps: int = 50
+    sampler: Literal["ddim", "ancestral"] = "ddim"  # ancestral visits every timestep: steps=1000
     guidance: float = 9.0  # 1.0 = one pass without the negative prompt
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
     seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is made once per seed
@@ -408,6 +433,11 @@ class Config:
                 f"sample.steps is {sample.steps}; give 1 to schedule.num_timesteps = "
                 f"{self.schedule.num_timesteps}"
             )
+        if sample.sampler == "ancestral" and sample.steps != self.schedule.num_timesteps:
+            raise ValueError(
+                f"sample.sampler is ancestral and visits every timestep, but sample.steps is {sample.steps}; "
+                f"use sample.steps={self.schedule.num_timesteps} or sample.sampler=ddim"
+            )
 
     @property
     def size_multiple(self) -> int:
@@ -498,7 +528,10 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         )
     path = folder / SETTINGS_FILE
     try:
-        return json.loads(path.read_text())["settings"]
+        stored = json.loads(path.read_text())["settings"]
+        if not isinstance(stored, dict):
+            raise TypeError(f"settings are a {type(stored).__name__}")
+        return stored
     except FileNotFoundError:
         raise ValueError(
             f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder"
@@ -521,16 +554,18 @@ def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"configuration file {file} does not exist")
     try:
         text = path.read_text()
-        parsed = yaml.safe_load(text) or {}
-        plain = yaml.load(text, Loader=yaml.BaseLoader) or {}  # every scalar as the text that stands there
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no readable YAML file: {error}") from error
+        parsed = yaml.safe_load(text)
+        plain = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as the text that stands there
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+    if parsed is None:  # empty, or comments only
+        return {}, {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{file} holds no settings; write `section: {{name: value}}` pairs")
     literals = {name: _listed(name, plain[name]) for name in parsed if name in LITERALS}
     settings: dict[str, Any] = {}
     for name, value in parsed.items():
-        if name not in LITERALS:
+        if name not in LITERALS and not (name in SECTIONS and value is None):  # a heading with nothing below
             _set(settings, SHORT.get(str(name), str(name)), value, f"{file}: {name}")
     return settings, literals
 
@@ -539,7 +574,10 @@ def _listed(name: str, value: Any) -> Any:
     if name not in LITERALS:
         raise ValueError(f"unknown field {name!r}; the literal fields are {', '.join(LITERALS)}")
     if name in LISTS:
-        return tuple(str(v) for v in value) if isinstance(value, list | tuple) else (str(value),)
+        values = value if isinstance(value, list | tuple) else (value,)
+        if wrong := [v for v in values if not isinstance(v, str | Path)]:
+            raise ValueError(f"{name} holds {wrong[0]!r}; give one text or a list of texts")
+        return tuple(str(v) for v in values)
     if not isinstance(value, str | Path):
         raise ValueError(f"{name} is {value!r}; give one text")
     return str(value)
@@ -566,7 +604,7 @@ def _merge(base, layer: Mapping[str, Any], source: str):
     layer = {name: _wrap_tuples(name, value) for name, value in layer.items()}
     try:
         return OmegaConf.merge(base, OmegaConf.create(layer))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a dict where a list stands, and so on
         raise ValueError(f"{source}: {_explain(error, layer)}") from error
 
 
@@ -575,22 +613,32 @@ def _wrap_tuples(section: str, values: Any) -> Any:
         return values
     cls = type(getattr(DEFAULTS, section))
     tuples = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple[")}
-    return {k: [v] if k in tuples and not isinstance(v, list | tuple) else v for k, v in values.items()}
+    wrapped = {k: [v] if k in tuples and not isinstance(v, list | tuple) else v for k, v in values.items()}
+    for name in tuples & wrapped.keys():
+        if any(isinstance(item, list | tuple | dict) for item in wrapped[name]):
+            raise ValueError(f"{section}.{name} is {values[name]!r}; give one value or a plain list of them")
+    return wrapped
 
 
-def _explain(error: OmegaConfBaseException, layer: Mapping[str, Any]) -> str:
-    """An unknown name gets the nearest known ones; the rest keeps OmegaConf's words and the full name."""
+def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
+    """An unknown name gets the nearest known ones, a value of the wrong type the type that is expected."""
     for section, values in layer.items():
+        if section in LITERALS:
+            return f"{section} is one text and has no parts; write {section}=TEXT"
         if section not in SECTIONS:
             known = [*SECTIONS, *LITERALS, *SHORT]
             return f"there is no setting {section!r}{_nearest(section, known)}"
         if not isinstance(values, dict):
             return f"{section} is a group of settings; write {section}.NAME={values}"
-        known = [f.name for f in dataclasses.fields(getattr(DEFAULTS, section))]
-        for name in values:
+        known = {f.name: f.type for f in dataclasses.fields(getattr(DEFAULTS, section))}
+        for name, value in values.items():
             if name not in known:
-                return f"there is no setting {section}.{name}{_nearest(name, known, section + '.')}"
-    return f"{error.full_key}: {_first_line(error)}" if error.full_key else _first_line(error)
+                return f"there is no setting {section}.{name}{_nearest(str(name), [*known], section + '.')}"
+            try:
+                OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
+            except (OmegaConfBaseException, TypeError):
+                return f"{section}.{name} is {value!r}, expected {known[name]}"
+    return _first_line(error)
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
@@ -605,17 +653,21 @@ def _first_line(error: Exception) -> str:
 
 def _refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
     for section in ARCHITECTURE:
-        values = _wrap_tuples(section, _resolve_clip(layer).get(section, {}))
+        values = _wrap_tuples(section, _resolve_clip(layer).get(section))
+        if not isinstance(values, Mapping) or not isinstance(stored.get(section), Mapping):
+            continue  # nothing to compare, or wrong in itself: merging tells
         for name, value in _flat(values):
-            have = dict(_flat(stored.get(section, {}))).get(name)
+            have = dict(_flat(stored[section])).get(name)
             if have is not None and value != have:
                 raise ValueError(
                     f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
                     "drop the setting, or choose weights that match it"
                 )
+    wanted, held = layer.get("use"), stored.get("use")
+    if not isinstance(wanted, Mapping) or not isinstance(held, Mapping):
+        return
     for name in STRUCTURAL_SWITCHES:
-        wanted = layer.get("use", {}).get(name)
-        if wanted is True and stored.get("use", {}).get(name) is False:
+        if wanted.get(name) is True and held.get(name) is False:
             raise ValueError(
                 f"use.{name} is true in {source} but false in the weights {weights}: they hold no such part"
             )
@@ -653,14 +705,15 @@ def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         settings = {
             "embed_dim": card["embed_dim"],
             "quick_gelu": card.get("quick_gelu", False),
-            "vision": card["vision_cfg"],
-            "text": {"context_length": 77, "vocab_size": 49408, **card["text_cfg"]},
+            "vision": {**OPEN_CLIP_VISION, **card["vision_cfg"], **clip.get("vision", {})},
+            "text": {**OPEN_CLIP_TEXT, **card["text_cfg"], **clip.get("text", {})},
         }
-    except KeyError as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"clip.model={model} lacks {error}; it is no open_clip model configuration"
         ) from error
-    return {**layer, "clip": {**settings, **{k: v for k, v in clip.items() if k != "model"}, "model": None}}
+    rest = {k: v for k, v in clip.items() if k not in ("model", "vision", "text")}
+    return {**layer, "clip": {**settings, **rest, "model": None}}
 
 
 def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:
@@ -669,7 +722,7 @@ def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if f.name in skip or f.name.endswith("dropout"):
             continue
-        if any(not isinstance(n, bool) and n <= 0 for n in numbers):
+        if any(not isinstance(n, bool) and not 0 < n < math.inf for n in numbers):  # also catches NaN
             raise ValueError(f"{section}.{f.name} is {value}; it must be positive")
 
 

@@ -23,12 +23,6 @@ class ClipEncoders(nn.Module):
         super().__init__()
         import open_clip
 
-        for tower, name in (("text", "hf_model_name"), ("text", "hf_tokenizer_name")):
-            if getattr(clip, tower).get(name):
-                raise ValueError(
-                    f"clip.{tower}.{name} is set: towers from Hugging Face have no penultimate open_clip "
-                    "block; use an open_clip model with its own text tower"
-                )
         self.settings = clip
         self.tokenizer = open_clip.SimpleTokenizer(
             context_length=clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})
@@ -71,9 +65,7 @@ class ClipEncoders(nn.Module):
         return self.tokenizer(list(prompts))
 
     def text(self, tokens: Tensor) -> Tensor:
-        """int64 [b k] -> text tokens [b k d]: penultimate block (or the last), then the final norm, no
-        projection.
-        """
+        """int64 [b k] -> text tokens [b k d]: penultimate or last block, final norm, no projection."""
         model = self.model
         x = model.token_embedding(tokens) + model.positional_embedding
         blocks = list(model.transformer.resblocks)

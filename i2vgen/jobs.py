@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +31,7 @@ class Job:
 
 
 def plan(config: Config) -> list[Job]:
-    """All jobs of a configuration, checked: pictures can be read, outputs can be written, names are
-    distinct.
-    """
+    """All jobs of a configuration, checked: pictures are readable, outputs writable, names distinct."""
     if config.items and (config.image or config.prompt):
         raise ValueError("items= was given together with image= or prompt=; use either")
     items = list(read_items(config.items)) if config.items else pair(config)
@@ -68,9 +67,7 @@ def pair(config: Config) -> list[dict]:
 
 
 def read_items(path: str) -> Iterator[dict]:
-    """Records of a JSONL file; `image` and `prompt` are needed, `seed` (one or a list) and `output` may be
-    given.
-    """
+    """Records of a JSONL file: `image` and `prompt`, perhaps `seed` (one or a list) and `output`."""
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -105,9 +102,18 @@ def read_items(path: str) -> Iterator[dict]:
 
 def check(jobs: list[Job], config: Config) -> None:
     outputs = [job.output for job in jobs]
-    if len(set(outputs)) < len(outputs):
-        twice = next(path for path in outputs if outputs.count(path) > 1)
-        raise ValueError(f"two clips would be written to {twice}; give each its own output")
+    records = [
+        os.path.abspath(pipeline.record_path(path)) for path in outputs
+    ]  # clip.mp4, clip.gif share one
+    if len(set(records)) < len(records):
+        twice = next(path for path, record in zip(outputs, records, strict=True) if records.count(record) > 1)
+        raise ValueError(
+            f"two clips would be written to {twice} or to its record; give each its own output name"
+        )
+    read = {os.path.abspath(path): path for path in (*(job.image for job in jobs), config.items) if path}
+    for output, record in zip(outputs, records, strict=True):
+        if taken := {os.path.abspath(output), record} & read.keys():
+            raise ValueError(f"output {output} would overwrite {read[taken.pop()]}; choose another name")
     for path in dict.fromkeys(job.image for job in jobs):
         images.open_picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
     for path in outputs:

@@ -316,6 +316,7 @@ def load_parts(config: Config) -> I2VGenXL:
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
     clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
     if config.runtime.compile:
+        runtime.compile_quickly()
         unet.compile()
     return I2VGenXL(config, unet, vae, clip, device)
 

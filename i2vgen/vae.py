@@ -162,9 +162,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run from the last to the
-    first.
-    """
+    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run backwards."""
 
     def __init__(self, vae: config.VAE, backend: str):
         super().__init__()
@@ -201,9 +199,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = Conv(vae.embed_dim, vae.z_channels, 1)
 
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Pixels [n 3 H W] in [-1, 1] -> posterior over unscaled latents. Odd rests of H and W are cut
-        off.
-        """
+        """Pixels [n 3 H W] in [-1, 1] -> posterior of unscaled latents; odd rests of H and W are cut."""
         return Posterior.from_moments(self.moments(pixels))
 
     def moments(self, pixels: Tensor) -> Tensor:
@@ -227,9 +223,7 @@ class AutoencoderKL(nn.Module):
         return self.scale * torch.cat(latents)
 
     def decode(self, latents: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Scaled latents [n c h w] -> pixels [n 3 H W], around [-1, 1] but not clamped. `chunk` frames at a
-        time.
-        """
+        """Scaled latents [n c h w] -> pixels [n 3 H W], not clamped; `chunk` frames at a time."""
         return torch.cat([self._decode(part) for part in latents.split(chunk or latents.shape[0])])
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A mapping between two checkpoint layouts is a list of rows; a row is a pure rename or one of two exact
+"""A mapping between two checkpoint layouts is a list of rows; a row is a pure rename or one of three exact
 reshapes.
 
 A leaf table lists what one kind of block holds (their module name, our module name, kind); a place says
@@ -19,11 +19,12 @@ from torch import Tensor
 #   affine    weight and bias, as they are
 #   weight    a weight without a bias
 #   squeeze   weight with one trailing axis of length 1 more than ours, and a bias (Conv1d k=1, Conv3d
-# k=(3,1,1))
+#             k=(3,1,1))
 #   squeeze2  weight with two such axes, and a bias (1x1 convolution where ours is a Linear)
 #   split     one weight without a bias whose rows are ours, stacked (fused q, k, v)
-#   tensor    the name is a parameter itself, not a module
-Kind = Literal["affine", "weight", "squeeze", "squeeze2", "split", "tensor"]
+#   tensor    the name is a parameter itself, not a module; several of ours are its rows, stacked
+#   transpose the name is a parameter itself: a matrix whose rows are our columns
+Kind = Literal["affine", "weight", "squeeze", "squeeze2", "split", "tensor", "transpose"]
 Table = tuple[tuple[str, str | tuple[str, ...], Kind], ...]
 Place = tuple[str, Table, str]
 
@@ -35,8 +36,11 @@ class Row:
     theirs: str
     ours: tuple[str, ...]
     squeeze: int = 0  # trailing axes of length 1 that theirs has and ours lacks
+    transpose: bool = False  # theirs is a matrix whose rows are our columns
 
     def to_ours(self, tensor: Tensor) -> dict[str, Tensor]:
+        if self.transpose:
+            tensor = self._transposed(tensor, self.theirs)
         for _ in range(self.squeeze):
             if tensor.shape[-1] != 1:
                 raise ValueError(
@@ -53,7 +57,14 @@ class Row:
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = [tensors[name] for name in self.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return tensor.reshape(*tensor.shape, *[1] * self.squeeze)
+        tensor = tensor.reshape(*tensor.shape, *[1] * self.squeeze)
+        return self._transposed(tensor, self.ours[0]) if self.transpose else tensor
+
+    @staticmethod
+    def _transposed(tensor: Tensor, name: str) -> Tensor:
+        if tensor.ndim != 2:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it should be a matrix")
+        return tensor.t().contiguous()
 
 
 def expand(places: Iterable[Place]) -> list[Row]:
@@ -63,8 +74,8 @@ def expand(places: Iterable[Place]) -> list[Row]:
         for theirs, ours, kind in table:
             theirs = _join(their_prefix, theirs)
             names = tuple(_join(our_prefix, name) for name in ((ours,) if isinstance(ours, str) else ours))
-            if kind == "tensor":
-                rows.append(Row(theirs, names))
+            if kind in ("tensor", "transpose"):
+                rows.append(Row(theirs, names, transpose=kind == "transpose"))
                 continue
             squeeze = {"squeeze": 1, "squeeze2": 2}.get(kind, 0)
             rows.append(Row(f"{theirs}.weight", tuple(f"{name}.weight" for name in names), squeeze))
@@ -80,9 +91,7 @@ def audit(rows: list[Row], theirs: Iterable[str]) -> tuple[list[str], list[str]]
 
 
 def to_ours(rows: list[Row], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Their state dict -> ours. ValueError that lists missing and unexpected names unless every name is
-    mapped.
-    """
+    """Their state dict -> ours. ValueError lists missing and unexpected names."""
     missing, unexpected = audit(rows, theirs)
     if missing or unexpected:
         raise ValueError(

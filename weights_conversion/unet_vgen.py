@@ -1,9 +1,18 @@
-"""The official UNet checkpoint (VGen's names) <-> ours."""
+"""The official UNet checkpoint (VGen's names) and its relatives <-> ours.
+
+One table serves the lineage, whose key sets nest strictly: the refiners hold the plain video UNet, v1 adds
+`context_embedding` and `fps_embedding`, the released model the local branch. `settings_from_shapes` finds the
+settings under which the table maps a checkpoint one to one. The spatial half of Stable Diffusion 2.1, from
+which they all started, has its own rows (`sd_rows`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
 
 from i2vgen import config
 from weights_conversion.rules import Place, Row, Table, expand
@@ -26,6 +35,7 @@ RES_BLOCK: Table = (
     ("out_layers.3", "conv2", "affine"),
 )
 SKIP: Table = (("skip_connection", "skip", "affine"),)
+DOWN: Table = (("op", "conv", "affine"),)
 # The misspelling is the checkpoint's. The first stage has no dropout, so its convolution sits one place
 # earlier.
 TEMPORAL_CONV: Table = (
@@ -97,7 +107,7 @@ def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
             skips.append(width)
             index += 1
         if level < depth - 1:
-            yield f"input_blocks.{index}", (("op", "conv", "affine"),), f"down.{level}.resample"
+            yield f"input_blocks.{index}", DOWN, f"down.{level}.resample"
             skips.append(width)
             index += 1
 
@@ -198,3 +208,206 @@ def settings(arguments: Mapping[str, Any]) -> tuple[config.UNet, config.Use]:
         concat_head_width=in_dim,
     )
     return unet, config.Use(temporal_attention=arguments["temporal_attention"])
+
+
+# ------------------------------------------------------------------------------- settings from shapes
+
+Shapes = Mapping[str, tuple[int, ...]]
+Lineage = Literal["released", "v1", "refiner", "sd"]
+SD_PREFIX = "model.diffusion_model."
+SD_DOWN: Table = (("0.op", "conv", "affine"),)
+
+
+def lineage(names: Iterable[str]) -> Lineage | None:
+    """Which family of UNets the names belong to, with or without SD_PREFIX; None if none of them."""
+    roots, temporal = set(), False
+    for name in names:
+        name = name.removeprefix(SD_PREFIX)
+        roots.add(name.split(".")[0])
+        temporal |= name.startswith("input_blocks.0.1.") or ".temopral_conv." in name
+    if not {"input_blocks", "middle_block", "output_blocks", "time_embed"} <= roots:
+        return None
+    if not temporal:
+        return "sd"
+    if roots & {"local_image_concat", "local_image_embedding"}:
+        return "released"
+    return "v1" if {"fps_embedding", "context_embedding"} <= roots else "refiner"
+
+
+def settings_from_shapes(
+    shapes: Shapes, *, head_width: int | None = None, norm_groups: int = 32
+) -> tuple[config.UNet, config.Use]:
+    """Shapes of a checkpoint of any lineage but SD -> the settings under which `rows` maps all of it.
+
+    Shapes do not tell everything: a head is 64 wide unless `head_width` says otherwise, norms have
+    `norm_groups` groups, the small frame encoder two heads, and the local grid keeps its default. ValueError
+    if these cannot be, or if the names are no video UNet's.
+    """
+    if lineage(shapes) in (None, "sd"):
+        raise ValueError(
+            "these are no tensors of a video UNet in the official layout (no temporal parts were found); "
+            "a Stable Diffusion UNet can only initialise one"
+        )
+    use = _use(shapes)
+    widths, blocks, attends = _levels(shapes)
+    base_width, in_channels = _shape(shapes, "input_blocks.0.0.weight")[:2]
+    multipliers = tuple(width // base_width for width in widths)
+    if wrong := [width for width in widths if width % base_width]:
+        raise ValueError(f"a level is {wrong[0]} wide, no multiple of the first convolution's {base_width}")
+    attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]]  # middle
+    head_width = _head_width(head_width, attending)
+    unet = {
+        "in_channels": in_channels,
+        "out_channels": _shape(shapes, "out.2.weight")[0],
+        "base_width": base_width,
+        "width_multipliers": multipliers,
+        "blocks_per_level": blocks,
+        "attention_levels": attends,
+        "head_width": head_width,
+        "context_width": _shape(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
+        "norm_groups": norm_groups,
+    }
+    if use.temporal_attention:
+        unet["first_temporal_heads"] = _first_temporal_heads(shapes, head_width)
+    if use.global_tokens:
+        unet |= _global_tokens(shapes, unet["context_width"])
+    if use.local_tokens:
+        first, last = (_shape(shapes, f"local_image_embedding.{i}.weight") for i in (0, 3))
+        unet |= {"local_widths": (first[0], last[0]), "image_channels": first[1]}
+    if use.concat:
+        unet |= _concat(shapes, use)
+        unet["in_channels"] -= unet["concat_channels"]
+    return config.UNet(**unet), use
+
+
+def _use(shapes: Shapes) -> config.Use:
+    def has(start: str) -> bool:
+        return any(name.startswith(start) for name in shapes)
+
+    concat = has("local_image_concat.")
+    return config.Use(
+        # v1 alone reads no prompt: its cross-attention sees the image tokens only
+        text=lineage(shapes) != "v1",
+        global_tokens=has("context_embedding."),
+        local_tokens=has("local_image_embedding."),
+        concat=concat,
+        # without the branch the switch means nothing; its default keeps settings comparable
+        concat_temporal=has("local_temporal_encoder.") or not concat,
+        fps=has("fps_embedding."),
+        temporal_attention=has("input_blocks.0.1."),
+        temporal_convolution=any(".temopral_conv." in name for name in shapes),
+        temporal_second_attention=has("input_blocks.0.1.transformer_blocks.0.attn2.")
+        or not has("input_blocks.0.1."),
+    )
+
+
+def _levels(shapes: Shapes) -> tuple[list[int], int, tuple[bool, ...]]:
+    """-> width of every level, blocks per level, which levels attend"""
+    widths, counts, attends = [], [0], []
+    index = 1
+    while any(f"input_blocks.{index}.{part}.weight" in shapes for part in ("op", "0.in_layers.0")):
+        if f"input_blocks.{index}.op.weight" in shapes:
+            counts.append(0)
+        else:
+            if counts[-1] == 0:
+                widths.append(_shape(shapes, f"input_blocks.{index}.0.in_layers.2.weight")[0])
+                attends.append(f"input_blocks.{index}.1.transformer_blocks.0.attn2.to_k.weight" in shapes)
+            counts[-1] += 1
+        index += 1
+    if len(set(counts)) != 1 or counts[0] == 0:
+        raise ValueError(f"the levels have {counts} blocks; every level should have as many, at least one")
+    return widths, counts[0], tuple(attends)
+
+
+def _head_width(given: int | None, widths: list[int]) -> int:
+    head_width = config.UNet().head_width if given is None else given
+    if wrong := [width for width in widths if head_width < 1 or width % head_width]:
+        raise ValueError(
+            f"attention of width {wrong[0]} cannot have heads of width {head_width}"
+            + ("; give unet.head_width=..., which no shape tells" if given is None else "")
+        )
+    return head_width
+
+
+def _first_temporal_heads(shapes: Shapes, head_width: int) -> int:
+    inner = _shape(shapes, "input_blocks.0.1.proj_in.weight")[0]
+    if inner % head_width:
+        raise ValueError(
+            f"the first temporal transformer is {inner} wide inside, no multiple of unet.head_width = "
+            f"{head_width}; give unet.head_width=..."
+        )
+    return inner // head_width
+
+
+def _global_tokens(shapes: Shapes, context_width: int) -> dict[str, int]:
+    out = _shape(shapes, "context_embedding.2.weight")[0]
+    if out % context_width:
+        raise ValueError(
+            f"context_embedding makes {out} numbers, no whole tokens of the context's width {context_width}"
+        )
+    return {
+        "image_vector_width": _shape(shapes, "context_embedding.0.weight")[1],
+        "num_global_tokens": out // context_width,
+    }
+
+
+def _concat(shapes: Shapes, use: config.Use) -> dict[str, int]:
+    hidden, image_channels = _shape(shapes, "local_image_concat.0.weight")[:2]
+    branch = {
+        "image_channels": image_channels,
+        "concat_hidden": hidden,
+        "concat_channels": _shape(shapes, "local_image_concat.4.weight")[0],
+    }
+    if not use.concat_temporal:
+        return branch
+    start = "local_temporal_encoder.layers."
+    heads = config.UNet().concat_heads
+    rows = _shape(shapes, f"{start}0.0.fn.to_qkv.weight")[0]
+    if rows % (3 * heads):
+        raise ValueError(f"{start}0.0.fn.to_qkv.weight has {rows} rows, not q, k, v of {heads} heads")
+    layers = {name.removeprefix(start).split(".")[0] for name in shapes if name.startswith(start)}
+    return branch | {"concat_layers": len(layers), "concat_head_width": rows // (3 * heads)}
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise ValueError(f"{name} is missing, so this is no complete UNet in the official layout")
+    return tuple(shapes[name])
+
+
+# --------------------------------------------------------------------- Stable Diffusion 2.1's half
+
+
+def sd_rows(unet: config.UNet) -> list[Row]:
+    """A Stable Diffusion 2.x UNet (names without SD_PREFIX) -> our inherited tensors, 682 at full size.
+
+    2-D ResBlock halves, spatial transformers, resampling, input convolution and head. SD has no temporal
+    parts, so entries stand where the table puts them with those switched off, and its downsampling is a
+    list of one (`.0.op`). Its `time_embed` was not inherited. `conv_in.weight` has SD's channels only:
+    `widen_conv_in` adds the others.
+    """
+    spatial = config.Use(
+        global_tokens=False,
+        local_tokens=False,
+        concat=False,
+        fps=False,
+        temporal_attention=False,
+        temporal_convolution=False,
+    )
+    inherited = [place for place in places(unet, spatial) if place[0] != "time_embed"]
+    return expand((theirs, SD_DOWN if table == DOWN else table, ours) for theirs, table, ours in inherited)
+
+
+def widen_conv_in(tensor: Tensor, unet: config.UNet, use: config.Use) -> Tensor:
+    """SD's input convolution [w c 3 3] -> ours [w c' 3 3]: the concat branch's channels start at zero.
+
+    So the network first computes what it inherited, and training grows the picture in. With a gain, zero
+    stays zero.
+    """
+    extra = unet.concat_channels if use.concat else 0
+    width, channels, *kernel = tensor.shape
+    if channels != unet.in_channels:
+        raise ValueError(
+            f"input_blocks.0.0.weight reads {channels} channels; unet.in_channels is {unet.in_channels}"
+        )
+    return torch.cat([tensor, tensor.new_zeros(width, extra, *kernel)], dim=1)

@@ -161,9 +161,7 @@ def clip(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def _tap(name: str, got: Tensor, stored: Tensor, bound: float) -> Iterator[Row]:
-    """A tap holds some samples only; the file's metadata says which in words, so find each stored row in
-    ours.
-    """
+    """A tap holds some samples only (the metadata says which in words): find each row in ours."""
     got = got[:, 0] if got.ndim == stored.ndim + 1 else got
     for i, row in enumerate(stored):
         if row.shape != got.shape[1:]:  # ln_post after pooling: [1, d] against tokens

@@ -24,9 +24,7 @@ KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
 
 
 def run(path: str | Path, settings: Settings) -> list[Row]:
-    """Every comparison that the golden file allows. ValueError for a file of an unknown kind or a damaged
-    one.
-    """
+    """Every comparison the file allows. ValueError for an unknown kind or a damaged file."""
     golden = Golden(path)
     if golden.kind not in KINDS:
         raise ValueError(f"{path} is of kind {golden.kind!r}; known are {', '.join(KINDS)}")

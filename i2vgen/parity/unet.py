@@ -172,9 +172,7 @@ def _details(
 
 
 def _as_layout(got: Tensor, shape: torch.Size, b: int, f: int) -> Tensor | None:
-    """Our channels-last tensor in the official module's own layout; None where the rank does not tell
-    which.
-    """
+    """Our channels-last tensor in the official module's layout; None where the rank is ambiguous."""
     if got.ndim == 4 and got.shape[:2] == (b, f):  # temporal: [b f p c]
         if len(shape) == 5:
             return rearrange(got, "b f (h w) c -> b c f h w", h=shape[3])

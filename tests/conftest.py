@@ -1,0 +1,146 @@
+"""What the tests share: one thread, a fixed start of every random stream, small models with real numbers."""
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2vgen import checkpoint, config, pipeline
+from i2vgen.conditioning import Conditions
+from i2vgen.config import load_config
+from i2vgen.unet import UNet
+
+ROOT = Path(__file__).parents[1]
+# Every kind of part on two levels, a good million parameters: one forward takes hundredths of a second.
+SMALL = config.UNet(
+    base_width=32,
+    width_multipliers=(1, 2),
+    blocks_per_level=1,
+    attention_levels=(True, False),
+    head_width=8,
+    first_temporal_heads=2,
+    context_width=16,
+    norm_groups=8,
+    image_vector_width=12,
+    local_grid=8,
+    local_widths=(8, 8),
+)
+
+
+def pytest_configure():
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """configs/tiny.yaml with random weights, made smaller still where only the amount of work changes."""
+    return load_config(
+        ROOT / "configs" / "tiny.yaml", ["width=64", "frames=3", "steps=2", "device=cpu"], weights="random"
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny):
+    """All parts of `tiny` with keyed random weights; nobody may change it."""
+    with pytest.warns(UserWarning, match="NOISE"):
+        return pipeline.load_parts(tiny)
+
+
+@pytest.fixture(scope="session")
+def road(tiny_model):
+    """All parts of a still smaller road, in float64: two levels in UNet and autoencoder, 16 x 16 pixels."""
+    tiny = tiny_model.config
+    unet = dataclasses.replace(
+        SMALL, context_width=tiny.unet.context_width, image_vector_width=tiny.unet.image_vector_width
+    )
+    settings = dataclasses.replace(
+        tiny,
+        unet=unet,
+        vae=config.VAE(base_width=32, width_multipliers=(1, 2), blocks_per_level=1),
+        sample=dataclasses.replace(tiny.sample, width=16, height=16),
+    )
+    parts = [checkpoint.load(p, settings, device="cpu", dtype=torch.float64) for p in ("unet", "vae")]
+    return pipeline.I2VGenXL(settings, *parts, copy.deepcopy(tiny_model.clip).double(), tiny_model.device)
+
+
+@pytest.fixture(scope="session")
+def with_config():
+    """with_config(model, section={...}): the same parts under other settings."""
+
+    def make(model, **changes):
+        settings = model.config
+        for name, values in changes.items():
+            new = (
+                dataclasses.replace(getattr(settings, name), **values) if isinstance(values, dict) else values
+            )
+            settings = dataclasses.replace(settings, **{name: new})
+        return pipeline.I2VGenXL(settings, model.unet, model.vae, model.clip, model.device)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small():
+    return SMALL
+
+
+@pytest.fixture(scope="session")
+def make_unet():
+    """make_unet(use, dtype): a small UNet on the CPU, in eval mode, with keyed random weights."""
+
+    def make(use=None, dtype=torch.float64, *, backend="sdpa", **changes):
+        with torch.device("meta"):
+            unet = UNet(dataclasses.replace(SMALL, **changes), use or config.Use(), backend=backend)
+        checkpoint.fill(unet, checkpoint.random_state(unet, seed=0), dtype=dtype)
+        return unet.eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_inputs():
+    """make_inputs(batch, frames, h, w): a latent video, timesteps and raw conditions for a small UNet."""
+
+    def make(batch=1, frames=4, h=4, w=6, dtype=torch.float64):
+        generator = torch.Generator().manual_seed(batch)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+        x = normal(batch, 4, frames, h, w)
+        t = torch.tensor([981, 500, 3, 0][:batch])
+        fps = torch.tensor([8, 16, 24, 1][:batch])
+        return x, t, Conditions(normal(batch, 7, 16), normal(batch, 12), normal(batch, 4, h, w), fps)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """A PIL picture, 96 x 80: a bright disc over a two-coloured gradient."""
+    y, x = np.mgrid[:80, :96]
+    pixels = np.stack([2 * x, 3 * y, 255 - 2 * x], -1)
+    pixels[(x - 30) ** 2 + (y - 40) ** 2 < 300] = (250, 240, 60)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+@pytest.fixture
+def picture_file(picture, tmp_path):
+    path = tmp_path / "a picture.png"
+    picture.save(path)
+    return path

@@ -1,0 +1,296 @@
+"""The converter through its command line: every source, exact inverses, refusals that leave nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from i2vgen import checkpoint, config
+from weights_conversion import __main__ as command
+from weights_conversion import clip as clip_tables
+from weights_conversion import rules, unet_diffusers, unet_vgen
+from weights_conversion import vae as vae_tables
+from weights_conversion.convert import convert
+from weights_conversion.verify import verify
+
+CONFIG = config.Config(
+    unet=config.UNet(
+        base_width=32,
+        width_multipliers=(1, 2),
+        attention_levels=(True, False),
+        blocks_per_level=1,
+        head_width=16,
+        first_temporal_heads=2,
+        context_width=64,
+        image_vector_width=32,
+    ),
+    vae=config.VAE(base_width=32, width_multipliers=(1, 2), blocks_per_level=1),
+    clip=config.Clip(
+        embed_dim=32,
+        vision={"image_size": 28, "patch_size": 14, "layers": 2, "width": 64, "head_width": 64},
+        text={"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    ),
+    sample=config.Sample(width=64, height=64, frames=2, steps=2),
+)
+HEADS = ["unet.head_width=16"]
+
+
+@pytest.fixture(scope="session")
+def states():
+    """Random weights of every part under our names."""
+    return {
+        part: dict(checkpoint.random_state(checkpoint.build(part, CONFIG), seed=3))
+        for part in checkpoint.PARTS
+    }
+
+
+@pytest.fixture(scope="session")
+def official(states, tmp_path_factory):
+    """The three official files with small weights."""
+    folder = tmp_path_factory.mktemp("official")
+    unet = rules.to_theirs(unet_vgen.rows(CONFIG.unet, CONFIG.use), states["unet"])
+    vae = rules.to_theirs(vae_tables.rows(CONFIG.vae), states["vae"])
+    torch.save({"state_dict": unet, "step": 854500}, folder / "unet.pth")
+    other = {
+        "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3),
+        "betas": torch.zeros(4),
+    }
+    torch.save({"state_dict": {vae_tables.PREFIX + k: v for k, v in vae.items()} | other}, folder / "sd.ckpt")
+    torch.save(states["clip"], folder / "clip.bin")
+    return folder
+
+
+@pytest.fixture
+def native(official, tmp_path):
+    convert(
+        [official / "unet.pth", official / "sd.ckpt", official / "clip.bin"],
+        tmp_path / "native",
+        overrides=HEADS,
+    )
+    return tmp_path / "native"
+
+
+def run(*words) -> int:
+    """The command as a user types it: exit status, refusals as one line."""
+    from i2vgen import cli
+
+    return cli.run(lambda: command.main([str(word) for word in words]))
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def test_official_files_become_a_model(official, states, tmp_path, capsys):
+    out = tmp_path / "out"
+    files = [official / name for name in ("unet.pth", "sd.ckpt", "clip.bin")]
+    assert run("convert", *files, out, *HEADS) == 0
+    report = capsys.readouterr().out
+    assert "CLIP with both towers" in report and "missing" not in report and "sha256" in report
+    for part in checkpoint.PARTS:
+        assert same(load_file(out / f"{part}.safetensors"), states[part])
+    stored = config.from_dict(config.read_stored_settings(out))
+    assert stored.unet == CONFIG.unet and stored.use == CONFIG.use
+    assert stored.vae == dataclasses.replace(CONFIG.vae) and stored.clip == CONFIG.clip
+    origin = json.loads((out / "origin.json").read_text())
+    assert origin["extra"]["unet.pth"]["step"] == 854500
+    assert {s["file"] for s in origin["sources"]} == {"unet.pth", "sd.ckpt", "clip.bin"}
+    assert any("non-commercial" in note for note in origin["licence"])
+
+
+def test_one_part_alone_is_legal_and_the_report_says_what_is_missing(official, tmp_path, capsys):
+    assert run("convert", official / "unet.pth", tmp_path / "out", *HEADS) == 0
+    assert "missing for generation: vae, clip" in capsys.readouterr().out
+    assert checkpoint.missing_parts(tmp_path / "out") == ["vae", "clip"]
+
+
+def test_vgen_and_back_is_the_identity(native, official, tmp_path):
+    assert run("export", native, tmp_path / "vgen", "--layout", "vgen") == 0
+    for name, original in (
+        ("i2vgen_xl_00854500.pth", "unet.pth"),
+        ("open_clip_pytorch_model.bin", "clip.bin"),
+    ):
+        got = torch.load(tmp_path / "vgen" / name, weights_only=True)
+        want = torch.load(official / original, weights_only=True)
+        assert got.get("step") == want.get("step")
+        assert same(got.get("state_dict", got), want.get("state_dict", want))
+    vae = torch.load(tmp_path / "vgen" / "v2-1_512-ema-pruned.ckpt", weights_only=True)["state_dict"]
+    want = torch.load(official / "sd.ckpt", weights_only=True)["state_dict"]
+    assert same(vae, {k: v for k, v in want.items() if k.startswith(vae_tables.PREFIX)})
+    # torch.save writes whole storages: a view into a mapped file must not drag the file along
+    assert (tmp_path / "vgen" / "i2vgen_xl_00854500.pth").stat().st_size < 1.2 * (
+        official / "unet.pth"
+    ).stat().st_size
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-fold"]], ids=["folded", "plain"])
+def test_diffusers_and_back_is_the_identity(native, states, tmp_path, flags):
+    assert run("export", native, tmp_path / "diffusers", "--layout", "diffusers", *flags) == 0
+    assert run("convert", tmp_path / "diffusers", tmp_path / "again") == 0
+    for part in ("unet", "vae"):
+        assert same(load_file(tmp_path / "again" / f"{part}.safetensors"), states[part])
+    clip = load_file(tmp_path / "again" / "clip.safetensors")
+    kept = [name for name in clip if name not in clip_tables.ABSENT]
+    assert same({k: clip[k] for k in kept}, {k: states["clip"][k] for k in kept})
+    stored = config.from_dict(config.read_stored_settings(tmp_path / "again"))
+    assert stored.unet.head_width == 16 and stored.use.concat_gain == 2.0 and stored.vae.scale == 0.18215
+
+
+def test_sharded_and_cast(native, states, tmp_path):
+    assert run("convert", native, tmp_path / "out", "--dtype", "bfloat16", "--shard-size", "300K") == 0
+    index = json.loads((tmp_path / "out" / "unet.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    got = dict(checkpoint.read_part(tmp_path / "out", "unet"))
+    assert same(got, {k: v.bfloat16() for k, v in states["unet"].items()})
+    assert verify(tmp_path / "out", tmp_path / "out").passed
+
+
+def test_dry_run_writes_nothing(official, tmp_path, capsys):
+    assert run("convert", official / "unet.pth", tmp_path / "out", *HEADS, "--dry-run") == 0
+    assert "nothing written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_ablated_configuration_names_what_it_drops(official, states, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("convert", official / "unet.pth", out, *HEADS, "use.concat=false", "use.fps=false") == 0
+    assert "dropped" in capsys.readouterr().out
+    origin = json.loads((out / "origin.json").read_text())
+    assert (
+        "fps_embedding.0.weight" in origin["dropped"] and "local_image_concat.0.weight" in origin["dropped"]
+    )
+    got = load_file(out / "unet.safetensors")
+    assert torch.equal(got["conv_in.weight"], states["unet"]["conv_in.weight"][:, :4])
+    assert not any(name.startswith(("stem.concat", "stem.fps")) for name in got)
+    cfg = config.from_dict(config.read_stored_settings(out))
+    checkpoint.fill(checkpoint.build("unet", cfg), got)
+
+
+def test_spatial_initialisation_from_stable_diffusion(states, tmp_path, capsys):
+    cfg = dataclasses.replace(CONFIG, unet=dataclasses.replace(config.UNet(), norm_groups=32))
+    rows = unet_vgen.sd_rows(cfg.unet)
+    meta = checkpoint.build("unet", cfg).state_dict()
+    assert len(rows) == 682
+    assert all(name in meta for row in rows for name in row.ours)
+
+
+def test_spatial_initialisation_is_asked_for(official):
+    with pytest.raises(ValueError, match="spatial-init"):
+        convert([_sd_unet(official.parent)], official.parent / "never")
+
+
+def _sd_unet(folder):
+    path = folder / "sd_unet.safetensors"
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 4, 3, 3)}, path)
+    return path
+
+
+# --- refusals: exit status 2, one line, nothing written, the old result untouched
+
+MISTAKES = {
+    "a tensor is missing": (lambda s: s.pop("out.2.bias"), "missing"),
+    "a tensor too many": (lambda s: s.update(extra=torch.zeros(2)), "unexpected"),
+    "another shape": (lambda s: s.update({"out.0.weight": torch.zeros(7)}), "shape"),
+    "NaN": (lambda s: s["out.0.weight"].fill_(float("nan")), "NaN"),
+    "a v1 base": (
+        lambda s: [s.pop(k) for k in list(s) if k.startswith("local_")],
+        "v1|branch|missing|channels",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_refusals_leave_nothing_behind(official, tmp_path, capsys, name):
+    spoil, words = MISTAKES[name]
+    content = torch.load(official / "unet.pth", weights_only=True)
+    spoil(content["state_dict"])
+    torch.save(content, tmp_path / "unet.pth")
+    old = tmp_path / "out"
+    convert([official / "unet.pth"], old, overrides=HEADS)
+    before = {p.name: p.read_bytes() for p in old.iterdir()}
+    assert run("convert", tmp_path / "unet.pth", old, *HEADS) == 2
+    error = capsys.readouterr().err
+    import re
+
+    assert error.count("error:") == 1 and "Traceback" not in error and re.search(words, error), error
+    assert {p.name: p.read_bytes() for p in old.iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "unet.pth"]
+    assert run("convert", tmp_path / "unet.pth", tmp_path / "new", *HEADS) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_nonfinite_and_partial_when_asked_for(official, tmp_path, capsys):
+    content = torch.load(official / "unet.pth", weights_only=True)
+    content["state_dict"]["out.0.weight"].fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pth")
+    assert run("convert", tmp_path / "nan.pth", tmp_path / "a", *HEADS, "--allow-nonfinite") == 0
+    assert load_file(tmp_path / "a" / "unet.safetensors")["norm_out.weight"].isnan().all()
+    del content["state_dict"]["out.0.weight"]
+    torch.save(content, tmp_path / "part.pth")
+    assert run("convert", tmp_path / "part.pth", tmp_path / "b", *HEADS, "--partial") == 0
+    assert "freshly initialised 1 tensors: norm_out.weight" in capsys.readouterr().out
+    assert torch.equal(load_file(tmp_path / "b" / "unet.safetensors")["norm_out.weight"], torch.ones(32))
+
+
+def test_the_same_part_twice_is_refused(official, tmp_path):
+    with pytest.raises(ValueError, match="found twice"):
+        convert([official / "unet.pth", official / "unet.pth"], tmp_path / "out", overrides=HEADS)
+
+
+def test_a_full_disk_leaves_the_old_result(official, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    convert([official / "unet.pth"], out, overrides=HEADS)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_safetensors", full)
+    assert run("convert", official / "unet.pth", out, *HEADS) == 2
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+# --- verify and inspect
+
+
+def test_verify_names_the_first_difference(native, official, tmp_path, capsys):
+    assert run("verify", native, official / "unet.pth", *HEADS) == 1  # one side lacks the other parts
+    state = load_file(native / "unet.safetensors")
+    state["mid1.res.conv1.weight"][0, 0, 0, 0] += 1e-3
+    other = tmp_path / "other"
+    checkpoint.save(other, {"unet": state}, config.from_dict(config.read_stored_settings(native)))
+    capsys.readouterr()
+    assert run("verify", official / "unet.pth", other, *HEADS) == 1
+    assert "1 of" in (said := capsys.readouterr().out) and "mid1.res.conv1.weight" in said
+    convert([official / "unet.pth"], tmp_path / "fresh", overrides=HEADS)
+    assert run("verify", official / "unet.pth", tmp_path / "fresh", *HEADS) == 0
+
+
+@pytest.mark.reference
+def test_verify_runs_diffusers_beside_ours(native, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    assert run("export", native, tmp_path / "d", "--layout", "diffusers", "--no-fold") == 0
+    assert run("verify", native, tmp_path / "d", "--reference", "diffusers") == 0
+    assert "outputs in float64" in capsys.readouterr().out
+    unet = tmp_path / "d" / "unet" / "diffusion_pytorch_model.safetensors"
+    state = load_file(unet)
+    state["mid_block.resnets.0.conv1.bias"] += 0.1
+    save_file(state, unet, metadata={"format": "pt"})
+    assert run("verify", native, tmp_path / "d", "--reference", "diffusers") == 1
+    assert "first divergence at mid1.res.conv1" in capsys.readouterr().out
+
+
+def test_inspect_tells_what_it_is(official, native, capsys):
+    assert run("inspect", official / "unet.pth") == 0
+    assert "UNet in vgen layout" in (said := capsys.readouterr().out) and "854500" in said
+    assert run("inspect", native) == 0
+
+
+def test_diffusers_rows_and_vgen_rows_agree_on_ours():
+    ours = {n for row in unet_vgen.rows(CONFIG.unet, CONFIG.use) for n in row.ours}
+    assert ours == {n for row in unet_diffusers.rows(CONFIG.unet) for n in row.ours}

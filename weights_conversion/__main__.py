@@ -1,0 +1,181 @@
+"""Convert, export, verify and inspect checkpoints.
+
+    python -m weights_conversion convert SOURCE... OUT [setting=value ...]
+    python -m weights_conversion export NATIVE OUT --layout vgen|diffusers
+    python -m weights_conversion verify A B [--reference diffusers]
+    python -m weights_conversion inspect PATH
+
+A SOURCE is a checkpoint file, a folder, or hf:OWNER/NAME[@REVISION][#FOLDER_OR_FILE]. See docs/conversion.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from tqdm import tqdm
+
+from i2vgen import cli, runtime
+from weights_conversion.export import LAYOUTS, export
+from weights_conversion.inspect_file import describe
+from weights_conversion.recognise import what
+from weights_conversion.verify import verify
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser().parse_args(argv)
+    return arguments.run(arguments)
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="python -m weights_conversion",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    c = commands.add_parser("convert", help="any known checkpoint to a native folder")
+    c.add_argument("words", nargs="+", metavar="SOURCE... OUT [setting=value]")
+    c.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage; default: as it is")
+    c.add_argument(
+        "--shard-size", type=size, metavar="5G", help="split parts into files of at most this size"
+    )
+    c.add_argument("--dry-run", action="store_true", help="read, map and check everything, write nothing")
+    c.add_argument("--partial", action="store_true", help="take what fits; the rest is freshly initialised")
+    c.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
+    c.add_argument("--spatial-init", action="store_true", help="start a UNet from a Stable Diffusion 2.1 one")
+    c.add_argument("--variant", help="diffusers folders: fp16 takes the *.fp16.* files")
+    c.add_argument(
+        "--compat",
+        choices=["diffusers"],
+        help="take the scale, padding and gain that diffusers uses, not the trained ones",
+    )
+    c.set_defaults(run=run_convert)
+
+    e = commands.add_parser("export", help="a native folder to another layout")
+    e.add_argument("native")
+    e.add_argument("out")
+    e.add_argument("--layout", choices=LAYOUTS, required=True)
+    e.add_argument(
+        "--no-fold", action="store_true", help="diffusers: do not fold the concat gain into conv_in"
+    )
+    e.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage; default: as it is")
+    e.add_argument("--shard-size", type=size, metavar="5G")
+    e.set_defaults(run=run_export)
+
+    v = commands.add_parser("verify", help="the same weights in both? exit status 1 if not")
+    v.add_argument("a")
+    v.add_argument("b")
+    v.add_argument("settings", nargs="*", metavar="setting=value")
+    v.add_argument("--reference", choices=["diffusers"], help="run our UNet on A and diffusers' on B as well")
+    v.set_defaults(run=run_verify)
+
+    i = commands.add_parser("inspect", help="what a file or folder holds; nothing in it is executed")
+    i.add_argument("path")
+    i.add_argument("--hash", action="store_true", help="print SHA-256 too")
+    i.set_defaults(run=run_inspect)
+    return top
+
+
+def run_convert(arguments: argparse.Namespace) -> int:
+    from weights_conversion.convert import convert
+
+    names = [word for word in arguments.words if not cli.is_setting(word)]
+    if len(names) < 2:
+        raise ValueError("convert needs at least one SOURCE and the folder OUT to write")
+    with Bars() as bars:
+        report = convert(
+            names[:-1],
+            names[-1],
+            overrides=[word for word in arguments.words if cli.is_setting(word)],
+            dtype=runtime.DTYPES[arguments.dtype] if arguments.dtype else None,
+            shard_bytes=arguments.shard_size,
+            dry_run=arguments.dry_run,
+            partial=arguments.partial,
+            allow_nonfinite=arguments.allow_nonfinite,
+            spatial_init=arguments.spatial_init,
+            variant=arguments.variant,
+            compat=arguments.compat,
+            on_bytes=bars.show,
+        )
+    print(report.text())
+    return 0
+
+
+def run_export(arguments: argparse.Namespace) -> int:
+    notes = export(
+        arguments.native,
+        arguments.out,
+        layout=arguments.layout,
+        fold=not arguments.no_fold,
+        dtype=runtime.DTYPES[arguments.dtype] if arguments.dtype else None,
+        shard_bytes=arguments.shard_size,
+    )
+    for note in notes:
+        print(f"note: {note}")
+    print(f"written to {arguments.out}")
+    return 0
+
+
+def run_verify(arguments: argparse.Namespace) -> int:
+    verdict = verify(
+        arguments.a, arguments.b, reference=arguments.reference, overrides=tuple(arguments.settings)
+    )
+    print("\n".join(verdict.lines))
+    return 0 if verdict.passed else 1
+
+
+def run_inspect(arguments: argparse.Namespace) -> int:
+    print(describe(arguments.path, recognise=what, hash=arguments.hash))
+    return 0
+
+
+def size(text: str) -> int:
+    """5G, 500M, 123456 -> bytes"""
+    unit = text[-1:].upper() if text[-1:].upper() in UNITS and not text[-1:].isdigit() else ""
+    try:
+        value = int(float(text.removesuffix(text[-1:]) if unit else text) * UNITS[unit])
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; write 5G, 500M or a number of bytes"
+        ) from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size above zero")
+    return value
+
+
+class Bars:
+    """One progress bar at a time, replaced when the work changes."""
+
+    def __init__(self):
+        self.bar, self.label = None, ""
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def show(self, label: str, done: int, total: int) -> None:
+        if self.bar is None or label != self.label:
+            if self.bar is not None:
+                self.bar.close()
+            self.label = label
+            big = total > 10**6
+            self.bar = tqdm(
+                desc=label,
+                total=total,
+                unit="B" if big else "tensor",
+                unit_scale=big,
+                mininterval=0.5,
+                leave=False,
+            )
+        self.bar.update(done - self.bar.n)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,426 @@
+"""Any known checkpoint -> our native folder: strictly mapped, checked, written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import i2vgen
+from i2vgen import checkpoint, config
+from weights_conversion import clip as clip_tables
+from weights_conversion import readers, rules, sources, unet_diffusers, unet_vgen
+from weights_conversion import vae as vae_tables
+from weights_conversion.known import CONVERTED_NOTE, KNOWN_FILES, LICENCE_NOTES
+from weights_conversion.recognise import WORDS
+from weights_conversion.sources import PartSource
+
+OnBytes = Callable[[str, int, int], None]  # (what is going on, bytes done, bytes in all)
+
+
+@dataclass
+class Report:
+    """What a conversion found, chose and wrote."""
+
+    out: str
+    parts: dict[str, str] = field(default_factory=dict)  # native part -> one line about it
+    missing: list[str] = field(default_factory=list)  # parts that generation would need
+    notes: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    fresh: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
+    written: bool = False
+
+    def text(self) -> str:
+        lines = [f"{part:5} {line}" for part, line in self.parts.items()]
+        lines += [f"note: {note}" for note in self.notes]
+        if self.dropped:
+            lines.append(
+                f"dropped {len(self.dropped)} tensors of parts that are switched off: {_some(self.dropped)}"
+            )
+        if self.fresh:
+            lines.append(f"freshly initialised {len(self.fresh)} tensors: {_some(self.fresh)}")
+        if self.nonfinite:
+            lines.append(f"NaN or infinity in {len(self.nonfinite)} tensors: {_some(self.nonfinite)}")
+        for source in self.sources:
+            known = f", which is {source['known']}" if source.get("known") else ""
+            lines.append(f"source {source['file']} sha256 {source['sha256']}{known}")
+        if self.missing:
+            lines.append(f"missing for generation: {', '.join(self.missing)}")
+        lines.append(f"{'written to' if self.written else 'nothing written; it would go to'} {self.out}")
+        return "\n".join(lines)
+
+
+class LazyState(Mapping):
+    """Our state dict over tensors that stay in their file until one is asked for."""
+
+    def __init__(
+        self, rows: Sequence[rules.Row], theirs: Mapping[str, Tensor], slices: Mapping[str, int] | None = None
+    ):
+        self.theirs, self.slices = theirs, slices or {}
+        self.rows = {name: row for row in rows for name in row.ours}
+
+    def __getitem__(self, name: str) -> Tensor:
+        row = self.rows[name]
+        tensor = row.to_ours(self.theirs[row.theirs])[name]
+        return tensor[:, : self.slices[name]] if name in self.slices else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def convert(
+    names: Sequence[str | Path],
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+    dry_run: bool = False,
+    partial: bool = False,
+    allow_nonfinite: bool = False,
+    spatial_init: bool = False,
+    variant: str | None = None,
+    compat: str | None = None,
+    on_bytes: OnBytes | None = None,
+) -> Report:
+    """Sources -> native folder `out`, and a report. ValueError for everything that cannot be trusted.
+
+    `overrides` are settings as on a command line (`unet.head_width=16`, `use.concat=false`). `partial`
+    accepts missing tensors of a part (they are freshly initialised) and leaves unexpected ones out; without
+    it both are refused. `dtype` None keeps each tensor's own.
+    """
+    found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init)
+    report = Report(str(out))
+    for part in found:
+        report.notes += [note for note in part.notes if note not in report.notes]
+    cfg = settings_of(found, overrides)
+    states = {}
+    for part, held in native_parts(found).items():
+        states[part], line = STATES[part](held, cfg, partial or spatial_init, report)
+        report.parts[part] = line
+    report.missing = [part for part in checkpoint.PARTS if part not in states]
+
+    if not allow_nonfinite:
+        _refuse_nonfinite(states, report, on_bytes)
+    report.sources = [_describe(path, on_bytes) for path in dict.fromkeys(f for p in found for f in p.files)]
+    if dry_run:
+        return report
+    checkpoint.save(
+        out,
+        states,
+        cfg,
+        origin=origin(found, report),
+        shard_bytes=shard_bytes,
+        dtype=dtype,
+        on_bytes=None if on_bytes is None else lambda done, total: on_bytes("writing", done, total),
+    )
+    report.written = True
+    return report
+
+
+def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config.Config:
+    """Settings that the sources state or show by their shapes, then the user's overrides."""
+    stated, literals = config.parse_overrides(overrides)
+    if literals:
+        raise ValueError(f"{', '.join(literals)} is no setting of a model; give unet., vae., clip., use. ...")
+    settings: dict[str, Any] = {}
+    for part in found:
+        _merge(settings, part.settings)
+    for part in found:
+        if part.part not in settings:
+            _merge(settings, _shown(part, stated))
+    _merge(settings, stated)
+    _fit_missing(settings, {p.part for p in found})
+    try:
+        return config.from_dict(settings)
+    except ValueError as error:
+        raise ValueError(f"the parts do not make one model: {error}") from error
+
+
+def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """What a part's shapes say about its settings; the rest comes from `stated` or a default."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
+    if part.part == "unet" and part.layout in ("vgen", "sd"):
+        if part.layout == "sd":
+            return {}
+        unet, use = unet_vgen.settings_from_shapes(
+            shapes, head_width=stated.get("unet", {}).get("head_width")
+        )
+        return {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
+    if part.part == "vae" and part.layout == "compvis":
+        return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
+    if part.part == "clip" and part.layout == "open_clip":
+        return {"clip": dataclasses.asdict(clip_tables.settings_from_open_clip(shapes))}
+    raise ValueError(
+        f"{part.files[0]} is a {part.layout} {WORDS[part.part]} without its config.json; name the folder "
+        "that holds both"
+    )
+
+
+def _fit_missing(settings: dict[str, Any], parts: set[str]) -> None:
+    """Parts that are not there get settings that fit the others, so that a lone part is a legal folder."""
+    unet, vae, clip = (settings.setdefault(name, {}) for name in ("unet", "vae", "clip"))
+    if "unet" not in parts:
+        if "embed_dim" in vae:
+            unet.setdefault("in_channels", vae["embed_dim"])
+            unet.setdefault("image_channels", vae["embed_dim"])
+        if "text" in clip:
+            unet.setdefault("context_width", clip["text"]["width"])
+            unet.setdefault("image_vector_width", clip["embed_dim"])
+    if "vae" not in parts and "in_channels" in unet:
+        vae.setdefault("embed_dim", unet["in_channels"])
+    if not parts & {"clip", "text"} and "context_width" in unet:
+        base = dataclasses.asdict(config.Clip())
+        clip.setdefault("text", {**base["text"], "width": unet["context_width"]})
+    if not parts & {"clip", "image"} and "image_vector_width" in unet:
+        clip.setdefault("embed_dim", unet["image_vector_width"])
+    sample = settings.setdefault("sample", {})
+    try:
+        multiple = config.VAE(**_tuples(vae)).factor * config.UNet(**_tuples(unet)).factor
+    except ValueError:
+        return  # the complete check names the fields
+    for name in ("width", "height"):  # the default size, made legal for another number of levels
+        size = getattr(config.DEFAULTS.sample, name)
+        sample.setdefault(name, max(multiple, size // multiple * multiple))
+
+
+def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def native_parts(found: Sequence[PartSource]) -> dict[str, list[PartSource]]:
+    """Sources by native part: transformers' two CLIP towers make one."""
+    parts: dict[str, list[PartSource]] = {}
+    for part in found:
+        parts.setdefault("clip" if part.part in ("text", "image") else part.part, []).append(part)
+    towers = {p.part for p in parts.get("clip", ())}
+    if towers and towers != {"clip"} and towers != {"text", "image"}:
+        have = WORDS[next(iter(towers))]
+        raise ValueError(
+            f"only the {have} was given; a native CLIP holds both towers, name the other one too"
+        )
+    return parts
+
+
+# ---------------------------------------------------------------------------------------------------
+# One function per part: sources -> our lazily read state dict and a line for the report
+
+
+def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
+    source = held[0]
+    if source.layout == "native":
+        return source.tensors, _line(source, source.tensors)
+    full = checkpoint.full_use(cfg.use)
+    if source.layout == "diffusers":
+        rows = unet_diffusers.rows(cfg.unet)
+        full_rows = rows
+    elif source.layout == "sd":
+        rows = unet_vgen.sd_rows(cfg.unet)
+        full_rows = rows
+    else:
+        rows, full_rows = unet_vgen.rows(cfg.unet, cfg.use), unet_vgen.rows(cfg.unet, full)
+    wanted = checkpoint.build("unet", cfg).state_dict()
+    ours = {name for row in rows for name in row.ours}
+    rows = [row for row in rows if set(row.ours) <= wanted.keys()]
+    # What an ablated configuration loses is declared; everything else has to be mapped.
+    declared = {row.theirs for row in full_rows} - {row.theirs for row in rows}
+    missing, unexpected = rules.audit(rows, source.tensors)
+    report.dropped += sorted(set(unexpected) & declared)
+    unexpected = sorted(set(unexpected) - declared)
+    if source.layout == "sd":
+        unexpected = []  # partial by design: its time embedding and output statistics are not inherited
+    _refuse(source, missing, unexpected, partial)
+    rows = [row for row in rows if row.theirs in source.tensors]
+    slices = {n: s for n, s in checkpoint.declared_drops(cfg.unet, cfg.use).slices.items() if n in ours}
+    state = LazyState(rows, source.tensors, slices)
+    _check_shapes(source, state, wanted, allow_narrow=source.layout == "sd")
+    if absent := [name for name in wanted if name not in state]:
+        report.fresh += absent
+        return {**_fresh("unet", cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
+    return state, _line(source, state)
+
+
+def _vae(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
+    source = held[0]
+    if source.layout == "native":
+        return source.tensors, _line(source, source.tensors)
+    rows = vae_tables.rows(cfg.vae) if source.layout == "compvis" else vae_tables.diffusers_rows(cfg.vae)
+    return _strict(source, rows, checkpoint.build("vae", cfg).state_dict(), partial, report, cfg, "vae")
+
+
+def _clip(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
+    wanted = checkpoint.inner(checkpoint.build("clip", cfg)).state_dict()
+    if held[0].layout in ("native", "open_clip"):
+        rows = [rules.Row(name, (name,)) for name in wanted]
+        return _strict(held[0], rows, wanted, partial, report, cfg, "clip")
+    state, notes = clip_tables.from_transformers({p.part: p.tensors for p in held}, cfg.clip)
+    report.notes += notes
+    _check_shapes(held[0], state, wanted)
+    if absent := sorted(set(wanted) - set(state)):
+        raise ValueError(f"{held[0].files[0]} lacks {len(absent)} tensors: {_some(absent)}")
+    return state, " + ".join(_line(p, p.tensors) for p in held)
+
+
+STATES = {"unet": _unet, "vae": _vae, "clip": _clip}
+
+
+def _strict(source, rows, wanted, partial, report, cfg, part) -> tuple[Mapping, str]:
+    missing, unexpected = rules.audit(rows, source.tensors)
+    _refuse(source, missing, unexpected, partial)
+    state = LazyState([row for row in rows if row.theirs in source.tensors], source.tensors)
+    _check_shapes(source, state, wanted)
+    if absent := [name for name in wanted if name not in state]:
+        report.fresh += absent
+        return {**_fresh(part, cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
+    return state, _line(source, state)
+
+
+def _fresh(part: str, cfg: config.Config, names: list[str]) -> dict[str, Tensor]:
+    """PyTorch's own initialisation, seeded, for tensors that the source does not hold."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = checkpoint.BUILDERS[part](cfg)
+    state = checkpoint.inner(model).state_dict()
+    return {name: state[name] for name in names}
+
+
+def _refuse(source: PartSource, missing: list[str], unexpected: list[str], partial: bool) -> None:
+    if not (missing or unexpected) or partial:
+        return
+    lines = [f"{source.files[0]}: the {WORDS[source.part]} does not fit its layout ({source.layout})"]
+    if missing:
+        lines.append(f"{len(missing)} tensors are missing: {_grouped(missing)}")
+    if unexpected:
+        lines.append(f"{len(unexpected)} tensors are unexpected: {_grouped(unexpected)}")
+    if reason := likely_reason(missing, unexpected):
+        lines.append(reason)
+    lines.append("--partial takes what fits, use.NAME=false declares a part that is not there")
+    raise ValueError("; ".join(lines))
+
+
+LOCAL_BRANCH = {"local_image_concat", "local_temporal_encoder", "local_image_embedding"}
+
+
+def likely_reason(missing: list[str], unexpected: list[str]) -> str:
+    """A guess in words at why names do not fit."""
+    prefixes = {name.split(".")[0] for name in missing}
+    if prefixes and prefixes <= LOCAL_BRANCH:
+        return "this looks like a v1 base (ModelScope Image-to-Video): it has no local branch"
+    if prefixes and prefixes <= LOCAL_BRANCH | {"fps_embedding", "context_embedding"}:
+        return "this looks like a refiner (Video-to-Video or SR600): it has no image conditions"
+    if any("pose" in n or "dwpose" in n or "randomref" in n for n in unexpected):
+        return "this looks like a person variant or another model of the same family, with a pose branch"
+    if any(name.startswith("module.") for name in unexpected):
+        return "the names carry the prefix of a DistributedDataParallel wrapper (module.)"
+    if missing and len(missing) < 50 and not unexpected:
+        return "this looks like a file that was cut short or saved in part"
+    return ""
+
+
+def _check_shapes(
+    source: PartSource, state: Mapping, wanted: Mapping[str, Tensor], allow_narrow: bool = False
+) -> None:
+    wrong = []
+    for name in state:
+        have, want = tuple(state[name].shape), tuple(wanted[name].shape)
+        narrow = allow_narrow and name == "conv_in.weight" and have[0] == want[0] and have[2:] == want[2:]
+        if have != want and not narrow:
+            wrong.append(f"{name} has shape {have}, the settings say {want}")
+    if wrong:
+        raise ValueError(f"{source.files[0]}: {len(wrong)} tensors of another shape: {_some(wrong, '; ')}")
+
+
+def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: OnBytes | None) -> None:
+    for part, state in states.items():
+        total = sum(1 for _ in state)
+        done = 0
+
+        def tick(name: str, total: int = total) -> None:
+            nonlocal done
+            done += 1
+            if on_bytes is not None:
+                on_bytes("checking for NaN", done, total)
+
+        report.nonfinite += [f"{part}: {name}" for name in readers.find_nonfinite(state, on_tensor=tick)]
+    if report.nonfinite:
+        raise ValueError(
+            f"NaN or infinity in {len(report.nonfinite)} tensors: {_some(report.nonfinite)}; "
+            "--allow-nonfinite converts anyway"
+        )
+
+
+def origin(found: Sequence[PartSource], report: Report) -> dict[str, Any]:
+    """The record that stays with the weights: which files, what they are, under which terms, made by what."""
+    lineages = set()
+    for part in found:
+        if part.part == "unet":
+            lineages.add(unet_vgen.lineage(part.tensors) if part.layout in ("vgen", "sd") else "released")
+        else:
+            lineages.add("vae" if part.part == "vae" else "clip")
+    return {
+        "sources": report.sources,
+        "parts": report.parts,
+        "licence": [LICENCE_NOTES[name] for name in sorted(x for x in lineages if x)] + [CONVERTED_NOTE],
+        "notes": report.notes,
+        "dropped": report.dropped,
+        "freshly_initialised": report.fresh,
+        "extra": {str(p.files[0].name): dict(p.extra) for p in found if p.extra},
+        "converter": f"i2vgen {i2vgen.__version__}",
+    }
+
+
+def _describe(path: Path, on_bytes: OnBytes | None) -> dict[str, Any]:
+    size = path.stat().st_size
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(f"hashing {path.name}", done, size)
+
+    digest = readers.sha256(path, on_bytes=tick)
+    known = KNOWN_FILES.get(digest)
+    return {
+        "file": path.name,
+        "bytes": size,
+        "sha256": digest,
+        "known": f"{known.name}: {known.note}" if known else None,
+    }
+
+
+def _line(source: PartSource, state: Mapping[str, Tensor]) -> str:
+    parameters = sum(tensor.numel() for tensor in state.values())
+    files = ", ".join(dict.fromkeys(f.name for f in source.files))
+    count = f"{len(state)} tensors, {parameters:,} parameters"
+    return f"{WORDS[source.part]} from {files} ({source.layout}): {count}"
+
+
+def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = dict(value) if isinstance(value, Mapping) else value
+
+
+def _grouped(names: list[str]) -> str:
+    """Names by their first word: `input_blocks (12), out (4): input_blocks.0.0.weight, ...`"""
+    groups: dict[str, int] = {}
+    for name in names:
+        groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1
+    return f"{', '.join(f'{g} ({n})' for g, n in groups.items())}: {_some(names)}"
+
+
+def _some(names: list[str], separator: str = ", ") -> str:
+    return separator.join(names[:6]) + (f"{separator}..." if len(names) > 6 else "")

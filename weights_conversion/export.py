@@ -1,0 +1,138 @@
+"""Our native folder -> the official files or a diffusers folder: complete, exact inverses of `convert`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from i2vgen import checkpoint, config
+from weights_conversion import diffusers_layout, rules, sources, unet_vgen
+from weights_conversion import vae as vae_tables
+
+LAYOUTS = ("vgen", "diffusers")
+UNET_FILE = "i2vgen_xl_{step:08d}.pth"
+CLIP_FILE = "open_clip_pytorch_model.bin"
+VAE_FILE = "v2-1_512-ema-pruned.ckpt"
+RELEASED_STEP = 854500  # written where the origin of the weights names no step
+
+
+def export(
+    native: str | Path,
+    out: str | Path,
+    *,
+    layout: str,
+    fold: bool = True,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int | None = None,
+) -> list[str]:
+    """Native folder -> `out` in another layout; returns notes for the user. Whole or not at all.
+
+    `fold` (diffusers only) multiplies conv_in's picture channels by the concat gain, exact for the official
+    2.0, so that diffusers' network computes what the official one computes. ValueError for a folder that lacks a
+    part the layout needs, and for settings it cannot express.
+    """
+    native, out = Path(native), Path(out)
+    if layout not in LAYOUTS:
+        raise ValueError(f"there is no layout {layout!r}; known are {', '.join(LAYOUTS)}")
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not empty; choose a new place")
+    parts = {p.part: p.tensors for p in sources.native(native)}
+    if not parts:
+        raise ValueError(f"{native} holds no part to export")
+    cfg = config.from_dict(config.read_stored_settings(native))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        if layout == "diffusers":
+            if missing := [p for p in checkpoint.PARTS if p not in parts]:
+                raise ValueError(f"{native} lacks {', '.join(missing)}; a diffusers folder needs every part")
+            notes = diffusers_layout.write_folder(
+                cfg, parts, temporary, fold=fold, dtype=dtype, shard_bytes=shard_bytes
+            )
+        else:
+            notes = _write_vgen(cfg, parts, temporary, read_origin(native), dtype)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return notes
+
+
+def read_origin(native: Path) -> dict[str, Any]:
+    path = native / checkpoint.ORIGIN_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); convert the weights again") from error
+
+
+def _write_vgen(
+    cfg: config.Config,
+    parts: Mapping[str, Mapping[str, Tensor]],
+    folder: Path,
+    origin: Mapping[str, Any],
+    dtype: torch.dtype | None,
+) -> list[str]:
+    steps = [extra["step"] for extra in origin.get("extra", {}).values() if "step" in extra]
+    step = int(steps[0]) if steps else RELEASED_STEP
+    notes = []
+    if "unet" in parts:
+        state = _theirs(unet_vgen.rows(cfg.unet, cfg.use), parts["unet"], "", dtype)
+        _save({"state_dict": state, "step": step}, folder / UNET_FILE.format(step=step))
+        if cfg.use.concat and cfg.use.concat_gain != 2.0:
+            notes.append(
+                f"use.concat_gain is {cfg.use.concat_gain}, but the official code always adds the branch "
+                "twice (2.0)"
+            )
+    if "vae" in parts:
+        state = _theirs(vae_tables.rows(cfg.vae), parts["vae"], vae_tables.PREFIX, dtype)
+        _save({"state_dict": state}, folder / VAE_FILE)
+    if "clip" in parts:
+        same = [rules.Row(name, (name,)) for name in parts["clip"]]
+        _save(_theirs(same, parts["clip"], "", dtype), folder / CLIP_FILE)
+    return notes
+
+
+def _theirs(
+    rows: list[rules.Row], ours: Mapping[str, Tensor], prefix: str, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    missing = sorted({name for row in rows for name in row.ours} - set(ours))
+    unknown = sorted(set(ours) - {name for row in rows for name in row.ours})
+    if missing or unknown:
+        raise ValueError(
+            f"the folder's tensors do not fit its settings: {len(missing)} missing, {len(unknown)} unknown, "
+            f"e.g. {(missing + unknown)[0]}"
+        )
+    state = {}
+    for row in rows:
+        tensor = row.to_theirs(ours)
+        state[prefix + row.theirs] = _own_storage(tensor if dtype is None else tensor.to(dtype))
+    return state
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same numbers, unread, over a storage of their own: torch.save writes storages whole."""
+    tensor = tensor.detach().contiguous()
+    start = tensor.storage_offset() * tensor.element_size()
+    end = start + tensor.numel() * tensor.element_size()
+    piece = tensor.untyped_storage()[start:end]
+    return torch.empty(0, dtype=tensor.dtype).set_(piece, 0, tensor.shape, tensor.stride())
+
+
+def _save(content: Mapping[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,47 @@
+"""Published files and the terms they came under. A converter's report names them; it never fetches them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Known(NamedTuple):
+    name: str
+    note: str
+
+
+# SHA-256 from public file listings.
+KNOWN_FILES = {
+    "d3921efea21a4aac109a03ea8ca1f4f6a756ba82d30bfeb82b83f94a7aff8f73": Known(
+        "i2vgen_xl_00854500.pth", "the released I2VGen-XL UNet, step 854,500"
+    ),
+    "9a78ef8e8c73fd0df621682e7a8e8eb36c6916cb3c16b291a082ecd52ab79cc4": Known(
+        "open_clip_pytorch_model.bin", "open_clip ViT-H-14, laion2b_s32b_b79k"
+    ),
+    "88ecb782561455673c4b78d05093494b9c539fc6bfc08f3a9a4a0dd7b0b10f36": Known(
+        "v2-1_512-ema-pruned.ckpt", "Stable Diffusion 2.1 base; its autoencoder is used"
+    ),
+    "df955bdf6b682338ea9b55dfc0d8f3475aadf4836e204893d28b82355e0956d2": Known(
+        "v2-1_512-ema-pruned.safetensors", "Stable Diffusion 2.1 base; its autoencoder is used"
+    ),
+}
+
+# A reading of public statements, not legal advice.
+LICENCE_NOTES = {
+    "released": (
+        "I2VGen-XL weights: tagged MIT on the hub, but the authors' disclaimer says research and "
+        "non-commercial use only; treat them as non-commercial"
+    ),
+    "v1": (
+        "MS-Image2Video weights: CC BY-NC-ND 4.0; convert for yourself only, never redistribute converted "
+        "files"
+    ),
+    "refiner": (
+        "MS-Vid2Vid-XL and SR600 weights: CC BY-NC-ND 4.0 or research only; convert for yourself only, never "
+        "redistribute converted files"
+    ),
+    "sd": "Stable Diffusion 2.1: CreativeML Open RAIL++-M; its use restrictions travel with the weights",
+    "vae": "Stable Diffusion 2.1 autoencoder: CreativeML Open RAIL++-M; its use restrictions travel with it",
+    "clip": "CLIP ViT-H-14 LAION-2B weights: tagged MIT",
+}
+CONVERTED_NOTE = "A converted file stands under the terms of the file it was made from."

@@ -1,0 +1,123 @@
+"""What a set of tensors is, told by their names alone: which part of a model, in whose layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Part = Literal["unet", "vae", "clip", "text", "image"]  # text and image: one tower of transformers' CLIP
+Layout = Literal["vgen", "sd", "compvis", "open_clip", "diffusers", "transformers", "native"]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A part in a layout: names that must be there (after `prefix`), and names that rule it out."""
+
+    part: Part
+    layout: Layout
+    prefix: str
+    needs: tuple[str, ...]
+    without: tuple[str, ...] = ()
+
+
+# A name ending in a dot or starting with one means "some name that starts with / contains it".
+SIGNATURES = (
+    Signature("unet", "vgen", "", ("input_blocks.0.0.weight", ".temopral_conv.")),
+    Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
+    Signature("unet", "sd", "", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
+    Signature("unet", "diffusers", "", ("transformer_in.norm.weight", "image_latents_proj_in.")),
+    Signature("unet", "native", "", ("conv_in.weight", "time.linear1.weight", "mid1.res.conv1.weight")),
+    Signature("vae", "compvis", "first_stage_model.", ("encoder.conv_in.weight", "encoder.mid.block_1.")),
+    Signature("vae", "compvis", "", ("encoder.conv_in.weight", "encoder.mid.block_1.")),
+    Signature("vae", "diffusers", "", ("encoder.conv_in.weight", "encoder.mid_block.")),
+    Signature("vae", "native", "", ("encoder.conv_in.weight", "encoder.mid.block1.")),
+    Signature("clip", "open_clip", "", ("visual.conv1.weight", "token_embedding.weight", "ln_final.weight")),
+    Signature("text", "transformers", "text_model.", ("embeddings.token_embedding.weight",)),
+    Signature("text", "transformers", "", ("embeddings.token_embedding.weight",)),
+    Signature("image", "transformers", "", ("vision_model.embeddings.class_embedding",)),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part that a file holds; `tensors` are that part's only, without the prefix, still unread."""
+
+    part: Part
+    layout: Layout
+    tensors: Mapping[str, Tensor]
+
+
+class Below(Mapping):
+    """The tensors below a prefix, under the names that remain; reading one reads it from the file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, keep: Iterable[str] | None = None):
+        names = (name for name in tensors if name.startswith(prefix)) if keep is None else keep
+        self.tensors, self.prefix = tensors, prefix
+        self.names = [name.removeprefix(prefix) for name in names]
+        self.known = set(self.names)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.known:
+            raise KeyError(name)
+        return self.tensors[self.prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def recognise(tensors: Mapping[str, Tensor]) -> list[Found]:
+    """Every part found, each once; empty if nothing is known."""
+    names = list(tensors)
+    found: list[Found] = []
+    for signature in SIGNATURES:
+        if any(f.part == signature.part for f in found):
+            continue
+        below = [n.removeprefix(signature.prefix) for n in names if n.startswith(signature.prefix)]
+        if all(_has(below, n) for n in signature.needs) and not any(
+            _has(below, n) for n in signature.without
+        ):
+            found.append(Found(signature.part, signature.layout, _own(tensors, signature)))
+    return found
+
+
+def what(tensors: Mapping[str, Tensor]) -> str | None:
+    """One line for a report."""
+    found = recognise(tensors)
+    return (
+        ", ".join(f"{WORDS[f.part]} in {f.layout} layout ({len(f.tensors)} tensors)" for f in found) or None
+    )
+
+
+WORDS = {
+    "unet": "UNet",
+    "vae": "autoencoder",
+    "clip": "CLIP with both towers",
+    "text": "CLIP text tower",
+    "image": "CLIP image tower",
+}
+
+
+def _own(tensors: Mapping[str, Tensor], signature: Signature) -> Below:
+    """A part's own tensors: all below its prefix; without one, those that belong to no other part."""
+    if signature.part == "image":
+        own = [n for n in tensors if n.startswith(("vision_model.", "visual_projection."))]
+        return Below(tensors, "", own)
+    if signature.part == "text" and not signature.prefix:
+        return Below(
+            tensors, "", [n for n in tensors if not n.startswith(("vision_model.", "visual_projection."))]
+        )
+    return Below(tensors, signature.prefix)
+
+
+def _has(names: list[str], wanted: str) -> bool:
+    if wanted.startswith("."):
+        return any(wanted in name for name in names)
+    if wanted.endswith("."):
+        return any(name.startswith(wanted) for name in names)
+    return wanted in names

@@ -1,0 +1,189 @@
+"""Two sets of weights side by side: the same numbers, and with a reference the same outputs by layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from i2vgen import checkpoint, config
+from i2vgen.conditioning import Conditions
+from weights_conversion import convert, rules, sources, unet_diffusers
+from weights_conversion.recognise import WORDS
+
+OUTPUT_BOUND = 1e-9  # relative L2 in float64, everything but rounding removed
+
+
+@dataclass
+class Verdict:
+    lines: list[str] = field(default_factory=list)
+    passed: bool = True
+
+    def add(self, passed: bool, line: str) -> None:
+        self.passed &= passed
+        self.lines.append(f"{'same' if passed else 'DIFFERENT'}: {line}")
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    reference: str | None = None,
+    overrides: tuple[str, ...] = (),
+    seed: int = 0,
+    on_part: Callable[[str], None] | None = None,
+) -> Verdict:
+    """Map both to our names and compare every tensor bit for bit; with `reference` run both networks too.
+
+    `a` and `b` may be any sources `convert` knows. `reference="diffusers"` runs `a` in our network and `b` in
+    diffusers' class, in float64 on seeded random inputs, and names the first layer that diverges.
+    """
+    if reference not in (None, "diffusers"):
+        raise ValueError(f"there is no reference {reference!r}; known is diffusers")
+    states = [_states(path, overrides) for path in (a, b)]
+    verdict = Verdict()
+    shared = [part for part in checkpoint.PARTS if part in states[0][0] and part in states[1][0]]
+    for part in checkpoint.PARTS:
+        if (part in states[0][0]) != (part in states[1][0]):
+            verdict.add(False, f"only one side holds the {WORDS[part]}")
+    if not shared:
+        raise ValueError(f"{a} and {b} have no part in common")
+    for part in shared:
+        if on_part is not None:
+            on_part(part)
+        _compare(part, states[0][0][part], states[1][0][part], verdict)
+    if reference is not None:
+        if "unet" not in shared:
+            raise ValueError("--reference diffusers compares UNets; both sides must hold one")
+        _run_both(states[0][0]["unet"], states[1][0]["unet"], states[0][1], seed, verdict)
+    return verdict
+
+
+def _states(
+    path: str | Path, overrides: tuple[str, ...]
+) -> tuple[dict[str, Mapping[str, Tensor]], config.Config]:
+    found = sources.gather([path])
+    cfg = convert.settings_of(found, overrides)
+    report = convert.Report("")
+    return {
+        part: convert.STATES[part](held, cfg, False, report)[0]
+        for part, held in convert.native_parts(found).items()
+    }, cfg
+
+
+def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdict: Verdict) -> None:
+    if only := sorted(set(a) ^ set(b)):
+        verdict.add(False, f"{WORDS[part]}: {len(only)} tensors are on one side only, first {only[0]}")
+    names = [name for name in a if name in b]
+    different = [name for name in names if not _equal(a[name], b[name])]
+    if different:
+        first = different[0]
+        how = f"first {first}: {_how(a[first], b[first])}"
+        verdict.add(False, f"{WORDS[part]}: {len(different)} of {len(names)} tensors differ, {how}")
+    else:
+        verdict.add(True, f"{WORDS[part]}: {len(names)} tensors, bit for bit")
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    """Bits, not values: equal NaN are equal, 0.0 and -0.0 are not."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(a, b)
+
+
+def _how(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape:
+        return f"shape {tuple(a.shape)} and {tuple(b.shape)}"
+    if a.dtype != b.dtype:
+        return f"{a.dtype} and {b.dtype}"
+    return f"largest difference {(a.double() - b.double()).abs().max().item():.3g}"
+
+
+def _run_both(
+    a: Mapping[str, Tensor], b: Mapping[str, Tensor], cfg: config.Config, seed: int, verdict: Verdict
+) -> None:
+    """Our network on `a`, diffusers' on `b`, in float64, with diffusers' conventions on our side."""
+    from weights_conversion.diffusers_layout import build_unet
+
+    use = dataclasses.replace(cfg.use, concat_gain=1.0, sinusoid="exp", frame_planes="network")
+    ours = checkpoint.build("unet", dataclasses.replace(cfg, use=use))
+    checkpoint.fill(ours, a, dtype=torch.float64)
+    mapping = unet_diffusers.rows(cfg.unet)
+    theirs = build_unet(cfg.unet)
+    theirs.load_state_dict({k: v.double() for k, v in rules.to_theirs(mapping, b).items()}, assign=True)
+
+    size = 2 * cfg.unet.factor
+    draw = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    frames = 3
+    x = normal(1, cfg.unet.in_channels, frames, size, size)
+    latent = normal(1, cfg.unet.image_channels, size, size)
+    text, vector = normal(1, 7, cfg.unet.context_width), normal(1, cfg.unet.image_vector_width)
+    t, fps = torch.tensor([601]), torch.tensor([16])
+    planes = torch.cat(
+        [
+            latent[:, :, None],
+            *[torch.full_like(latent, k / (frames - 1))[:, :, None] for k in range(1, frames)],
+        ],
+        dim=2,
+    )
+    seen_ours, seen_theirs = _watch(ours), _watch(theirs)
+    with torch.no_grad():
+        conditions = Conditions(text, vector, latent, fps)
+        got = ours.eval()(x, t, ours.prepare(conditions, frames))
+        want = theirs.eval()(
+            x, t, fps, image_latents=planes, image_embeddings=vector[:, None], encoder_hidden_states=text
+        ).sample
+    names = {row.theirs.removesuffix(".weight"): row.ours[0].removesuffix(".weight") for row in mapping}
+    compared = 0
+    for name in seen_theirs:  # in the order in which diffusers computes
+        mine = names.get(name)
+        if mine not in seen_ours:
+            continue
+        distance = _distance(seen_ours[mine], seen_theirs[name])
+        if distance is None:
+            continue
+        compared += 1
+        if distance > OUTPUT_BOUND:
+            where = f"{mine} ({name} there)"
+            verdict.add(False, f"outputs: first divergence at {where}: relative L2 {distance:.2g}")
+            return
+    distance = ((got - want).norm() / want.norm()).item()
+    passed = distance <= OUTPUT_BOUND
+    figures = f"relative L2 {distance:.2g}, bound {OUTPUT_BOUND:g}"
+    verdict.add(passed, f"outputs in float64 over {compared} layers; {figures}")
+
+
+def _watch(model: nn.Module) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        def hook(module: nn.Module, inputs, output) -> None:
+            if isinstance(output, Tensor):
+                seen.setdefault(name, output)
+
+        return hook
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(keep(name))
+    return seen
+
+
+def _distance(ours: Tensor, theirs: Tensor) -> float | None:
+    """Relative distance of two layers' outputs whose layouts differ: of their sorted values.
+
+    Layout-free: the same multiset of numbers in any order has distance zero; repeated rows (diffusers
+    repeats the embeddings per frame) are recognised by size and left out.
+    """
+    if ours.numel() != theirs.numel():
+        return None
+    a, b = ours.flatten().sort().values, theirs.flatten().sort().values
+    return ((a - b).norm() / b.norm().clamp_min(1e-300)).item()
