@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -41,12 +41,17 @@ NO_DROPS = Drops((), {})
 def build(part: str, config: Config) -> nn.Module:
     """One part without memory or numbers, on the `meta` device."""
     with torch.device("meta"):
-        if part == "unet":
-            return UNet(config.unet, config.use, backend=config.runtime.attention)
-        if part == "vae":
-            return AutoencoderKL(config.vae, backend=config.runtime.attention)
-        if part == "clip":
-            return ClipEncoders(config.clip)
+        return construct(part, config)
+
+
+def construct(part: str, config: Config) -> nn.Module:
+    """One part as a training from scratch starts: PyTorch's initialisation, branches zero at their ends."""
+    if part == "unet":
+        return UNet(config.unet, config.use, backend=config.runtime.attention)
+    if part == "vae":
+        return AutoencoderKL(config.vae, backend=config.runtime.attention)
+    if part == "clip":
+        return ClipEncoders(config.clip)
     raise ValueError(f"there is no part {part!r}; a model has {', '.join(PARTS)}")
 
 
@@ -124,12 +129,12 @@ def random_state(model: nn.Module, *, seed: int) -> Iterator[tuple[str, Tensor]]
 
 def missing_parts(folder: str | Path) -> list[str]:
     """Parts that a native folder lacks for generation."""
-    return [part for part in PARTS if not _files(Path(folder), part)]
+    return [part for part in PARTS if not part_files(Path(folder), part)]
 
 
 def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) of a part, one at a time. ValueError if the part is missing or damaged."""
-    files = _files(Path(folder), part)
+    files = part_files(Path(folder), part)
     if not files:
         raise ValueError(
             f"weights folder {folder} lacks the {part}; it needs {part}.safetensors or its shards"
@@ -147,7 +152,8 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
 
 
-def _files(folder: Path, part: str) -> list[Path]:
+def part_files(folder: Path, part: str) -> list[Path]:
+    """The file or shards of a part; empty if it is not there. ValueError for a damaged index."""
     index = folder / f"{part}.safetensors.index.json"
     if index.is_file():
         try:
@@ -169,13 +175,14 @@ def save(
     *,
     origin: Mapping | None = None,
     shard_bytes: int | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a native folder, whole or not at all; an old one at the same place is replaced at the very end.
 
     `parts` maps names of PARTS to models or state dicts. Tensors are taken out of a state dict one at a time,
     once for their shape and once to be written, so that one that reads lazily never lies in memory whole; an
     `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
-    anything but weights.
+    anything but weights. `on_bytes` is told of progress: bytes written, bytes in all.
     """
     folder = Path(folder)
     if (
@@ -191,9 +198,11 @@ def save(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        for part, held in parts.items():
-            state = inner(held).state_dict() if isinstance(held, nn.Module) else held
-            _write_part(temporary, part, state, config, shard_bytes)
+        states = {p: inner(m).state_dict() if isinstance(m, nn.Module) else m for p, m in parts.items()}
+        entries = {part: _entries(state) for part, state in states.items()}
+        tick = counter(sum(e.nbytes for listed in entries.values() for e in listed), on_bytes)
+        for part, listed in entries.items():
+            _write_part(temporary, part, listed, config, shard_bytes, tick)
         stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
         for name in (*settings.LITERALS, "runtime"):  # the job and the machine are not the weights' business
             stored.pop(name, None)
@@ -206,28 +215,42 @@ def save(
 
 
 def _write_part(
-    folder: Path, part: str, state: Mapping[str, Tensor | Entry], config: Config, shard_bytes: int | None
+    folder: Path,
+    part: str,
+    entries: list[Entry],
+    config: Config,
+    shard_bytes: int | None,
+    tick: Callable[[int], None],
 ) -> None:
     metadata = {"format": "pt", "part": part, "i2vgen": json.dumps(config.to_dict()[part], sort_keys=True)}
-    shards = _shards(state, shard_bytes)
+    shards = _shards(entries, shard_bytes)
     if len(shards) == 1:
-        write_safetensors(folder / f"{part}.safetensors", shards[0], metadata=metadata)
+        write_safetensors(folder / f"{part}.safetensors", shards[0], metadata=metadata, on_bytes=tick)
         return
     weight_map = {}
     for i, shard in enumerate(shards, start=1):
         name = f"{part}-{i:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard, metadata=metadata)
+        write_safetensors(folder / name, shard, metadata=metadata, on_bytes=tick)
         weight_map.update((entry.name, name) for entry in shard)
     total = sum(entry.nbytes for shard in shards for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / f"{part}.safetensors.index.json", index)
 
 
-def _shards(state: Mapping[str, Tensor | Entry], shard_bytes: int | None) -> list[list[Entry]]:
+def _entries(state: Mapping[str, Tensor | Entry]) -> list[Entry]:
+    """A tensor is read for its shape now and again in its turn to be written; an Entry only then."""
+    return [
+        held
+        if isinstance(held, Entry)
+        else Entry(name, tuple(held.shape), held.dtype, lambda name=name: state[name])
+        for name, held in state.items()
+    ]
+
+
+def _shards(entries: list[Entry], shard_bytes: int | None) -> list[list[Entry]]:
     shards: list[list[Entry]] = [[]]
     size = 0
-    for name, held in state.items():
-        entry = held if isinstance(held, Entry) else _entry(state, name, held)
+    for entry in entries:
         if shard_bytes is not None and shards[-1] and size + entry.nbytes > shard_bytes:
             shards.append([])
             size = 0
@@ -236,8 +259,17 @@ def _shards(state: Mapping[str, Tensor | Entry], shard_bytes: int | None) -> lis
     return shards
 
 
-def _entry(state: Mapping[str, Tensor], name: str, tensor: Tensor) -> Entry:
-    return Entry(name, tuple(tensor.shape), tensor.dtype, lambda: state[name])  # read again in its turn
+def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """-> a function that is told of every piece and passes on (bytes done, bytes in all)."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(min(done, total), total)
+
+    return tick
 
 
 def _write_json(path: Path, content: dict) -> None:

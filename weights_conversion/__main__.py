@@ -106,14 +106,16 @@ def run_convert(arguments: argparse.Namespace) -> int:
 
 
 def run_export(arguments: argparse.Namespace) -> int:
-    notes = export(
-        arguments.native,
-        arguments.out,
-        layout=arguments.layout,
-        fold=not arguments.no_fold,
-        dtype=runtime.DTYPES[arguments.dtype] if arguments.dtype else None,
-        shard_bytes=arguments.shard_size,
-    )
+    with Bars() as bars:
+        notes = export(
+            arguments.native,
+            arguments.out,
+            layout=arguments.layout,
+            fold=not arguments.no_fold,
+            dtype=runtime.DTYPES[arguments.dtype] if arguments.dtype else None,
+            shard_bytes=arguments.shard_size,
+            on_bytes=lambda done, total: bars.show("writing", done, total),
+        )
     for note in notes:
         print(f"note: {note}")
     print(f"written to {arguments.out}")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import i2vgen
 from i2vgen import checkpoint, config
+from i2vgen.safefile import Entry
 from weights_conversion import clip as clip_tables
 from weights_conversion import readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import vae as vae_tables
@@ -117,15 +118,24 @@ def convert(
         return report
     checkpoint.save(
         out,
-        states,
+        {part: _entries(state, dtype) for part, state in states.items()},
         cfg,
         origin=origin(found, report),
         shard_bytes=shard_bytes,
-        dtype=dtype,
         on_bytes=None if on_bytes is None else lambda done, total: on_bytes("writing", done, total),
     )
     report.written = True
     return report
+
+
+def _entries(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Entry]:
+    """What to write, tensor by tensor: nothing is read before its turn; floats are cast to `dtype`."""
+    entries = {}
+    for name in state:
+        tensor = state[name]
+        kept = tensor.dtype if dtype is None or not tensor.is_floating_point() else dtype
+        entries[name] = Entry(name, tuple(tensor.shape), kept, lambda name=name: state[name])
+    return entries
 
 
 def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config.Config:
@@ -137,7 +147,7 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
     for part in found:
         _merge(settings, part.settings)
     for part in found:
-        if part.part not in settings:
+        if ("clip" if part.part in ("text", "image") else part.part) not in settings:
             _merge(settings, _shown(part, stated))
     _merge(settings, stated)
     _fit_missing(settings, {p.part for p in found})
@@ -156,6 +166,11 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
         unet, use = unet_vgen.settings_from_shapes(
             shapes, head_width=stated.get("unet", {}).get("head_width")
         )
+        if not use.concat and unet.in_channels != unet.out_channels:
+            raise ValueError(
+                f"{part.files[0]}: its input convolution reads {unet.in_channels} channels as a released "
+                "UNet's, but the local branch (local_image_concat) is missing; a v1 base without it reads 4"
+            )
         return {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
     if part.part == "vae" and part.layout == "compvis":
         return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
@@ -242,8 +257,11 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     _refuse(source, missing, unexpected, partial)
     rows = [row for row in rows if row.theirs in source.tensors]
     slices = {n: s for n, s in checkpoint.declared_drops(cfg.unet, cfg.use).slices.items() if n in ours}
-    state = LazyState(rows, source.tensors, slices)
-    _check_shapes(source, state, wanted, allow_narrow=source.layout == "sd")
+    state: Mapping[str, Tensor] = LazyState(rows, source.tensors, slices)
+    if source.layout == "sd":
+        widened = unet_vgen.widen_conv_in(state["conv_in.weight"], cfg.unet, cfg.use)
+        state = {**{name: state[name] for name in state}, "conv_in.weight": widened}
+    _check_shapes(source, state, wanted)
     if absent := [name for name in wanted if name not in state]:
         report.fresh += absent
         return {**_fresh("unet", cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
@@ -289,7 +307,7 @@ def _fresh(part: str, cfg: config.Config, names: list[str]) -> dict[str, Tensor]
     """PyTorch's own initialisation, seeded, for tensors that the source does not hold."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = checkpoint.BUILDERS[part](cfg)
+        model = checkpoint.construct(part, cfg)
     state = checkpoint.inner(model).state_dict()
     return {name: state[name] for name in names}
 
@@ -327,14 +345,11 @@ def likely_reason(missing: list[str], unexpected: list[str]) -> str:
     return ""
 
 
-def _check_shapes(
-    source: PartSource, state: Mapping, wanted: Mapping[str, Tensor], allow_narrow: bool = False
-) -> None:
+def _check_shapes(source: PartSource, state: Mapping, wanted: Mapping[str, Tensor]) -> None:
     wrong = []
     for name in state:
         have, want = tuple(state[name].shape), tuple(wanted[name].shape)
-        narrow = allow_narrow and name == "conv_in.weight" and have[0] == want[0] and have[2:] == want[2:]
-        if have != want and not narrow:
+        if have != want:
             wrong.append(f"{name} has shape {have}, the settings say {want}")
     if wrong:
         raise ValueError(f"{source.files[0]}: {len(wrong)} tensors of another shape: {_some(wrong, '; ')}")

@@ -263,9 +263,7 @@ def feature_extractor_config(clip: config.Clip) -> Json:
 # ----------------------------------------------------------------------------------------- tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Token 0 is "!" and pads a prompt. Declaring "!" itself as the padding token would cut it out of prompts as a
-# special token (`Wow!` -> 0 where open_clip says 256), so id 0 gets a second name that nobody writes.
-PAD = "<|pad|>"
+PAD = "!"  # token 0, which pads a prompt in training
 
 
 def write_tokenizer(folder: Path, clip: config.Clip) -> None:
@@ -278,7 +276,7 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
 
     own = open_clip.SimpleTokenizer()
     names = {own.decoder[own.sot_token_id]: START, own.decoder[own.eot_token_id]: END}
-    vocabulary = {names.get(word, word): number for word, number in own.encoder.items()} | {PAD: 0}
+    vocabulary = {names.get(word, word): number for word, number in own.encoder.items()}
     merges = "".join(f"{first} {second}\n" for first, second in own.bpe_ranks)
     special = {"bos_token": START, "eos_token": END, "pad_token": PAD, "unk_token": END}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
@@ -288,6 +286,8 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
         "add_prefix_space": False,
         "do_lower_case": True,
         "model_max_length": clip.text_length,
+        # Without it PAD, a special token now, would be cut out of prompts: `Wow!` -> 0 instead of 256.
+        "split_special_tokens": True,
         "tokenizer_class": "CLIPTokenizer",
     }
     write_json(folder / "tokenizer_config.json", special | settings)

@@ -274,7 +274,7 @@ def _use_settings(unet: PartFiles, compat: str | None) -> tuple[Json, list[str]]
             else "plain"
         )
         return {"concat_gain": unet.gain}, [f"use.concat_gain={unet.gain} as the UNet's file says; {how}"]
-    note = f"use.concat_gain={TRAINED_GAIN}: the concat branch is added twice, as in training; diffusers adds it once"
+    note = f"use.concat_gain={TRAINED_GAIN}: the concat branch counts twice, as in training, not once"
     return {"concat_gain": TRAINED_GAIN}, [note]
 
 
@@ -322,7 +322,7 @@ def _padding_notes(tokenizer: Mapping[str, Any] | None, compat: str | None) -> l
         return []
     pad = tokenizer.get("pad_token", END)
     pad = pad.get("content") if isinstance(pad, dict) else pad
-    if pad in ("!", PAD):
+    if pad == PAD:
         return []
     if compat:
         return [f"no setting of ours: the folder's tokenizer pads with {pad}; we pad with token 0"]

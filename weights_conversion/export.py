@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,13 @@ def export(
     fold: bool = True,
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Native folder -> `out` in another layout; returns notes for the user. Whole or not at all.
 
     `fold` (diffusers only) multiplies conv_in's picture channels by the concat gain, exact for the official
-    2.0, so that diffusers' network computes what the official one computes. ValueError for a folder that lacks a
-    part the layout needs, and for settings it cannot express.
+    2.0, so that diffusers' network computes what the official one computes. ValueError for a folder that
+    lacks a part the layout needs, and for settings it cannot express.
     """
     native, out = Path(native), Path(out)
     if layout not in LAYOUTS:
@@ -47,19 +48,20 @@ def export(
     if not parts:
         raise ValueError(f"{native} holds no part to export")
     cfg = config.from_dict(config.read_stored_settings(native))
+    if layout == "diffusers":
+        total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
+        tick = None if on_bytes is None else checkpoint.counter(total, on_bytes)
+        return diffusers_layout.write_folder(
+            cfg, parts, out, fold=fold, dtype=dtype, shard_bytes=shard_bytes, on_bytes=tick
+        )
+    if shard_bytes is not None:
+        raise ValueError("shards are for diffusers folders; the official files are one per part")
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        if layout == "diffusers":
-            if missing := [p for p in checkpoint.PARTS if p not in parts]:
-                raise ValueError(f"{native} lacks {', '.join(missing)}; a diffusers folder needs every part")
-            notes = diffusers_layout.write_folder(
-                cfg, parts, temporary, fold=fold, dtype=dtype, shard_bytes=shard_bytes
-            )
-        else:
-            notes = _write_vgen(cfg, parts, temporary, read_origin(native), dtype)
+        notes = _write_vgen(cfg, parts, temporary, read_origin(native), dtype, on_bytes)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
@@ -84,13 +86,16 @@ def _write_vgen(
     folder: Path,
     origin: Mapping[str, Any],
     dtype: torch.dtype | None,
+    on_bytes: Callable[[int, int], None] | None,
 ) -> list[str]:
+    total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
+    tick = checkpoint.counter(total, on_bytes)
     steps = [extra["step"] for extra in origin.get("extra", {}).values() if "step" in extra]
     step = int(steps[0]) if steps else RELEASED_STEP
     notes = []
     if "unet" in parts:
         state = _theirs(unet_vgen.rows(cfg.unet, cfg.use), parts["unet"], "", dtype)
-        _save({"state_dict": state, "step": step}, folder / UNET_FILE.format(step=step))
+        _save({"state_dict": state, "step": step}, folder / UNET_FILE.format(step=step), tick)
         if cfg.use.concat and cfg.use.concat_gain != 2.0:
             notes.append(
                 f"use.concat_gain is {cfg.use.concat_gain}, but the official code always adds the branch "
@@ -98,10 +103,10 @@ def _write_vgen(
             )
     if "vae" in parts:
         state = _theirs(vae_tables.rows(cfg.vae), parts["vae"], vae_tables.PREFIX, dtype)
-        _save({"state_dict": state}, folder / VAE_FILE)
+        _save({"state_dict": state}, folder / VAE_FILE, tick)
     if "clip" in parts:
         same = [rules.Row(name, (name,)) for name in parts["clip"]]
-        _save(_theirs(same, parts["clip"], "", dtype), folder / CLIP_FILE)
+        _save(_theirs(same, parts["clip"], "", dtype), folder / CLIP_FILE, tick)
     return notes
 
 
@@ -131,8 +136,23 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return torch.empty(0, dtype=tensor.dtype).set_(piece, 0, tensor.shape, tensor.stride())
 
 
-def _save(content: Mapping[str, Any], path: Path) -> None:
+def _save(content: Mapping[str, Any], path: Path, tick: Callable[[int], None]) -> None:
     with path.open("wb") as file:
-        torch.save(content, file)
+        torch.save(content, _Counted(file, tick))
         file.flush()
         os.fsync(file.fileno())
+
+
+class _Counted:
+    """A file that counts what is written to it; torch.save asks for no more than this."""
+
+    def __init__(self, file: IO[bytes], tick: Callable[[int], None]):
+        self.file, self.tick = file, tick
+
+    def write(self, data) -> int:
+        written = self.file.write(data)
+        self.tick(written)
+        return written
+
+    def flush(self) -> None:
+        self.file.flush()

@@ -57,7 +57,7 @@ class Row:
     def to_theirs(self, tensors: Mapping[str, Tensor]) -> Tensor:
         parts = [tensors[name] for name in self.ours]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-        tensor = tensor.reshape(*tensor.shape, *[1] * self.squeeze)
+        tensor = tensor.reshape((*tensor.shape, *[1] * self.squeeze))
         return self._transposed(tensor, self.ours[0]) if self.transpose else tensor
 
     @staticmethod

@@ -110,6 +110,34 @@ def settings(ddconfig: Mapping[str, Any], embed_dim: int, scale: float) -> confi
     )
 
 
+def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
+    """CompVis' tensor shapes (names without PREFIX) -> our settings; the scale is the trained default.
+
+    Shapes do not tell group counts (32) nor the resolution that attention levels are counted from (256).
+    """
+    try:
+        depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
+        widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(depth)]
+        base = shapes["encoder.conv_in.weight"][0]
+        z_channels, embed_dim = shapes["decoder.conv_in.weight"][1], shapes["post_quant_conv.weight"][1]
+        channels = shapes["encoder.conv_in.weight"][1]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"these tensors are no whole autoencoder in CompVis' layout ({error!r})") from error
+    if wrong := [width for width in widths if width % base]:
+        raise ValueError(f"a level is {wrong[0]} wide, no multiple of the first convolution's {base}")
+    resolution = config.VAE().resolution
+    attends = [level for level in range(depth) if f"encoder.down.{level}.attn.0.q.weight" in shapes]
+    return config.VAE(
+        channels=channels,
+        base_width=base,
+        width_multipliers=tuple(width // base for width in widths),
+        blocks_per_level=len({n.split(".")[4] for n in shapes if n.startswith("encoder.down.0.block.")}),
+        z_channels=z_channels,
+        embed_dim=embed_dim,
+        attention_resolutions=tuple(resolution // 2**level for level in attends),
+    )
+
+
 def _attends(vae: config.VAE, level: int) -> bool:
     return vae.resolution // 2**level in vae.attention_resolutions
 

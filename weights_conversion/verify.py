@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from i2vgen import checkpoint, config
 from i2vgen.conditioning import Conditions
+from weights_conversion import clip as clip_tables
 from weights_conversion import convert, rules, sources, unet_diffusers
 from weights_conversion.recognise import WORDS
 
@@ -44,35 +45,46 @@ def verify(
     """
     if reference not in (None, "diffusers"):
         raise ValueError(f"there is no reference {reference!r}; known is diffusers")
-    states = [_states(path, overrides) for path in (a, b)]
+    sides = [_side(path, overrides) for path in (a, b)]
     verdict = Verdict()
-    shared = [part for part in checkpoint.PARTS if part in states[0][0] and part in states[1][0]]
+    shared = [part for part in checkpoint.PARTS if all(part in side.states for side in sides)]
     for part in checkpoint.PARTS:
-        if (part in states[0][0]) != (part in states[1][0]):
+        if sum(part in side.states for side in sides) == 1:
             verdict.add(False, f"only one side holds the {WORDS[part]}")
     if not shared:
         raise ValueError(f"{a} and {b} have no part in common")
+    # transformers' towers lack two tensors that this model never uses; they are no difference.
+    lacking = set(clip_tables.ABSENT) if any("transformers" in side.layouts for side in sides) else set()
     for part in shared:
         if on_part is not None:
             on_part(part)
-        _compare(part, states[0][0][part], states[1][0][part], verdict)
+        first, second = ({n: s.states[part][n] for n in s.states[part] if n not in lacking} for s in sides)
+        _compare(part, first, second, verdict)
+    if lacking and "clip" in shared:
+        verdict.lines.append(f"not compared: {', '.join(sorted(lacking))}, absent in transformers' towers")
     if reference is not None:
         if "unet" not in shared:
             raise ValueError("--reference diffusers compares UNets; both sides must hold one")
-        _run_both(states[0][0]["unet"], states[1][0]["unet"], states[0][1], seed, verdict)
+        _run_both(sides[0].states["unet"], sides[1].states["unet"], sides[0].config, seed, verdict)
     return verdict
 
 
-def _states(
-    path: str | Path, overrides: tuple[str, ...]
-) -> tuple[dict[str, Mapping[str, Tensor]], config.Config]:
+@dataclass(frozen=True)
+class Side:
+    """One set of weights under our names, still unread, and the settings they stand for."""
+
+    states: Mapping[str, Mapping[str, Tensor]]
+    config: config.Config
+    layouts: frozenset[str]
+
+
+def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
     found = sources.gather([path])
     cfg = convert.settings_of(found, overrides)
     report = convert.Report("")
-    return {
-        part: convert.STATES[part](held, cfg, False, report)[0]
-        for part, held in convert.native_parts(found).items()
-    }, cfg
+    held = convert.native_parts(found)
+    states = {part: convert.STATES[part](parts, cfg, False, report)[0] for part, parts in held.items()}
+    return Side(states, cfg, frozenset(part.layout for part in found))
 
 
 def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdict: Verdict) -> None:

@@ -79,7 +79,13 @@ REACH = {
 }
 SHAPES = tuple(REACH)
 ROUND = ("circle", "ring")  # their rotation would be invisible, so they never rotate
-BACKDROPS = {"plain": "plain", "clouds": "cloudy", "stripes": "striped", "checks": "checkered", "dots": "dotted"}
+BACKDROPS = {
+    "plain": "plain",
+    "clouds": "cloudy",
+    "stripes": "striped",
+    "checks": "checkered",
+    "dots": "dotted",
+}
 
 MIN_CONTRAST = 0.36  # distance in RGB (0..1) between an object's colour and every colour of the backdrop
 MIN_COLOUR_GAP = 0.45  # the same between two objects
@@ -245,7 +251,9 @@ def _sample_camera(rng: np.random.Generator) -> Facts:
     elif count == 2:
         things, moves = _sample_pair(rng, camera)
     # A move over a plain backdrop could not be seen.
-    return Facts(_sample_backdrop(rng, ("clouds", "stripes", "checks", "dots"), things), things, moves, camera)
+    return Facts(
+        _sample_backdrop(rng, ("clouds", "stripes", "checks", "dots"), things), things, moves, camera
+    )
 
 
 def _sample_move(rng: np.random.Generator, motions: Sequence[str]) -> tuple[Move, str]:
@@ -291,7 +299,7 @@ def _fits(things: Sequence[Thing], moves: Sequence[Move], camera: Move) -> bool:
     time = np.linspace(0.0, 1.0, 9)
     tracks = [track(thing, move, camera, time) for thing, move in zip(things, moves, strict=True)]
     for x, y, radius, _ in tracks:
-        if np.any(np.maximum(np.abs(x), np.abs(y)) + 0.7 * radius > 1.0):
+        if np.any(np.maximum(np.abs(x), np.abs(y)) + 0.9 * radius > 1.0):
             return False
     (x, y, r, _), (u, v, s, _) = tracks
     apart = REACH[things[0].shape] * r + REACH[things[1].shape] * s + 0.06
@@ -314,7 +322,7 @@ def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Seq
         first=pair[0],
         second=pair[1],
         angle=_between(rng, 0.0, 2.0 * math.pi),
-        period=_between(rng, 0.45, 0.8),
+        period=_between(rng, 0.5, 0.9),
         x=_between(rng, 0.0, 100.0),
         y=_between(rng, 0.0, 100.0),
         seed=int(rng.random() * 2**31),
@@ -323,7 +331,7 @@ def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Seq
 
 def _muted_pair(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
     grey = np.full(3, _between(rng, 0.32, 0.72)) + _tint(rng, 0.13)
-    step = np.full(3, _between(rng, 0.10, 0.17) * (1.0 if rng.random() < 0.5 else -1.0)) + _tint(rng, 0.08)
+    step = np.full(3, _between(rng, 0.11, 0.19) * (1.0 if rng.random() < 0.5 else -1.0)) + _tint(rng, 0.08)
     first, second = np.clip(grey - step / 2, 0.08, 0.92), np.clip(grey + step / 2, 0.08, 0.92)
     return tuple(first.tolist()), tuple(second.tolist())
 
@@ -401,7 +409,9 @@ def _check_size(width: int, height: int, frames: int, speed: float) -> None:
     if frames < 1 or frames != int(frames):
         raise ValueError(f"frames {frames} of a clip; use a whole number of 1 or more")
     if not 0.0 <= speed < math.inf:
-        raise ValueError(f"speed {speed} of a clip; use 0 (frozen), 1 (as captioned) or another positive number")
+        raise ValueError(
+            f"speed {speed} of a clip; use 0 (frozen), 1 (as captioned) or another positive number"
+        )
 
 
 def camera_path(camera: Move, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -453,7 +463,9 @@ def _paint_thing(canvas: np.ndarray, thing: Thing, path: tuple[np.ndarray, ...],
         rows = slice(max(top[i], 0), max(min(top[i] + side, height), 0))
         columns = slice(max(left[i], 0), max(min(left[i] + side, width), 0))
         part = canvas[i, rows, columns]
-        alpha = cover[i, rows.start - top[i] : rows.stop - top[i], columns.start - left[i] : columns.stop - left[i]]
+        alpha = cover[
+            i, rows.start - top[i] : rows.stop - top[i], columns.start - left[i] : columns.stop - left[i]
+        ]
         part += alpha[: part.shape[0], : part.shape[1], None] * (colour - part)
 
 
@@ -560,7 +572,11 @@ def _value_noise(noise: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------
 # Captions: the phrases below are all there is, and no phrase belongs to two facts
 
-SIZE_WORDS = {"small": ("small", "tiny", "little"), "medium": ("medium", ""), "large": ("large", "big", "huge")}
+SIZE_WORDS = {
+    "small": ("small", "tiny", "little"),
+    "medium": ("medium", ""),
+    "large": ("large", "big", "huge"),
+}
 SPEED_WORDS = {"slowly": ("slowly", "gently"), "": ("",), "quickly": ("quickly", "rapidly")}
 TRAVEL_VERBS = (
     ("moves", "moving"),

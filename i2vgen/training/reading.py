@@ -1,0 +1,415 @@
+"""Reads the motion back from a clip, without any learned model: frames -> what each object and the camera do.
+
+The reader knows what the conditioning picture shows (which things stand where), never what was asked for.
+Each thing is found by its colour: every pixel is shared out between the thing's colour, the colours of the
+other things, and the line of colours that the backdrop of the first frame spans. Centroid, area and the
+angular moment of that share are followed through the frames, in a window around the last place. The
+camera is followed by aligning neighbouring frames outside all things (Lucas and Kanade's method with the
+parameters shift, zoom, brightness). A thing's motion is what is left after the camera's.
+
+Coordinates and amounts are those of `world`: half of the shorter side is 1, y points down, per clip.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from i2vgen.training import world
+from i2vgen.training.world import Facts, Thing
+
+# An amount is a motion when it exceeds half of the slowest motion of its kind.
+LEAST_TRAVEL = 0.5 * world.TRAVEL["slowly"]
+LEAST_GROWTH = 0.5 * math.log(world.GROWTH["slowly"])
+LEAST_TURN = 0.5 * world.TURN["slowly"]
+LEAST_ZOOM = 0.5 * math.log(world.ZOOM["slowly"])
+
+# How often a shape looks the same in one full turn; round shapes have no angle.
+FOLDS = {"square": 4, "triangle": 3, "star": 5, "diamond": 2, "cross": 4}
+
+EDGE = 0.22  # the share of a pixel below which it is none of the thing, and 1 - EDGE from which it is all
+COLOUR_SHIFT = 0.30  # distance in RGB by which a thing's colour in frame 0 may differ from its name's
+ALIGN_STEPS = 8
+COARSE = 32  # the camera is followed at no more than this many pixels along the shorter side (below twice it)
+PIXEL_NOISE = 0.04  # of the aligned, smoothed pictures; weighs the wish for no motion
+WINDOW_MARGIN = 0.22
+
+
+@dataclass(frozen=True)
+class ThingReading:
+    """What one thing does in the world: `motion` of world.MOTIONS, and the amounts per clip."""
+
+    motion: str
+    x: float  # way
+    y: float
+    growth: float  # factor of the radius
+    turn: float  # degrees, clockwise; 0 for round shapes
+    area: tuple[
+        float, ...
+    ]  # in the picture, per frame, in parts of the area that the first frame should have
+    spread: tuple[
+        float, ...
+    ]  # per frame: radius of gyration over root of area, in parts of the first frame's
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a clip shows: one reading per thing, and the camera's motion ("still" or of CAMERA_MOVES)."""
+
+    things: tuple[ThingReading, ...]
+    camera: str
+    pan_x: float  # way of the camera in the world
+    pan_y: float
+    zoom: float  # factor of the picture
+
+
+def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, speed: float = 1.0) -> Reading:
+    """Read a clip: `frames` uint8 [f h w 3], two or more; `facts_objects` is `Facts.things`.
+
+    Without things only the camera is read. `speed` as in `world.render`: the thresholds scale with it.
+    """
+    _check(frames, speed)
+    things = tuple(facts_objects or ())
+    pictures = frames.astype(np.float32) / 255.0
+    x, y = _axes(frames)
+    half = min(frames.shape[1:3]) / 2.0
+    first_cover = [_first_cover(thing, x, y, half) for thing in things]
+    colours = [
+        _colour_of(thing, cover, pictures[0]) for thing, cover in zip(things, first_cover, strict=True)
+    ]
+    backdrop = ~sum((_near(thing, x, y, 3.0 / half) for thing in things), np.zeros(frames.shape[1:3], bool))
+    line = _colour_line(pictures[0], backdrop)
+    shares = _shares(pictures, colours, line)
+    pan_x, pan_y, log_zoom = _camera_track(pictures, shares, line, x, y, speed)
+    readings = []
+    for thing, cover, share in zip(things, first_cover, shares, strict=True):
+        followed = _follow(thing, share, float(cover.sum()), x, y)
+        readings.append(_thing_reading(thing, followed, (pan_x, pan_y, log_zoom), speed))
+    way_x, way_y, growth = _slope(pan_x), _slope(pan_y), _slope(log_zoom)
+    camera = _camera_motion(way_x, way_y, growth, speed)
+    return Reading(tuple(readings), camera, way_x, way_y, math.exp(growth))
+
+
+def score(frames: np.ndarray, facts: Facts, *, speed: float = 1.0) -> dict[str, bool]:
+    """Whether a clip does what its facts say: `motion_right`, `object_right`, `camera_right`.
+
+    motion_right: every thing's motion, standing still included, is read as asked; with no things, the
+    camera's. object_right: every thing keeps its colour, about its size and one piece in every frame.
+    """
+    reading = read(frames, facts_objects=facts.things, speed=speed)
+    camera_right = reading.camera == facts.camera.kind
+    time = speed * np.linspace(0.0, 1.0, len(frames))
+    pairs = list(zip(reading.things, facts.things, facts.moves, strict=True))
+    motion_right = all(read_thing.motion == move.kind for read_thing, _, move in pairs)
+    return {
+        "motion_right": motion_right if pairs else camera_right,
+        "object_right": all(
+            _is_there(read_thing, world.track(thing, move, facts.camera, time)[2] / thing.radius)
+            for read_thing, thing, move in pairs
+        ),
+        "camera_right": camera_right,
+    }
+
+
+def _is_there(reading: ThingReading, scale: np.ndarray) -> bool:
+    """About the size of before, or the size that it should have by now, or anything between; `scale` is [f]."""
+    area, spread = np.array(reading.area), np.array(reading.spread)
+    least, most = 0.4 * np.minimum(1.0, scale**2), 2.0 * np.maximum(1.0, scale**2)
+    return bool(np.all((area >= least) & (area <= most)) and spread.max() <= 1.6)
+
+
+def _check(frames: np.ndarray, speed: float) -> None:
+    if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
+        kind = frames.dtype if isinstance(frames, np.ndarray) else type(frames).__name__
+        raise ValueError(f"frames are {kind}; give a numpy array of uint8, f h w 3")
+    if frames.ndim != 4 or frames.shape[-1] != 3 or min(frames.shape[1:3]) < world.SHORTEST_SIDE:
+        raise ValueError(f"frames have the shape {frames.shape}; expected f h w 3, h and w of 8 or more")
+    if len(frames) < 2:
+        raise ValueError("one frame shows no motion; give two or more")
+    if not 0.0 < speed < math.inf:
+        raise ValueError(f"speed {speed} of a clip to read; use a positive number")
+
+
+def _axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of the pixels in the world of the first frame -> x [1 w], y [h 1]."""
+    height, width = frames.shape[1:3]
+    half = min(height, width) / 2.0
+    x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2.0) / half
+    y = (np.arange(height, dtype=np.float32) + 0.5 - height / 2.0) / half
+    return x[None, :], y[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Colours
+
+
+def _first_cover(thing: Thing, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray:
+    """How much of each pixel [h w] the thing covers in the first frame, 0..1."""
+    radius, angle = np.array([thing.radius]), np.array([thing.angle])
+    return world.coverage(thing.shape, (x - thing.x)[None], (y - thing.y)[None], radius, angle, half)[0]
+
+
+def _near(thing: Thing, x: np.ndarray, y: np.ndarray, margin: float) -> np.ndarray:
+    return np.hypot(x - thing.x, y - thing.y) < thing.radius * world.REACH[thing.shape] + margin
+
+
+def _colour_of(thing: Thing, cover: np.ndarray, picture: np.ndarray) -> np.ndarray:
+    """The thing's colour as the first frame shows it, or by its name where the frame shows another thing."""
+    named = np.array(world.COLOURS[thing.colour], np.float32) / 255.0
+    core = cover >= min(0.999, cover.max())
+    seen = np.median(picture[core], axis=0)
+    return seen if np.linalg.norm(seen - named) <= COLOUR_SHIFT else named
+
+
+def _colour_line(picture: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """The segment of colours that the backdrop [h w] spans -> its middle, unit direction, half length."""
+    colours = picture[backdrop] if backdrop.sum() >= 8 else picture.reshape(-1, 3)
+    middle = np.median(colours, axis=0)
+    spread = colours - middle
+    direction = np.linalg.eigh(spread.T @ spread)[1][:, -1].astype(np.float32)
+    low, high = np.quantile(spread @ direction, (0.02, 0.98))
+    return middle + direction * np.float32((low + high) / 2.0), direction, float(high - low) / 2.0
+
+
+def _shares(
+    pictures: np.ndarray, colours: list[np.ndarray], line: tuple[np.ndarray, np.ndarray, float]
+) -> list[np.ndarray]:
+    """How much of each pixel belongs to each colour -> one [f h w] in 0..1 per colour."""
+    middle, direction, reach = line
+    to_backdrop = _to_segment(pictures, middle - reach * direction, middle + reach * direction)
+    # The outline of one thing mixes its colour with the backdrop's; that mixture is no third thing's either.
+    to_mixture = [_to_segment(pictures, colour, middle) for colour in colours]
+    shares = []
+    for i, colour in enumerate(colours):
+        rest = np.minimum.reduce([to_backdrop, *to_mixture[:i], *to_mixture[i + 1 :]])
+        share = rest / np.maximum(rest + np.linalg.norm(pictures - colour, axis=-1), 1e-6)
+        shares.append(np.clip((share - EDGE) / (1.0 - 2.0 * EDGE), 0.0, 1.0))
+    return shares
+
+
+def _to_segment(pictures: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
+    """Distance of every pixel [.. 3] to the segment of colours start-end."""
+    way, offset = end - start, pictures - start
+    along = np.clip(offset @ way / max(float(way @ way), 1e-6), 0.0, 1.0)
+    return np.linalg.norm(offset - along[..., None] * way, axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Things
+
+
+def _follow(thing: Thing, share: np.ndarray, pixels: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Follow a thing through its share [f h w] -> [f 6]: x, y, area, gyration radius, moment (re, im).
+
+    `pixels` is the area that the thing should have in the first frame. A thing that is not found keeps its
+    place; its area says that it is gone.
+    """
+    rows = []
+    place, radius = (thing.x, thing.y), thing.radius
+    for part in share:
+        dx, dy = x - place[0], y - place[1]
+        window = dx * dx + dy * dy < (world.REACH[thing.shape] * radius + WINDOW_MARGIN) ** 2
+        weight = part * window
+        mass = float(weight.sum())
+        if mass < 0.05 * pixels:
+            rows.append([*place, mass / pixels, 0.0, 0.0, 0.0])
+            continue
+        place = (float((weight * x).sum()) / mass, float((weight * y).sum()) / mass)
+        radius = thing.radius * min(max(math.sqrt(mass / pixels), 0.4), 2.5)
+        dx, dy = x - place[0], y - place[1]
+        gyration = math.sqrt(float((weight * (dx * dx + dy * dy)).sum()) / mass)
+        turning = 0.0
+        if thing.shape in FOLDS:
+            length = np.hypot(dx, dy) + 1e-6
+            leverage = np.minimum(length / gyration, 1.8) ** 2
+            turning = complex((weight * leverage * ((dx + 1j * dy) / length) ** FOLDS[thing.shape]).sum()) / mass
+        rows.append([*place, mass / pixels, gyration, np.real(turning), np.imag(turning)])
+    return np.array(rows)
+
+
+def _thing_reading(
+    thing: Thing, followed: np.ndarray, camera: tuple[np.ndarray, ...], speed: float
+) -> ThingReading:
+    pan_x, pan_y, log_zoom = camera
+    x, y, area, gyration, real, imaginary = followed.T
+    zoom = np.exp(log_zoom)
+    way_x, way_y = _slope(x / zoom + pan_x), _slope(y / zoom + pan_y)
+    growth = _slope(0.5 * np.log(np.maximum(area, 1e-3)) - log_zoom)
+    turn = 0.0
+    if thing.shape in FOLDS:
+        turn = math.degrees(_slope(np.unwrap(np.arctan2(imaginary, real)))) / FOLDS[thing.shape]
+    width = gyration / np.sqrt(np.maximum(area, 1e-3))
+    return ThingReading(
+        motion=_thing_motion(way_x, way_y, growth, turn, speed),
+        x=way_x,
+        y=way_y,
+        growth=math.exp(growth),
+        turn=turn,
+        area=tuple(area.tolist()),
+        spread=tuple((width / max(width[0], 1e-3)).tolist()),
+    )
+
+
+def _thing_motion(x: float, y: float, growth: float, turn: float, speed: float) -> str:
+    amounts = {
+        "travel": math.hypot(x, y) / (LEAST_TRAVEL * speed),
+        "growth": abs(growth) / (LEAST_GROWTH * speed),
+        "turn": abs(turn) / (LEAST_TURN * speed),
+    }
+    strongest = max(amounts, key=amounts.get)
+    if amounts[strongest] < 1.0:
+        return "still"
+    if strongest == "travel":
+        return _nearest_way(x, y, world.DIRECTIONS)
+    if strongest == "growth":
+        return "grow" if growth > 0.0 else "shrink"
+    return "rotate"
+
+
+def _nearest_way(x: float, y: float, ways: Sequence[str]) -> str:
+    return max(ways, key=lambda way: x * world.DIRECTIONS[way][0] + y * world.DIRECTIONS[way][1])
+
+
+def _slope(values: np.ndarray) -> float:
+    """How much a track [f] changes from the first to the last frame: the least-squares line's rise."""
+    time = np.linspace(-0.5, 0.5, len(values))
+    return float(time @ (values - values.mean()) / (time @ time))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Camera
+
+
+def _camera_track(
+    pictures: np.ndarray,
+    shares: list[np.ndarray],
+    line: tuple[np.ndarray, np.ndarray, float],
+    x: np.ndarray,
+    y: np.ndarray,
+    speed: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Follow the camera -> x, y of its way and log of its zoom, each [f], 0 in the first frame.
+
+    A point at s in one frame lies at (1 + a) s + b in the next. The picture is seen along the backdrop's
+    line of colours, where its texture is strongest, and made coarse, which is quick and quiet.
+    """
+    middle, direction, _ = line
+    weight = np.ones(pictures.shape[:3], np.float32)
+    for share in shares:
+        weight *= 1.0 - _widest(share) > 0.95
+    grey = ((pictures - middle) @ direction) * weight
+    cell = max(1, min(pictures.shape[1:3]) // COARSE)
+    grey, weight, x, y = _coarse(grey, cell), _coarse(weight, cell), _coarse_axis(x, cell), _coarse_axis(y, cell)
+    grey, weight = _smooth(grey), _smooth(weight)
+    grey = grey / np.maximum(weight, 1e-3)
+    weight = np.clip(2.0 * weight - 1.0, 0.0, 1.0)
+    least_step = speed / (len(pictures) - 1)
+    a, bx, by = _align(grey[:-1], grey[1:], weight[:-1], weight[1:], x, y, least_step)
+    log_zoom = np.concatenate([[0.0], np.cumsum(np.log1p(a))])
+    later = np.exp(log_zoom[1:])
+    pan_x = np.concatenate([[0.0], np.cumsum(-bx / later)])
+    pan_y = np.concatenate([[0.0], np.cumsum(-by / later)])
+    return pan_x, pan_y, log_zoom
+
+
+def _align(
+    before: np.ndarray,
+    after: np.ndarray,
+    weight_before: np.ndarray,
+    weight_after: np.ndarray,
+    x: np.ndarray,
+    y: np.ndarray,
+    usual: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Zoom a and shift b of each pair of pictures, [p h w] -> a, bx, by, each [p].
+
+    Gauss-Newton steps on after((1 + a) s + b) = (1 + gain) before(s) + offset, doubtful pixels weighing
+    less, with a wish for no motion whose strength comes from the expected noise and the `usual` step.
+    """
+    half = 1.0 / float(x[0, 1] - x[0, 0])
+    slope_y, slope_x = (half * g for g in np.gradient(before, axis=(1, 2)))
+    columns = np.stack(
+        [slope_x * x + slope_y * y, slope_x, slope_y, -before, -np.ones_like(before)], axis=-1
+    ).reshape(len(before), -1, 5)
+    prior = np.diag([PIXEL_NOISE**2 / usual**2] * 3 + [0.01, 0.01]).astype(np.float32)
+    found = np.zeros((len(before), 5))
+    for _ in range(ALIGN_STEPS):
+        a, bx, by, gain, offset = (found[:, i, None, None].astype(np.float32) for i in range(5))
+        column = ((1.0 + a) * x + bx - x[0, 0]) * half
+        row = ((1.0 + a) * y + by - y[0, 0]) * half
+        warped, seen = _sample(after, weight_after, column, row)
+        error = (warped - (1.0 + gain) * before - offset).reshape(len(before), -1)
+        weight = (weight_before * seen).reshape(len(before), -1)
+        scale = 1e-3 + 2.0 * (weight * np.abs(error)).sum(1, keepdims=True) / (
+            weight.sum(1, keepdims=True) + 1.0
+        )
+        weight = weight / (1.0 + (error / scale) ** 2)
+        heavy = columns * weight[..., None]
+        normal = heavy.transpose(0, 2, 1) @ columns + prior
+        pull = (heavy * error[..., None]).sum(1) + found @ prior
+        found -= np.linalg.solve(normal, pull[..., None])[..., 0]
+        found[:, :3] = np.clip(found[:, :3], -0.5, 0.5)
+    return found[:, 0], found[:, 1], found[:, 2]
+
+
+def _sample(
+    pictures: np.ndarray, weight: np.ndarray, column: np.ndarray, row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and weights [p h w] at the places column [p 1 w], row [p h 1], bilinear; weight 0 outside."""
+    count, height, width = pictures.shape
+    inside = (column >= 0.0) & (column <= width - 1.0) & (row >= 0.0) & (row <= height - 1.0)
+    column, row = np.clip(column, 0.0, width - 1.001), np.clip(row, 0.0, height - 1.001)
+    left, top = column.astype(np.int64), row.astype(np.int64)
+    p, q = column - left, row - top
+    page = np.arange(count)[:, None, None]
+
+    def at(values: np.ndarray) -> np.ndarray:
+        upper = values[page, top, left] * (1.0 - p) + values[page, top, left + 1] * p
+        lower = values[page, top + 1, left] * (1.0 - p) + values[page, top + 1, left + 1] * p
+        return upper * (1.0 - q) + lower * q
+
+    return at(pictures), at(weight) * inside
+
+
+def _smooth(pictures: np.ndarray) -> np.ndarray:
+    """Binomial blur (1 2 1) / 4 along both axes of [f h w], edges repeated."""
+    padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1)), mode="edge")
+    wide = 0.25 * padded[:, :, :-2] + 0.5 * padded[:, :, 1:-1] + 0.25 * padded[:, :, 2:]
+    return 0.25 * wide[:, :-2] + 0.5 * wide[:, 1:-1] + 0.25 * wide[:, 2:]
+
+
+def _widest(share: np.ndarray) -> np.ndarray:
+    """The largest share within two pixels, [f h w] -> [f h w]."""
+    for axis in (1, 2):
+        edges = [(0, 0), (0, 0), (0, 0)]
+        edges[axis] = (2, 2)
+        padded, length = np.pad(share, edges), share.shape[axis]
+        share = np.maximum.reduce([padded.take(range(i, i + length), axis=axis) for i in range(5)])
+    return share
+
+
+def _coarse(pictures: np.ndarray, cell: int) -> np.ndarray:
+    """Means over cells of cell x cell pixels; what is left over at the right and below is dropped."""
+    count, height, width = pictures.shape
+    rows, columns = height // cell, width // cell
+    cells = pictures[:, : rows * cell, : columns * cell].reshape(count, rows, cell, columns, cell)
+    return cells.mean((2, 4))
+
+
+def _coarse_axis(places: np.ndarray, cell: int) -> np.ndarray:
+    line = places.ravel()
+    line = line[: len(line) // cell * cell].reshape(-1, cell).mean(1)
+    return line.reshape((1, -1) if places.shape[0] == 1 else (-1, 1))
+
+
+def _camera_motion(x: float, y: float, growth: float, speed: float) -> str:
+    pan = math.hypot(x, y) / (LEAST_TRAVEL * speed)
+    zoom = abs(growth) / (LEAST_ZOOM * speed)
+    if max(pan, zoom) < 1.0:
+        return "still"
+    if zoom > pan:
+        return "zoom in" if growth > 0.0 else "zoom out"
+    return "pan " + _nearest_way(x, y, ("left", "right", "up", "down"))
