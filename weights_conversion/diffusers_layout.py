@@ -7,8 +7,8 @@ settings. Two things in the published folder are not what the model was trained 
 
 Writing: `write_folder` makes a folder that the pipeline loads without network. What the two networks do
 differently is folded into the weights: diffusers adds the concat branch once, so its columns of the first
-convolution are multiplied by `use.concat_gain`. The UNet's file says so in its metadata (FOLDED), and
-`read_folder` undoes it, so that there and back is the identity.
+convolution are multiplied by `use.concat_gain`. unet/config.json says so (RECORD), and `read_folder` undoes
+it, so that there and back is the identity.
 """
 
 from __future__ import annotations
@@ -67,8 +67,9 @@ STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # the last: older
 ENDINGS = ("safetensors", "bin")  # in order of preference
 INDEX = "model_index.json"
 
-# In a UNet file's metadata: use.concat_gain, and what conv_in's concat columns were multiplied by.
-GAIN, FOLDED = "i2vgen.concat_gain", "i2vgen.concat_gain_folded"
+# Our entry in unet/config.json: use.concat_gain, and what conv_in's concat columns were multiplied by. There,
+# because diffusers keeps it when it saves a folder again (and says on loading that it does not know it).
+RECORD = "i2vgen"
 TRAINED_GAIN = 2.0
 CONV_IN = "conv_in.weight"
 SLIPPED_SCALE = 0.18125  # in the published VAE config, for TRAINED_SCALE
@@ -133,14 +134,14 @@ def read_folder(path: str | Path, *, variant: str | None = None) -> Folder:
     }
     if "tokenizer" in configs and (path / "tokenizer" / "special_tokens_map.json").is_file():
         tokens = _read_json(path / "tokenizer" / "special_tokens_map.json")
-        configs["tokenizer"] = {**tokens, **configs["tokenizer"]}
+        configs["tokenizer"] = {**configs["tokenizer"], **tokens}  # transformers lets this file win
     parts = {}
     for name in MODELS:
         if not (path / name).is_dir():
             continue
         if name not in configs:
             raise ValueError(f"{path / name} lacks its config.json; download it too")
-        parts[name] = _open_part(name, find_weights(path / name, variant))
+        parts[name] = _open_part(name, find_weights(path / name, variant), configs[name])
     return Folder(path, parts, configs)
 
 
@@ -172,12 +173,12 @@ def _variant(name: str) -> str | None:
     return None
 
 
-def _open_part(name: str, path: Path) -> PartFiles:
+def _open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
     file = readers.open_sharded(path) if path.name.endswith(".json") else readers.open_file(path)
     if name == "vae":
         return PartFiles(path, _Changed(file.tensors, {_vae_name(old): old for old in file.tensors}))
-    if name == "unet" and FOLDED in file.metadata:
-        folded, gain = (_number(path, file.metadata, key) for key in (FOLDED, GAIN))
+    if name == "unet":
+        folded, gain = _gains(path, settings)
         return PartFiles(path, _Changed(file.tensors, {n: n for n in file.tensors}, folded), folded, gain)
     return PartFiles(path, file.tensors)
 
@@ -193,15 +194,21 @@ def _vae_name(name: str) -> str:
     return name
 
 
-def _number(path: Path, metadata: Mapping[str, str], key: str) -> float:
-    text = metadata.get(key, "")
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number) or (key == FOLDED and number == 0):
-        raise ValueError(f"{path} names {text!r} as {key} in its metadata; that is no such number")
-    return number
+def _gains(path: Path, unet: Mapping[str, Any]) -> tuple[float, float | None]:
+    """-> what was folded into the file, and use.concat_gain if the folder was written by us"""
+    if RECORD not in unet:
+        return 1.0, None
+    record = unet[RECORD] if isinstance(unet[RECORD], dict) else {}
+    gain, folded = record.get("concat_gain"), record.get("folded")
+    if (
+        not all(type(number) in (int, float) and math.isfinite(number) for number in (gain, folded))
+        or not folded
+    ):
+        raise ValueError(
+            f"{path.parent}/config.json has {RECORD} = {unet[RECORD]}; "
+            "expected the numbers concat_gain and folded"
+        )
+    return float(folded), float(gain)
 
 
 def _read_json(path: Path) -> Json:
@@ -215,7 +222,6 @@ def _read_json(path: Path) -> Json:
 
 
 # --------------------------------------------------------------------------------- settings, reading
-
 
 COMPAT_NOTES = (
     "diffusers compatibility: the negative prompt is empty unless given (negative_prompt=)",
@@ -273,7 +279,7 @@ def _use_settings(unet: PartFiles, compat: str | None) -> tuple[Json, list[str]]
             if unet.folded != 1
             else "plain"
         )
-        return {"concat_gain": unet.gain}, [f"use.concat_gain={unet.gain} as the UNet's file says; {how}"]
+        return {"concat_gain": unet.gain}, [f"use.concat_gain={unet.gain} as unet/config.json says; {how}"]
     note = f"use.concat_gain={TRAINED_GAIN}: the concat branch counts twice, as in training, not once"
     return {"concat_gain": TRAINED_GAIN}, [note]
 
@@ -371,8 +377,7 @@ def write_folder(
     gain = cfg.use.concat_gain if fold else 1.0
     if gain != 1:
         entries["unet"] = [_fold(entry, gain) for entry in entries["unet"]]
-    metadata = {"format": "pt"}
-    unet_metadata = metadata | {GAIN: repr(cfg.use.concat_gain), FOLDED: repr(gain)}
+    configs["unet"][RECORD] = {"concat_gain": cfg.use.concat_gain, "folded": gain}
 
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
@@ -386,8 +391,7 @@ def write_folder(
                 continue
             write_json(temporary / name / file, configs[name])
             if stem is not None:
-                told = unet_metadata if name == "unet" else metadata
-                _write_weights(temporary / name, stem, entries[name], variant, shard_bytes, told, on_bytes)
+                _write_weights(temporary / name, stem, entries[name], variant, shard_bytes, on_bytes)
         write_json(temporary / INDEX, _index())
         if out.exists():
             out.rmdir()
@@ -488,9 +492,9 @@ def _write_weights(
     entries: Sequence[Entry],
     variant: str | None,
     shard_bytes: int | None,
-    metadata: Mapping[str, str],
     on_bytes: Callable[[int], None] | None,
 ) -> None:
+    metadata = {"format": "pt"}  # transformers insists on it
     infix = f".{variant}" if variant else ""
     shards = _shards(entries, shard_bytes)
     if len(shards) == 1:

@@ -1,1 +1,1 @@
-"""Training wing: the procedural clip world, what reads it back, the data, the loop. The road never sees it."""
+"""Training wing: the procedural clip world, what reads it back, data and loop. The road never sees it."""

@@ -34,8 +34,9 @@ EDGE = 0.22  # the share of a pixel below which it is none of the thing, and 1 -
 COLOUR_SHIFT = 0.30  # distance in RGB by which a thing's colour in frame 0 may differ from its name's
 ALIGN_STEPS = 8
 COARSE = 32  # the camera is followed at no more than this many pixels along the shorter side (below twice it)
-PIXEL_NOISE = 0.04  # of the aligned, smoothed pictures; weighs the wish for no motion
-WINDOW_MARGIN = 0.22
+PIXEL_NOISE = 0.04  # of the aligned, smoothed pictures; weighs the pull to the guess
+DRIFT = 0.15  # how far the sum of small steps may be off
+WINDOW_MARGIN = 0.16  # around a thing's reach, beyond its fastest way from frame to frame
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,8 @@ class ThingReading:
     y: float
     growth: float  # factor of the radius
     turn: float  # degrees, clockwise; 0 for round shapes
-    area: tuple[
-        float, ...
-    ]  # in the picture, per frame, in parts of the area that the first frame should have
-    spread: tuple[
-        float, ...
-    ]  # per frame: radius of gyration over root of area, in parts of the first frame's
+    area: tuple[float, ...]  # per frame, in the picture, in parts of the area due in the first frame
+    spread: tuple[float, ...]  # per frame: radius of gyration / root of area, in parts of the first frame's
 
 
 @dataclass(frozen=True)
@@ -70,26 +67,34 @@ def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, sp
     """Read a clip: `frames` uint8 [f h w 3], two or more; `facts_objects` is `Facts.things`.
 
     Without things only the camera is read. `speed` as in `world.render`: the thresholds scale with it.
+    From frame to frame a turn of half a symmetry (a star's: 36 degrees) or a move of a backdrop by half of
+    its period cannot be told from its opposite, so clips of fewer than about six frames need slow motion.
     """
     _check(frames, speed)
     things = tuple(facts_objects or ())
     pictures = frames.astype(np.float32) / 255.0
     x, y = _axes(frames)
-    half = min(frames.shape[1:3]) / 2.0
-    first_cover = [_first_cover(thing, x, y, half) for thing in things]
+    pixel = float(x[0, 1] - x[0, 0])
+    first_cover = [_first_cover(thing, x, y) for thing in things]
+    for thing, cover in zip(things, first_cover, strict=True):
+        if cover.sum() < 1.0:
+            raise ValueError(
+                f"the first frame cannot show the {thing.colour} {thing.shape}: less than a pixel"
+            )
     colours = [
         _colour_of(thing, cover, pictures[0]) for thing, cover in zip(things, first_cover, strict=True)
     ]
-    backdrop = ~sum((_near(thing, x, y, 3.0 / half) for thing in things), np.zeros(frames.shape[1:3], bool))
+    backdrop = ~sum((_near(thing, x, y, 3.0 * pixel) for thing in things), np.zeros(frames.shape[1:3], bool))
     line = _colour_line(pictures[0], backdrop)
     shares = _shares(pictures, colours, line)
-    pan_x, pan_y, log_zoom = _camera_track(pictures, shares, line, x, y, speed)
+    camera_track = _camera_track(pictures, shares, line, x, y, speed)
+    way_x, way_y, growth = (_slope(values) for values in camera_track)
+    camera = _camera_motion(way_x, way_y, growth, speed)
+    camera_track = _only(camera, camera_track)
     readings = []
     for thing, cover, share in zip(things, first_cover, shares, strict=True):
-        followed = _follow(thing, share, float(cover.sum()), x, y)
-        readings.append(_thing_reading(thing, followed, (pan_x, pan_y, log_zoom), speed))
-    way_x, way_y, growth = _slope(pan_x), _slope(pan_y), _slope(log_zoom)
-    camera = _camera_motion(way_x, way_y, growth, speed)
+        followed = _follow(thing, share, float(cover.sum()), x, y, speed)
+        readings.append(_thing_reading(thing, followed, camera_track, speed))
     return Reading(tuple(readings), camera, way_x, way_y, math.exp(growth))
 
 
@@ -107,18 +112,24 @@ def score(frames: np.ndarray, facts: Facts, *, speed: float = 1.0) -> dict[str, 
     return {
         "motion_right": motion_right if pairs else camera_right,
         "object_right": all(
-            _is_there(read_thing, world.track(thing, move, facts.camera, time)[2] / thing.radius)
+            _is_there(read_thing, _area_due(thing, world.track(thing, move, facts.camera, time), frames))
             for read_thing, thing, move in pairs
         ),
         "camera_right": camera_right,
     }
 
 
-def _is_there(reading: ThingReading, scale: np.ndarray) -> bool:
-    """About the size of before, or the size that it should have by now, or anything between; `scale` is [f]."""
+def _is_there(reading: ThingReading, due: np.ndarray) -> bool:
+    """Of about the first size, or the size asked for by now (`due` [f], as `area`), or anything between."""
     area, spread = np.array(reading.area), np.array(reading.spread)
-    least, most = 0.4 * np.minimum(1.0, scale**2), 2.0 * np.maximum(1.0, scale**2)
-    return bool(np.all((area >= least) & (area <= most)) and spread.max() <= 1.6)
+    enough, small_enough = area >= 0.4 * np.minimum(1.0, due), area <= 2.0 * np.maximum(1.0, due)
+    return bool(np.all(enough & small_enough) and spread.max() <= 1.6)
+
+
+def _area_due(thing: Thing, path: tuple[np.ndarray, ...], frames: np.ndarray) -> np.ndarray:
+    """Area inside the picture on this path -> [f], in parts of that in the first frame."""
+    area = _covers(thing, path, *_axes(frames)).sum((1, 2))
+    return area / max(float(area[0]), 1.0)
 
 
 def _check(frames: np.ndarray, speed: float) -> None:
@@ -146,10 +157,18 @@ def _axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 # Colours
 
 
-def _first_cover(thing: Thing, x: np.ndarray, y: np.ndarray, half: float) -> np.ndarray:
+def _first_cover(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """How much of each pixel [h w] the thing covers in the first frame, 0..1."""
-    radius, angle = np.array([thing.radius]), np.array([thing.angle])
-    return world.coverage(thing.shape, (x - thing.x)[None], (y - thing.y)[None], radius, angle, half)[0]
+    return _covers(thing, world.track(thing, world.STILL, world.STILL, np.zeros(1)), x, y)[0]
+
+
+def _covers(thing: Thing, path: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """How much of each pixel the thing covers on its path in the picture (of `world.track`) -> [f h w]."""
+    place_x, place_y, radius, angle = path
+    half = 1.0 / float(x[0, 1] - x[0, 0])
+    return world.coverage(
+        thing.shape, x - place_x[:, None, None], y - place_y[:, None, None], radius, angle, half
+    )
 
 
 def _near(thing: Thing, x: np.ndarray, y: np.ndarray, margin: float) -> np.ndarray:
@@ -181,11 +200,13 @@ def _shares(
     middle, direction, reach = line
     to_backdrop = _to_segment(pictures, middle - reach * direction, middle + reach * direction)
     # The outline of one thing mixes its colour with the backdrop's; that mixture is no third thing's either.
-    to_mixture = [_to_segment(pictures, colour, middle) for colour in colours]
+    to_mixture = [_to_segment(pictures, colour, middle) for colour in colours] if len(colours) > 1 else []
     shares = []
     for i, colour in enumerate(colours):
-        rest = np.minimum.reduce([to_backdrop, *to_mixture[:i], *to_mixture[i + 1 :]])
-        share = rest / np.maximum(rest + np.linalg.norm(pictures - colour, axis=-1), 1e-6)
+        rest = to_backdrop
+        for other in to_mixture[:i] + to_mixture[i + 1 :]:
+            rest = np.minimum(rest, other)
+        share = rest / np.maximum(rest + _length(pictures - colour), 1e-6)
         shares.append(np.clip((share - EDGE) / (1.0 - 2.0 * EDGE), 0.0, 1.0))
     return shares
 
@@ -194,24 +215,32 @@ def _to_segment(pictures: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.
     """Distance of every pixel [.. 3] to the segment of colours start-end."""
     way, offset = end - start, pictures - start
     along = np.clip(offset @ way / max(float(way @ way), 1e-6), 0.0, 1.0)
-    return np.linalg.norm(offset - along[..., None] * way, axis=-1)
+    return _length(offset - along[..., None] * way)
+
+
+def _length(colours: np.ndarray) -> np.ndarray:
+    red, green, blue = colours[..., 0], colours[..., 1], colours[..., 2]
+    return np.sqrt(red * red + green * green + blue * blue)
 
 
 # ---------------------------------------------------------------------------------------------------
 # Things
 
 
-def _follow(thing: Thing, share: np.ndarray, pixels: float, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _follow(
+    thing: Thing, share: np.ndarray, pixels: float, x: np.ndarray, y: np.ndarray, speed: float
+) -> np.ndarray:
     """Follow a thing through its share [f h w] -> [f 6]: x, y, area, gyration radius, moment (re, im).
 
     `pixels` is the area that the thing should have in the first frame. A thing that is not found keeps its
     place; its area says that it is gone.
     """
     rows = []
+    margin = WINDOW_MARGIN + world.TRAVEL["quickly"] * speed / (len(share) - 1)
     place, radius = (thing.x, thing.y), thing.radius
     for part in share:
         dx, dy = x - place[0], y - place[1]
-        window = dx * dx + dy * dy < (world.REACH[thing.shape] * radius + WINDOW_MARGIN) ** 2
+        window = dx * dx + dy * dy < (world.REACH[thing.shape] * radius + margin) ** 2
         weight = part * window
         mass = float(weight.sum())
         if mass < 0.05 * pixels:
@@ -225,7 +254,9 @@ def _follow(thing: Thing, share: np.ndarray, pixels: float, x: np.ndarray, y: np
         if thing.shape in FOLDS:
             length = np.hypot(dx, dy) + 1e-6
             leverage = np.minimum(length / gyration, 1.8) ** 2
-            turning = complex((weight * leverage * ((dx + 1j * dy) / length) ** FOLDS[thing.shape]).sum()) / mass
+            turning = (
+                complex((weight * leverage * ((dx + 1j * dy) / length) ** FOLDS[thing.shape]).sum()) / mass
+            )
         rows.append([*place, mass / pixels, gyration, np.real(turning), np.imag(turning)])
     return np.array(rows)
 
@@ -302,17 +333,33 @@ def _camera_track(
         weight *= 1.0 - _widest(share) > 0.95
     grey = ((pictures - middle) @ direction) * weight
     cell = max(1, min(pictures.shape[1:3]) // COARSE)
-    grey, weight, x, y = _coarse(grey, cell), _coarse(weight, cell), _coarse_axis(x, cell), _coarse_axis(y, cell)
+    grey, weight, x, y = (
+        _coarse(grey, cell),
+        _coarse(weight, cell),
+        _coarse_axis(x, cell),
+        _coarse_axis(y, cell),
+    )
     grey, weight = _smooth(grey), _smooth(weight)
     grey = grey / np.maximum(weight, 1e-3)
     weight = np.clip(2.0 * weight - 1.0, 0.0, 1.0)
-    least_step = speed / (len(pictures) - 1)
-    a, bx, by = _align(grey[:-1], grey[1:], weight[:-1], weight[1:], x, y, least_step)
-    log_zoom = np.concatenate([[0.0], np.cumsum(np.log1p(a))])
-    later = np.exp(log_zoom[1:])
-    pan_x = np.concatenate([[0.0], np.cumsum(-bx / later)])
-    pan_y = np.concatenate([[0.0], np.cumsum(-by / later)])
-    return pan_x, pan_y, log_zoom
+    still = np.zeros((len(grey) - 1, 3))
+    steps = _align(grey[:-1], grey[1:], weight[:-1], weight[1:], x, y, still, speed / (len(grey) - 1))
+    guess = np.empty_like(still)  # the same, chained: from the first frame to each
+    so_far = np.zeros(3)
+    for i, step in enumerate(steps):
+        so_far = np.concatenate(
+            [[(1.0 + step[0]) * (1.0 + so_far[0]) - 1.0], (1.0 + step[0]) * so_far[1:] + step[1:]]
+        )
+        guess[i] = so_far
+    first, first_weight = (
+        np.broadcast_to(grey[:1], grey[1:].shape),
+        np.broadcast_to(weight[:1], grey[1:].shape),
+    )
+    found = np.concatenate(
+        [np.zeros((1, 3)), _align(first, grey[1:], first_weight, weight[1:], x, y, guess, DRIFT)]
+    )
+    zoom = 1.0 + found[:, 0]
+    return -found[:, 1] / zoom, -found[:, 2] / zoom, np.log(zoom)
 
 
 def _align(
@@ -322,20 +369,22 @@ def _align(
     weight_after: np.ndarray,
     x: np.ndarray,
     y: np.ndarray,
-    usual: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Zoom a and shift b of each pair of pictures, [p h w] -> a, bx, by, each [p].
+    guess: np.ndarray,
+    doubt: float,
+) -> np.ndarray:
+    """Zoom a and shift b of each pair of pictures [p h w], near a guess [p 3] -> [p 3]: a, bx, by.
 
     Gauss-Newton steps on after((1 + a) s + b) = (1 + gain) before(s) + offset, doubtful pixels weighing
-    less, with a wish for no motion whose strength comes from the expected noise and the `usual` step.
+    less, with a pull to the guess whose strength comes from the expected noise and the guess's `doubt`.
     """
     half = 1.0 / float(x[0, 1] - x[0, 0])
     slope_y, slope_x = (half * g for g in np.gradient(before, axis=(1, 2)))
     columns = np.stack(
         [slope_x * x + slope_y * y, slope_x, slope_y, -before, -np.ones_like(before)], axis=-1
     ).reshape(len(before), -1, 5)
-    prior = np.diag([PIXEL_NOISE**2 / usual**2] * 3 + [0.01, 0.01]).astype(np.float32)
-    found = np.zeros((len(before), 5))
+    prior = np.diag([PIXEL_NOISE**2 / doubt**2] * 3 + [0.01, 0.01]).astype(np.float32)
+    start = np.concatenate([guess, np.zeros((len(before), 2))], axis=1)
+    found = start.copy()
     for _ in range(ALIGN_STEPS):
         a, bx, by, gain, offset = (found[:, i, None, None].astype(np.float32) for i in range(5))
         column = ((1.0 + a) * x + bx - x[0, 0]) * half
@@ -349,29 +398,30 @@ def _align(
         weight = weight / (1.0 + (error / scale) ** 2)
         heavy = columns * weight[..., None]
         normal = heavy.transpose(0, 2, 1) @ columns + prior
-        pull = (heavy * error[..., None]).sum(1) + found @ prior
-        found -= np.linalg.solve(normal, pull[..., None])[..., 0]
-        found[:, :3] = np.clip(found[:, :3], -0.5, 0.5)
-    return found[:, 0], found[:, 1], found[:, 2]
+        pull = (heavy * error[..., None]).sum(1) + (found - start) @ prior
+        step = np.linalg.solve(normal, pull[..., None])[..., 0]
+        found -= step
+        found[:, :3] = np.clip(found[:, :3], guess - 0.5, guess + 0.5)  # keeps a lost pair finite
+        found[:, 0] = np.clip(found[:, 0], -0.8, 4.0)
+        if np.abs(step[:, :3]).max() < 3e-4:
+            break
+    return found[:, :3]
 
 
 def _sample(
     pictures: np.ndarray, weight: np.ndarray, column: np.ndarray, row: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures and weights [p h w] at the places column [p 1 w], row [p h 1], bilinear; weight 0 outside."""
-    count, height, width = pictures.shape
-    inside = (column >= 0.0) & (column <= width - 1.0) & (row >= 0.0) & (row <= height - 1.0)
-    column, row = np.clip(column, 0.0, width - 1.001), np.clip(row, 0.0, height - 1.001)
-    left, top = column.astype(np.int64), row.astype(np.int64)
-    p, q = column - left, row - top
-    page = np.arange(count)[:, None, None]
+    down, across = _tents(row[:, :, 0], pictures.shape[1]), _tents(column[:, 0, :], pictures.shape[2])
+    across = across.transpose(0, 2, 1)
+    inside = (down.sum(2) > 0.999)[:, :, None] & (across.sum(1) > 0.999)[:, None, :]
+    return down @ pictures @ across, (down @ weight @ across) * inside
 
-    def at(values: np.ndarray) -> np.ndarray:
-        upper = values[page, top, left] * (1.0 - p) + values[page, top, left + 1] * p
-        lower = values[page, top + 1, left] * (1.0 - p) + values[page, top + 1, left + 1] * p
-        return upper * (1.0 - q) + lower * q
 
-    return at(pictures), at(weight) * inside
+def _tents(places: np.ndarray, length: int) -> np.ndarray:
+    """Weights of linear interpolation at places [p n] of a line of `length` values -> [p n length]."""
+    apart = np.abs(places[:, :, None] - np.arange(length, dtype=np.float32))
+    return np.maximum(1.0 - apart, 0.0, dtype=np.float32)
 
 
 def _smooth(pictures: np.ndarray) -> np.ndarray:
@@ -384,11 +434,17 @@ def _smooth(pictures: np.ndarray) -> np.ndarray:
 def _widest(share: np.ndarray) -> np.ndarray:
     """The largest share within two pixels, [f h w] -> [f h w]."""
     for axis in (1, 2):
-        edges = [(0, 0), (0, 0), (0, 0)]
-        edges[axis] = (2, 2)
-        padded, length = np.pad(share, edges), share.shape[axis]
-        share = np.maximum.reduce([padded.take(range(i, i + length), axis=axis) for i in range(5)])
+        wide = share.copy()
+        for step in (1, 2):
+            ahead, behind = _cut(axis, step, None), _cut(axis, 0, -step)
+            wide[ahead] = np.maximum(wide[ahead], share[behind])
+            wide[behind] = np.maximum(wide[behind], share[ahead])
+        share = wide
     return share
+
+
+def _cut(axis: int, start: int, stop: int | None) -> tuple[slice, ...]:
+    return (slice(None),) * axis + (slice(start, stop),)
 
 
 def _coarse(pictures: np.ndarray, cell: int) -> np.ndarray:
@@ -413,3 +469,14 @@ def _camera_motion(x: float, y: float, growth: float, speed: float) -> str:
     if zoom > pan:
         return "zoom in" if growth > 0.0 else "zoom out"
     return "pan " + _nearest_way(x, y, ("left", "right", "up", "down"))
+
+
+def _only(camera: str, track: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """What the named camera motion takes from a measured track; the rest is error that would move things."""
+    pan_x, pan_y, log_zoom = track
+    zero = np.zeros_like(pan_x)
+    if camera == "still":
+        return zero, zero, zero
+    if camera.startswith("zoom"):
+        return zero, zero, log_zoom
+    return (pan_x, zero, zero) if camera in ("pan left", "pan right") else (zero, pan_y, zero)

@@ -49,7 +49,7 @@ DIRECTIONS = {
 
 # Amounts per clip for each speed word; "" is the speed that a caption does not mention.
 SPEEDS = ("slowly", "", "quickly")
-TRAVEL = {"slowly": 0.32, "": 0.52, "quickly": 0.78}  # way of an object, and of a panning camera
+TRAVEL = {"slowly": 0.32, "": 0.52, "quickly": 0.72}  # way of an object, and of a panning camera
 GROWTH = {"slowly": 1.30, "": 1.55, "quickly": 1.85}  # factor of the radius; shrinking divides
 TURN = {"slowly": 45.0, "": 75.0, "quickly": 110.0}  # degrees, clockwise
 ZOOM = {"slowly": 1.25, "": 1.45, "quickly": 1.70}  # factor of the picture; zooming out divides
@@ -269,7 +269,7 @@ def _motions_of(shape: str, motions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _place(rng: np.random.Generator, shape: str, size: str, colour: str, pace: str) -> Thing:
-    """A thing somewhere near the middle: at this pace every motion and camera move keeps most of it inside."""
+    """A thing near the middle: at this pace every motion and camera move keeps most of it inside."""
     radius = SIZES[size] * _between(rng, 0.94, 1.06)
     room = max(0.04, min(1.0 - TRAVEL[pace], 1.0 / ZOOM[pace]) - 0.6 * radius)
     x, y = _between(rng, -room, room), _between(rng, -room, room)
