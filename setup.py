@@ -31,6 +31,14 @@ setup(
     ],
     extras_require={
         # diffusers is the live reference; from transformers 5.6 on its I2VGen-XL pipeline fails by default
-        "test": ["pytest", "pytest-xdist", "ruff", "scikit-image", "matplotlib", "diffusers", "transformers<5.6"],
+        "test": [
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "scikit-image",
+            "matplotlib",
+            "diffusers",
+            "transformers<5.6",
+        ],
     },
 )

@@ -204,8 +204,10 @@ def save(
         for part, listed in entries.items():
             _write_part(temporary, part, listed, config, shard_bytes, tick)
         stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
-        for name in (*settings.LITERALS, "runtime"):  # the job and the machine are not the weights' business
-            stored.pop(name, None)
+        # The job and the machine are not the weights' business; their usual negative prompt is.
+        for name in (*settings.LITERALS, "runtime"):
+            if name != "negative_prompt":
+                stored.pop(name, None)
         _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
         _write_json(temporary / SETTINGS_FILE, {"format": FORMAT, "settings": stored})
         _replace(temporary, folder)

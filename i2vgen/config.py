@@ -212,6 +212,7 @@ class Clip:
         }
     )
     text_layer: Literal["penultimate", "last"] = "penultimate"
+    pad_token: int = 0  # what follows the end of the text; diffusers' tokenizer pads with 49407
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -240,6 +241,11 @@ class Clip:
             width, share = getattr(self, name).get("width", 0), getattr(self, name).get(part, 1)
             if width % share:
                 raise ValueError(f"clip.{name}.width is {width}, no multiple of clip.{name}.{part} = {share}")
+        if not 0 <= self.pad_token < self.text.get("vocab_size", 1):
+            raise ValueError(
+                f"clip.pad_token is {self.pad_token}; give 0 to below clip.text.vocab_size = "
+                f"{self.text.get('vocab_size')}"
+            )
         if self.text_layer == "penultimate" and self.text["layers"] < 2:
             raise ValueError(
                 f"clip.text_layer is penultimate but clip.text.layers is {self.text['layers']}; "
@@ -461,6 +467,8 @@ LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SEC
 LISTS = ("image", "prompt")  # literals of which a job may hold several
 # A weights folder decides these; contradicting it is an error.
 ARCHITECTURE = ("unet", "vae", "clip")
+# Fields of these sections that shape no tensor: free to change.
+FREE = ("unet.dropout", "unet.temporal_conv_dropout", "unet.concat_dropout", "clip.pad_token")
 # `steps=20` is short for `sample.steps=20`; every bare name of these two sections works so.
 SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime), ("sample", Sample))
          for f in dataclasses.fields(cls)}  # fmt: skip
@@ -479,6 +487,8 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), *
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     weights = texts.get("weights", "")
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
+    texts = {**{k: _listed(k, v) for k, v in stored.items() if k in LITERALS}, **texts}
+    stored = {k: v for k, v in stored.items() if k not in LITERALS}
     layers = [
         (f"the weights in {weights}", stored),
         (str(file), yaml_settings),
@@ -658,7 +668,7 @@ def _refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source:
             continue  # nothing to compare, or wrong in itself: merging tells
         for name, value in _flat(values):
             have = dict(_flat(stored[section])).get(name)
-            if have is not None and value != have:
+            if have is not None and value != have and f"{section}.{name}" not in FREE:
                 raise ValueError(
                     f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
                     "drop the setting, or choose weights that match it"

@@ -50,9 +50,7 @@ class ClipEncoders(nn.Module):
             self.model.attn_mask = torch.full((n, n), float("-inf"), device=device).triu(1)
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """-> int64 [b k]: start, tokens, end, zeros. A prompt that is too long is cut, with a warning of
-        what.
-        """
+        """-> int64 [b k]: start, tokens, end, padding. A prompt that is too long is cut, with a warning."""
         for prompt in prompts:
             ids = self.tokenizer.encode(prompt)
             room = self.settings.text_length - 2  # start and end of text
@@ -62,7 +60,11 @@ class ClipEncoders(nn.Module):
                     f"the prompt has {len(ids)} tokens and CLIP reads {room}; this is lost: {lost!r}",
                     stacklevel=2,
                 )
-        return self.tokenizer(list(prompts))
+        tokens = self.tokenizer(list(prompts))
+        # The last end-of-text ends it: a prompt may spell that token out, too.
+        from_the_right = (tokens.flip(-1) == self.tokenizer.eot_token_id).int().argmax(dim=-1, keepdim=True)
+        after = torch.arange(tokens.shape[1]) >= tokens.shape[1] - from_the_right
+        return tokens.masked_fill(after, self.settings.pad_token)
 
     def text(self, tokens: Tensor) -> Tensor:
         """int64 [b k] -> text tokens [b k d]: penultimate or last block, final norm, no projection."""

@@ -98,13 +98,16 @@ def test_settings_ride_along_without_the_job(tmp_path, settings, state):
         weights="secret",
         image=("a",),
         prompt=("b",),
+        negative_prompt="no: stripes",
         runtime=config.Runtime(device="cpu", dtype="float64"),
     )
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, job, origin={"note": "é"})
     stored = config.read_stored_settings(folder)
-    assert not set(stored) & {*config.LITERALS, "runtime"}
+    assert set(stored) & {*config.LITERALS, "runtime"} == {"negative_prompt"}
     loaded = config.load_config(weights=str(folder))
-    assert loaded == dataclasses.replace(settings, weights=str(folder), runtime=config.Runtime())
+    kept = {"negative_prompt": "no: stripes", "runtime": config.Runtime()}
+    assert loaded == dataclasses.replace(settings, weights=str(folder), **kept)
+    assert config.load_config(None, ["negative_prompt="], weights=str(folder)).negative_prompt == ""
     assert json.loads((folder / checkpoint.ORIGIN_FILE).read_text()) == {"note": "é"}
 
 

@@ -479,7 +479,7 @@ def test_diffusers_values_are_a_named_choice(published):
     assert (cfg.vae.scale, cfg.use.concat_gain, cfg.sample.final_alpha) == (0.18125, 1.0, "one")
     assert (cfg.use.sinusoid, cfg.use.frame_planes) == ("exp", "network")
     assert (cfg.sample.spacing, cfg.negative_prompt) == ("leading", "")
-    assert any("no setting of ours" in note and "pads with <|endoftext|>" in note for note in notes)
+    assert any("clip.pad_token=49407" in note for note in notes) and settings["clip"]["pad_token"] == 49407
     with pytest.raises(ValueError, match="compat is 'comfy'"):
         layout.settings_from_folder(published, compat="comfy")
 

@@ -499,3 +499,13 @@ def test_a_context_of_another_length(tiny):
         clip = ClipEncoders(dataclasses.replace(tiny.clip, text={**tiny.clip.text, "context_length": 16}))
     checkpoint.fill(clip, checkpoint.random_state(clip, seed=0))
     assert clip.text(clip.tokenize(["a red boat"])).shape == (1, 16, 64)
+
+
+def test_padding_is_a_setting_and_leaves_spelled_out_ends_alone(tiny):
+    other = ClipEncoders(dataclasses.replace(tiny.clip, pad_token=49407))
+    ours, theirs = (
+        ClipEncoders(tiny.clip).tokenize(["a <end_of_text> b"]),
+        other.tokenize(["a <end_of_text> b"]),
+    )
+    assert ours[0, :6].tolist() == [49406, 320, 49407, 321, 49407, 0] and ours[0, 5:].eq(0).all()
+    assert theirs[0, :5].equal(ours[0, :5]) and theirs[0, 5:].eq(49407).all()

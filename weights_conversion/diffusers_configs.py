@@ -264,6 +264,7 @@ def feature_extractor_config(clip: config.Clip) -> Json:
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 PAD = "!"  # token 0, which pads a prompt in training
+END_TOKEN = 49407  # what diffusers' published tokenizer pads with
 
 
 def write_tokenizer(folder: Path, clip: config.Clip) -> None:

@@ -34,6 +34,7 @@ from weights_conversion import readers, unet_diffusers
 from weights_conversion import vae as vae_tables
 from weights_conversion.diffusers_configs import (
     END,
+    END_TOKEN,
     PAD,
     TRAINED_SCALE,
     WRITTEN_FOR,
@@ -257,7 +258,10 @@ def settings_from_folder(folder: Folder, *, compat: str | None = None) -> tuple[
         notes += said
         settings["sample"], said = _sample_settings(folder.configs["scheduler"], compat)
         notes += said
-    notes += _padding_notes(folder.configs.get("tokenizer"), compat)
+    pad, note = _padding(folder.configs.get("tokenizer"), compat)
+    if pad is not None and "clip" in settings:
+        settings["clip"]["pad_token"] = pad
+    notes += [note] if note else []
     if compat:
         settings["negative_prompt"] = ""
         settings["preprocess"] = {"crop": "official"}
@@ -323,16 +327,22 @@ def _sample_settings(scheduler: Mapping[str, Any], compat: str | None) -> tuple[
     return settings, notes
 
 
-def _padding_notes(tokenizer: Mapping[str, Any] | None, compat: str | None) -> list[str]:
+def _padding(tokenizer: Mapping[str, Any] | None, compat: str | None) -> tuple[int | None, str | None]:
+    """-> the token id to pad with, where it is not ours, and a note."""
     if tokenizer is None:
-        return []
+        return None, None
     pad = tokenizer.get("pad_token", END)
     pad = pad.get("content") if isinstance(pad, dict) else pad
     if pad == PAD:
-        return []
+        return None, None
+    if compat and pad == END:
+        return (
+            END_TOKEN,
+            f"diffusers compatibility: clip.pad_token={END_TOKEN}, as the folder's tokenizer pads",
+        )
     if compat:
-        return [f"no setting of ours: the folder's tokenizer pads with {pad}; we pad with token 0"]
-    return [f"the folder's tokenizer pads with {pad}; token 0 is taken, as in training"]
+        return None, f"no setting of ours: the folder's tokenizer pads with {pad}; we pad with token 0"
+    return None, f"the folder's tokenizer pads with {pad}; token 0 is taken, as in training"
 
 
 def build_unet(unet: config.UNet) -> nn.Module:

@@ -35,6 +35,8 @@ COLOUR_SHIFT = 0.30  # distance in RGB by which a thing's colour in frame 0 may 
 ALIGN_STEPS = 8
 COARSE = 32  # the camera is followed at no more than this many pixels along the shorter side (below twice it)
 PIXEL_NOISE = 0.04  # of the aligned, smoothed pictures; weighs the pull to the guess
+CERTAIN = 1e-4  # doubt of a guess that is to stay
+EVIDENCE = 0.68  # a camera move must leave less than this part of the difference that no move leaves
 DRIFT = 0.15  # how far the sum of small steps may be off
 WINDOW_MARGIN = 0.16  # around a thing's reach, beyond its fastest way from frame to frame
 
@@ -333,33 +335,32 @@ def _camera_track(
         weight *= 1.0 - _widest(share) > 0.95
     grey = ((pictures - middle) @ direction) * weight
     cell = max(1, min(pictures.shape[1:3]) // COARSE)
-    grey, weight, x, y = (
-        _coarse(grey, cell),
-        _coarse(weight, cell),
-        _coarse_axis(x, cell),
-        _coarse_axis(y, cell),
-    )
-    grey, weight = _smooth(grey), _smooth(weight)
+    grey, weight = _smooth(_coarse(grey, cell)), _smooth(_coarse(weight, cell))
+    x, y = _coarse_axis(x, cell), _coarse_axis(y, cell)
     grey = grey / np.maximum(weight, 1e-3)
     weight = np.clip(2.0 * weight - 1.0, 0.0, 1.0)
-    still = np.zeros((len(grey) - 1, 3))
-    steps = _align(grey[:-1], grey[1:], weight[:-1], weight[1:], x, y, still, speed / (len(grey) - 1))
-    guess = np.empty_like(still)  # the same, chained: from the first frame to each
-    so_far = np.zeros(3)
-    for i, step in enumerate(steps):
-        so_far = np.concatenate(
-            [[(1.0 + step[0]) * (1.0 + so_far[0]) - 1.0], (1.0 + step[0]) * so_far[1:] + step[1:]]
-        )
-        guess[i] = so_far
-    first, first_weight = (
-        np.broadcast_to(grey[:1], grey[1:].shape),
-        np.broadcast_to(weight[:1], grey[1:].shape),
-    )
-    found = np.concatenate(
-        [np.zeros((1, 3)), _align(first, grey[1:], first_weight, weight[1:], x, y, guess, DRIFT)]
-    )
-    zoom = 1.0 + found[:, 0]
-    return -found[:, 1] / zoom, -found[:, 2] / zoom, np.log(zoom)
+    later, later_weight = grey[1:], weight[1:]
+    still = np.zeros((len(later), 3))
+    steps, _ = _align(grey[:-1], later, weight[:-1], later_weight, x, y, still, speed / len(later))
+    guess = _chained(steps)
+    first, first_weight = (np.broadcast_to(part[:1], later.shape) for part in (grey, weight))
+    found, left = _align(first, later, first_weight, later_weight, x, y, guess, DRIFT)
+    _, left_still = _align(first, later, first_weight, later_weight, x, y, still, CERTAIN)
+    half = len(left) // 2
+    if left[half:].sum() > EVIDENCE * left_still[half:].sum():
+        found = still
+    zoom = 1.0 + np.concatenate([[0.0], found[:, 0]])
+    shift = np.concatenate([np.zeros((1, 2)), found[:, 1:]])
+    return -shift[:, 0] / zoom, -shift[:, 1] / zoom, np.log(zoom)
+
+
+def _chained(steps: np.ndarray) -> np.ndarray:
+    """From frame to frame -> from the first frame to each, both [p 3]: a, bx, by."""
+    scale, shift, rows = 1.0, np.zeros(2), []
+    for step in steps:
+        scale, shift = (1.0 + step[0]) * scale, (1.0 + step[0]) * shift + step[1:]
+        rows.append([scale - 1.0, *shift])
+    return np.array(rows)
 
 
 def _align(
@@ -371,8 +372,9 @@ def _align(
     y: np.ndarray,
     guess: np.ndarray,
     doubt: float,
-) -> np.ndarray:
-    """Zoom a and shift b of each pair of pictures [p h w], near a guess [p 3] -> [p 3]: a, bx, by.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Zoom a and shift b of each pair of pictures [p h w], near a guess [p 3] -> [p 3]: a, bx, by; and
+    the mean squared difference that is left [p].
 
     Gauss-Newton steps on after((1 + a) s + b) = (1 + gain) before(s) + offset, doubtful pixels weighing
     less, with a pull to the guess whose strength comes from the expected noise and the guess's `doubt`.
@@ -403,9 +405,9 @@ def _align(
         found -= step
         found[:, :3] = np.clip(found[:, :3], guess - 0.5, guess + 0.5)  # keeps a lost pair finite
         found[:, 0] = np.clip(found[:, 0], -0.8, 4.0)
-        if np.abs(step[:, :3]).max() < 3e-4:
+        if np.abs(step).max() < 3e-4:
             break
-    return found[:, :3]
+    return found[:, :3], (weight * error**2).sum(1) / np.maximum(weight.sum(1), 1e-3)
 
 
 def _sample(
