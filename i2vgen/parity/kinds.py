@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from i2vgen.parity import diffusion, encoders, pictures, unet, whole
+from i2vgen.parity import diffusers_pipeline, diffusion, encoders, pictures, unet, whole
 from i2vgen.parity.report import Golden, Row, Settings
 
 KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
@@ -20,6 +20,7 @@ KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
     "pipeline_video_out": pictures.video_out,
     "pipeline_e2e": whole.e2e,
     "pipeline_rng": whole.rng,
+    "diffusers_pipeline": diffusers_pipeline.run,
 }
 
 

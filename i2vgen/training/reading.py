@@ -270,7 +270,9 @@ def _thing_reading(
     x, y, area, gyration, real, imaginary = followed.T
     zoom = np.exp(log_zoom)
     way_x, way_y = _slope(x / zoom + pan_x), _slope(y / zoom + pan_y)
-    growth = _slope(0.5 * np.log(np.maximum(area, 1e-3)) - log_zoom)
+    # Two measures of size, for what makes a picture soft takes from the area and adds to the width.
+    size = 0.5 * np.log(np.maximum(area, 1e-3)) + np.log(np.maximum(gyration, 1e-2))
+    growth = _slope(0.5 * size - log_zoom)
     turn = 0.0
     if thing.shape in FOLDS:
         turn = math.degrees(_slope(np.unwrap(np.arctan2(imaginary, real)))) / FOLDS[thing.shape]
