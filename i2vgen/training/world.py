@@ -281,7 +281,7 @@ def _sample_pair(rng: np.random.Generator, camera: Move) -> tuple[tuple[Thing, .
     first = _pick(rng, tuple(COLOURS))
     second = _pick(rng, [name for name in COLOURS if _gap(_rgb(name), _rgb(first)) >= MIN_COLOUR_GAP])
     both_move = rng.random() < 0.5
-    while True:  # a fresh lot of motions and places until one fits: about one in three does
+    while True:  # a fresh lot of motions and places until one fits: one in five does, one in twenty under a moving camera
         moves, things = [], []
         for colour, moving in ((first, True), (second, both_move)):
             motions = ("still",) if camera != STILL or not moving else [m for m in MOTIONS if m != "still"]
