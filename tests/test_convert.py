@@ -294,3 +294,54 @@ def test_inspect_tells_what_it_is(official, native, capsys):
 def test_diffusers_rows_and_vgen_rows_agree_on_ours():
     ours = {n for row in unet_vgen.rows(CONFIG.unet, CONFIG.use) for n in row.ours}
     assert ours == {n for row in unet_diffusers.rows(CONFIG.unet) for n in row.ours}
+
+
+# --- single components, other lineages
+
+
+def test_a_component_folder_brings_its_own_settings(native, states, tmp_path):
+    assert run("export", native, tmp_path / "d", "--layout", "diffusers", "--no-fold") == 0
+    for part, folders in (("unet", ["unet"]), ("vae", ["vae"]), ("clip", ["text_encoder", "image_encoder"])):
+        assert run("convert", *(tmp_path / "d" / name for name in folders), tmp_path / part) == 0
+        got = load_file(tmp_path / part / f"{part}.safetensors")
+        kept = [name for name in got if name not in clip_tables.ABSENT]
+        assert (
+            same({k: got[k] for k in kept}, {k: states[part][k] for k in kept}) and len(kept) >= len(got) - 2
+        )
+    assert config.from_dict(config.read_stored_settings(tmp_path / "unet")).unet == CONFIG.unet
+
+
+def test_a_full_transformers_clip_keeps_its_projection(states, tmp_path):
+    text, vision = clip_tables.transformers_configs(CONFIG.clip)
+    folder = tmp_path / "clip_model"
+    folder.mkdir()
+    card = {"text_config": text, "vision_config": vision, "projection_dim": 64, "model_type": "clip"}
+    (folder / "config.json").write_text(json.dumps(card))
+    state = rules.to_ours(clip_tables.full_rows(CONFIG.clip), states["clip"])
+    save_file({k: v.contiguous() for k, v in state.items()}, folder / "model.safetensors")
+    assert run("convert", folder, tmp_path / "out") == 0
+    assert same(load_file(tmp_path / "out" / "clip.safetensors"), states["clip"])
+
+
+LINEAGES = {
+    "v1": config.Use(text=False, local_tokens=False, concat=False),
+    "refiner": config.Use(global_tokens=False, local_tokens=False, concat=False, fps=False),
+}
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
+    cfg = dataclasses.replace(CONFIG, use=LINEAGES[name])
+    state = dict(checkpoint.random_state(checkpoint.build("unet", cfg), seed=5))
+    theirs = rules.to_theirs(unet_vgen.rows(cfg.unet, cfg.use), state)
+    torch.save({"state_dict": theirs}, tmp_path / "base.pth")
+    assert run("convert", tmp_path / "base.pth", tmp_path / "out", *HEADS) == 0
+    assert same(load_file(tmp_path / "out" / "unet.safetensors"), state)
+    origin = json.loads((tmp_path / "out" / "origin.json").read_text())
+    assert any("never redistribute" in note for note in origin["licence"])
+    assert config.from_dict(config.read_stored_settings(tmp_path / "out")).use == cfg.use
+    assert run("export", tmp_path / "out", tmp_path / "back", "--layout", "vgen") == 0
+    (file,) = (tmp_path / "back").iterdir()
+    assert same(torch.load(file, weights_only=True)["state_dict"], theirs)
+    assert run("export", tmp_path / "out", tmp_path / "no", "--layout", "diffusers") == 2
+    assert "error:" in capsys.readouterr().err and not (tmp_path / "no").exists()

@@ -357,8 +357,9 @@ def test_captions_are_varied_and_repeatable():
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]|  |,,", text) for text in texts)
 
 
-# --- reading back. Measured on seeds 0..999 of each kind (the slow test below), worst of three scores:
-# MEASURED
+# --- reading back. Measured on seeds 0..999 of each kind (`pytest -m slow tests/test_world.py`), the worst
+# of the three scores. True clips of every kind, at 64 x 64 x 16 and at 32 x 32 x 8: 100 %. Spoiled clips at
+# 64 x 64 x 16: 100 %; at 32 x 32 x 8: basic and pair 100 %, the whole world 99.6 %, camera moves 98.7 %.
 
 
 @pytest.mark.parametrize(("side", "frames"), SIZES)

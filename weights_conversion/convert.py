@@ -146,6 +146,10 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
     settings: dict[str, Any] = {}
     for part in found:
         _merge(settings, part.settings)
+    cards = {part.part: part.card for part in found if part.part in ("text", "image") and part.card}
+    if cards.keys() == {"text", "image"}:
+        clip = clip_tables.settings_from_transformers(cards["text"], cards["image"])
+        _merge(settings, {"clip": dataclasses.asdict(clip)})
     for part in found:
         if ("clip" if part.part in ("text", "image") else part.part) not in settings:
             _merge(settings, _shown(part, stated))

@@ -129,12 +129,12 @@ def read_folder(path: str | Path, *, variant: str | None = None) -> Folder:
             f"{', '.join(f'{name}/config.json' for name in MODELS)}"
         )
     configs = {
-        name: _read_json(path / name / component[2])
+        name: read_json(path / name / component[2])
         for name, component in COMPONENTS.items()
         if (path / name / component[2]).is_file()
     }
     if "tokenizer" in configs and (path / "tokenizer" / "special_tokens_map.json").is_file():
-        tokens = _read_json(path / "tokenizer" / "special_tokens_map.json")
+        tokens = read_json(path / "tokenizer" / "special_tokens_map.json")
         configs["tokenizer"] = {**configs["tokenizer"], **tokens}  # transformers lets this file win
     parts = {}
     for name in MODELS:
@@ -212,7 +212,7 @@ def _gains(path: Path, unet: Mapping[str, Any]) -> tuple[float, float | None]:
     return float(folded), float(gain)
 
 
-def _read_json(path: Path) -> Json:
+def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

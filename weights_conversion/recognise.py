@@ -103,16 +103,18 @@ WORDS = {
 }
 
 
+TOWER = {"image": ("vision_model.", "visual_projection."), "text": ("text_model.", "text_projection.")}
+
+
 def _own(tensors: Mapping[str, Tensor], signature: Signature) -> Below:
-    """A part's own tensors: all below its prefix; without one, those that belong to no other part."""
+    """A part's own tensors: all below its prefix. The towers of a full CLIPModel keep their prefixes."""
+    if signature.layout != "transformers":
+        return Below(tensors, signature.prefix)
     if signature.part == "image":
-        own = [n for n in tensors if n.startswith(("vision_model.", "visual_projection."))]
-        return Below(tensors, "", own)
-    if signature.part == "text" and not signature.prefix:
-        return Below(
-            tensors, "", [n for n in tensors if not n.startswith(("vision_model.", "visual_projection."))]
-        )
-    return Below(tensors, signature.prefix)
+        own = [n for n in tensors if n.startswith((*TOWER["image"], "logit_scale"))]
+    else:
+        own = [n for n in tensors if not n.startswith(TOWER["image"])]
+    return Below(tensors, "", own)
 
 
 def _has(names: list[str], wanted: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ class PartSource:
     settings: Mapping[str, Any] = field(default_factory=dict)  # our settings, where the source states them
     notes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)  # the model's own config.json
 
 
 def gather(
@@ -111,6 +113,8 @@ def _from_folder(path: Path, variant: str | None, compat: str | None) -> list[Pa
         return native(path)
     if diffusers_layout.is_folder(path):
         return from_diffusers(path, variant=variant, compat=compat)
+    if (path / "config.json").is_file():
+        return from_component(path, variant=variant)
     files = [
         f for f in sorted(path.iterdir()) if f.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
     ]
@@ -149,6 +153,28 @@ def from_diffusers(path: Path, *, variant: str | None, compat: str | None) -> li
     return parts
 
 
+def from_component(path: Path, *, variant: str | None) -> list[PartSource]:
+    """One model of diffusers or transformers in a folder of its own: its weights and config.json."""
+    card = diffusers_layout.read_json(path / "config.json")
+    file = diffusers_layout.find_weights(path, variant)
+    opened = readers.open_sharded(file) if file.name.endswith(".json") else readers.open_file(file)
+    found = recognise(opened.tensors)
+    if not found:
+        raise ValueError(f"{path} holds nothing known")
+    parts = []
+    for f in found:
+        settings: dict[str, Any] = {}
+        if f.part == "unet" and f.layout == "diffusers":
+            settings = {"unet": diffusers_layout.unet_settings(card)}
+        elif f.part == "vae" and f.layout == "diffusers":
+            settings = {"vae": diffusers_layout.vae_settings(card)}
+        # What a CLIP tower is takes both towers' configs; `convert` puts them together.
+        parts.append(
+            PartSource(f.part, f.layout, f.tensors, (file,), settings, extra=opened.extra, card=card)
+        )
+    return parts
+
+
 def _open(path: Path) -> Mapping[str, Tensor]:
     return readers.open_file(path).tensors
 
@@ -165,9 +191,7 @@ def _part(
 
 
 def _with_note(part: PartSource, note: str) -> PartSource:
-    return PartSource(
-        part.part, part.layout, part.tensors, part.files, part.settings, (*part.notes, note), part.extra
-    )
+    return dataclasses.replace(part, notes=(*part.notes, note))
 
 
 def _unused(part: PartSource, here: list[PartSource], spatial_init: bool) -> bool:

@@ -28,6 +28,8 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
     model, mapping, state_row = build(golden, settings)
     yield state_row
     inputs = {name: settings.cast(golden[f"inputs/{name}"]) for name in _names(golden, "inputs/")}
+    for name in ("t", "fps"):  # half precision would round a timestep
+        inputs[name] = golden[f"inputs/{name}"].to(settings.device)
     x, t, frames = inputs["x"], inputs["t"], inputs["x"].shape[2]
     conditions = _conditions(inputs)
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import config, pipeline, runtime
+from i2vgen import checkpoint, config, pipeline, runtime
 from i2vgen.conditioning import Conditions
 from i2vgen.parity.diffusion import stand_in
 from i2vgen.parity.encoders import build_clip, build_vae
@@ -165,6 +165,20 @@ def _shared(
     yield compare("y_visual", cond.image_vector[:, None], golden["y_visual"], max_abs=bound)
 
 
+def _frames(generator: torch.Generator, size: tuple[int, ...], stored: int, facts: dict) -> int:
+    """How many frames were drawn: of the lengths whose thinning keeps `stored` frames, the one that fits."""
+    lengths = range((stored - 1) * FRAME_STRIDE + 1, stored * FRAME_STRIDE + 1)
+    for frames in lengths:
+        trial = torch.Generator()
+        trial.set_state(generator.get_state())
+        draws = runtime.SampleNoise(trial)
+        draws.draw(size)
+        last = draws.draw((size[0], frames, *size[1:])).flatten()[-4:]
+        if (last - torch.tensor(facts["noise_last4"])).abs().max() <= 1e-6:
+            return frames
+    return lengths[0]
+
+
 def rng(golden: Golden, settings: Settings) -> Iterator[Row]:
     """From the official generator state before the first item: posterior and initial noise of every round.
 
@@ -180,7 +194,11 @@ def rng(golden: Golden, settings: Settings) -> Iterator[Row]:
     generator.set_state(state)
     draws = runtime.SampleNoise(generator)
     _, c, f, h, w = golden["initial_noise_sparse.0"].shape
-    size, frames = (c, h * PIXEL_STRIDE, w * PIXEL_STRIDE), (f - 1) * FRAME_STRIDE + 1
+    size = (c, h * PIXEL_STRIDE, w * PIXEL_STRIDE)
+    frames = _frames(generator, size, f, meta["rounds"][0])
+    if "unet_params" in meta:
+        count = sum(p.numel() for p in checkpoint.build("unet", config.Config()).parameters())
+        yield check("parameters of the released UNet", count == meta["unet_params"], f"{meta['unet_params']}")
     thin = slice(None, None, PIXEL_STRIDE)
     for number, facts in enumerate(meta["rounds"]):
         posterior = draws.draw(size)
