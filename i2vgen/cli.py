@@ -21,6 +21,11 @@ def run(main: Callable[[], int | None]) -> int:
     except torch.OutOfMemoryError as error:
         sys.stderr.write(f"error: out of device memory; use a smaller size or fewer frames ({error})\n")
         return 2
+    except RuntimeError as error:
+        if "DefaultCPUAllocator" not in str(error):
+            raise  # a bug of ours keeps its traceback
+        sys.stderr.write("error: out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1\n")
+        return 2
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130

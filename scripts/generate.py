@@ -56,7 +56,7 @@ def main() -> int:
         label = (
             f"clip {start + 1}" + (f"-{start + len(batch)}" if len(batch) > 1 else "") + f" of {len(todo)}"
         )
-        with tqdm(desc=label, unit="step", disable=None) as bar:
+        with tqdm(desc=label, unit="step", mininterval=0.5) as bar:
             clips = model.generate(
                 [job.image for job in batch],
                 [job.prompt for job in batch],

@@ -105,6 +105,7 @@ def convert(
     for part in found:
         report.notes += [note for note in part.notes if note not in report.notes]
     cfg = settings_of(found, overrides)
+    report.notes += _guesses(found, cfg)
     states = {}
     for part, held in native_parts(found).items():
         states[part], line = STATES[part](held, cfg, partial or spatial_init, report)
@@ -161,6 +162,20 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
         raise ValueError(f"the parts do not make one model: {error}") from error
 
 
+def _guesses(found: Sequence[PartSource], cfg: config.Config) -> list[str]:
+    """What no shape tells and no config stated, so that a wrong guess can be seen and overridden."""
+    layouts = {(part.part, part.layout) for part in found}
+    guesses = []
+    if ("unet", "vgen") in layouts:
+        guesses.append(f"unet.head_width={cfg.unet.head_width}, unet.norm_groups={cfg.unet.norm_groups}")
+    if ("vae", "compvis") in layouts:
+        guesses.append(f"vae.scale={cfg.vae.scale}, vae.norm_groups={cfg.vae.norm_groups}")
+    if ("clip", "open_clip") in layouts:
+        heads, width = cfg.clip.text["heads"], cfg.clip.vision["head_width"]
+        guesses.append(f"clip.text.heads={heads}, clip.vision.head_width={width}")
+    return [f"taken, for no shape tells: {guess}" for guess in guesses]
+
+
 def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
     """What a part's shapes say about its settings; the rest comes from `stated` or a default."""
     shapes = {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
@@ -179,7 +194,13 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
     if part.part == "vae" and part.layout == "compvis":
         return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
     if part.part == "clip" and part.layout == "open_clip":
-        return {"clip": dataclasses.asdict(clip_tables.settings_from_open_clip(shapes))}
+        told = stated.get("clip", {})
+        clip = clip_tables.settings_from_open_clip(
+            shapes,
+            text_heads=told.get("text", {}).get("heads"),
+            vision_head_width=told.get("vision", {}).get("head_width"),
+        )
+        return {"clip": dataclasses.asdict(clip)}
     raise ValueError(
         f"{part.files[0]} is a {part.layout} {WORDS[part.part]} without its config.json; name the folder "
         "that holds both"

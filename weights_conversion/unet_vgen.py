@@ -239,7 +239,7 @@ def settings_from_shapes(
 ) -> tuple[config.UNet, config.Use]:
     """Shapes of a checkpoint of any lineage but SD -> the settings under which `rows` maps all of it.
 
-    Shapes do not tell everything: a head is 64 wide unless `head_width` says otherwise, norms have
+    Shapes do not tell everything: heads are as wide as `_head_width` guesses unless given, norms have
     `norm_groups` groups, the small frame encoder two heads, and the local grid keeps its default. ValueError
     if these cannot be, or if the names are no video UNet's.
     """
@@ -255,7 +255,7 @@ def settings_from_shapes(
     if wrong := [width for width in widths if width % base_width]:
         raise ValueError(f"a level is {wrong[0]} wide, no multiple of the first convolution's {base_width}")
     attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]]  # middle
-    head_width = _head_width(head_width, attending)
+    head_width = _head_width(head_width, attending, shapes)
     unet = {
         "in_channels": in_channels,
         "out_channels": _shape(shapes, "out.2.weight")[0],
@@ -319,8 +319,17 @@ def _levels(shapes: Shapes) -> tuple[list[int], int, tuple[bool, ...]]:
     return widths, counts[0], tuple(attends)
 
 
-def _head_width(given: int | None, widths: list[int]) -> int:
+# The released configuration and diffusers' class give the first temporal transformer 8 heads.
+USUAL_FIRST_HEADS = 8
+
+
+def _head_width(given: int | None, widths: list[int], shapes: Shapes) -> int:
+    """No shape tells a head's width: an eighth of the first temporal transformer's where possible, or 64."""
     head_width = config.UNet().head_width if given is None else given
+    first = shapes.get("input_blocks.0.1.proj_in.weight", (0,))[0]
+    if given is None and first and first % USUAL_FIRST_HEADS == 0:
+        eighth = first // USUAL_FIRST_HEADS
+        head_width = head_width if any(width % eighth for width in widths) else eighth
     if wrong := [width for width in widths if head_width < 1 or width % head_width]:
         raise ValueError(
             f"attention of width {wrong[0]} cannot have heads of width {head_width}"
