@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -225,16 +225,16 @@ def _write_part(
     tick: Callable[[int], None],
 ) -> None:
     metadata = {"format": "pt", "part": part, "i2vgen": json.dumps(config.to_dict()[part], sort_keys=True)}
-    shards = _shards(entries, shard_bytes)
-    if len(shards) == 1:
-        write_safetensors(folder / f"{part}.safetensors", shards[0], metadata=metadata, on_bytes=tick)
+    pieces = shards(entries, shard_bytes)
+    if len(pieces) == 1:
+        write_safetensors(folder / f"{part}.safetensors", pieces[0], metadata=metadata, on_bytes=tick)
         return
     weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        name = f"{part}-{i:05}-of-{len(shards):05}.safetensors"
-        write_safetensors(folder / name, shard, metadata=metadata, on_bytes=tick)
-        weight_map.update((entry.name, name) for entry in shard)
-    total = sum(entry.nbytes for shard in shards for entry in shard)
+    for i, piece in enumerate(pieces, start=1):
+        name = f"{part}-{i:05}-of-{len(pieces):05}.safetensors"
+        write_safetensors(folder / name, piece, metadata=metadata, on_bytes=tick)
+        weight_map.update((entry.name, name) for entry in piece)
+    total = sum(entry.nbytes for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(folder / f"{part}.safetensors.index.json", index)
 
@@ -249,16 +249,17 @@ def _entries(state: Mapping[str, Tensor | Entry]) -> list[Entry]:
     ]
 
 
-def _shards(entries: list[Entry], shard_bytes: int | None) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
+def shards(entries: Sequence[Entry], shard_bytes: int | None) -> list[list[Entry]]:
+    """Entries in their order, cut so that no piece but one of a single tensor exceeds `shard_bytes`."""
+    pieces: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if shard_bytes is not None and shards[-1] and size + entry.nbytes > shard_bytes:
-            shards.append([])
+        if shard_bytes is not None and pieces[-1] and size + entry.nbytes > shard_bytes:
+            pieces.append([])
             size = 0
-        shards[-1].append(entry)
+        pieces[-1].append(entry)
         size += entry.nbytes
-    return shards
+    return pieces
 
 
 def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:

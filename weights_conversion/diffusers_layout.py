@@ -506,7 +506,7 @@ def _write_weights(
 ) -> None:
     metadata = {"format": "pt"}  # transformers insists on it
     infix = f".{variant}" if variant else ""
-    shards = _shards(entries, shard_bytes)
+    shards = checkpoint.shards(entries, shard_bytes)
     if len(shards) == 1:
         path = folder / f"{stem}{infix}.safetensors"
         write_safetensors(path, entries, metadata=metadata, on_bytes=on_bytes)
@@ -518,18 +518,6 @@ def _write_weights(
         weight_map.update({entry.name: name for entry in shard})
     index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
     write_json(folder / f"{stem}.safetensors.index{infix}.json", index)
-
-
-def _shards(entries: Sequence[Entry], shard_bytes: int | None) -> list[list[Entry]]:
-    shards: list[list[Entry]] = [[]]
-    size = 0
-    for entry in entries:
-        if shard_bytes is not None and shards[-1] and size + entry.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(entry)
-        size += entry.nbytes
-    return shards
 
 
 def _written_notes(cfg: config.Config, fold: bool) -> list[str]:
