@@ -1,6 +1,6 @@
 """Read what torch.save wrote: find the state dict in it, and where in the file each tensor lies.
 
-    open_zip      today's format: a zip archive of raw storages and one pickle that says how tensors lie in them
+    open_zip      today's format: a zip archive of raw storages and one pickle that says how they are used
     open_legacy   the format from before 2020
 
 Both end in `_unwrap`, which looks for the state dict under the keys that training programs use (WRAPPERS).
@@ -228,8 +228,8 @@ def _holds_tensors(value: Any) -> bool:
 
 def _names(keys: Iterable[Any]) -> str:
     keys = list(keys)
-    shown = [shown(key) if isinstance(key, (str, int)) else type(key).__name__ for key in keys[:5]]
-    return ", ".join(shown) + (", ..." if len(keys) > 5 else "")
+    words = [shown(key) if isinstance(key, (str, int)) else type(key).__name__ for key in keys[:5]]
+    return ", ".join(words) + (", ..." if len(keys) > 5 else "")
 
 
 def _is_tensor(value: Any) -> bool:
