@@ -30,6 +30,7 @@ setup(
         "av",
     ],
     extras_require={
+        "train": ["tensorboard"],  # scripts/train.py writes its curves there too, where it is installed
         # diffusers is the live reference; from transformers 5.6 on its I2VGen-XL pipeline fails by default
         "test": [
             "pytest",

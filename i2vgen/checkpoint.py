@@ -1,8 +1,8 @@
 """Native weights: a folder of safetensors, the settings they were made with, and where they came from.
 
     settings.json                     {"format": 1, "settings": every setting, see config.py}
-    origin.json                       source files, hashes, licence notes; free-form, written by who made the
-    folder unet.safetensors                  one file per part (unet, vae, clip), or shards
+    origin.json                       source files, hashes, licence notes; free-form
+    unet.safetensors                  one file per part (unet, vae, clip), or shards
     unet-00001-of-00003.safetensors   with unet.safetensors.index.json (`weight_map`: tensor -> file)
 
 Models are built on `meta` and filled strictly: every tensor must be there and none may be left over, except
@@ -32,7 +32,6 @@ from i2vgen.safefile import Entry, write_safetensors
 from i2vgen.unet import Drops, UNet, declared_drops
 from i2vgen.vae import AutoencoderKL
 
-FORMAT = 1
 ORIGIN_FILE = "origin.json"
 PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
 NO_DROPS = Drops((), {})
@@ -184,13 +183,7 @@ def save(
     `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
     anything but weights. `on_bytes` is told of progress: bytes written, bytes in all.
     """
-    folder = Path(folder)
-    if (
-        folder.exists()
-        and not (folder / SETTINGS_FILE).is_file()
-        and (folder.is_file() or any(folder.iterdir()))
-    ):
-        raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    folder = check_place(folder)
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"there is no part {sorted(unknown)[0]!r}; a model has {', '.join(PARTS)}")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -209,10 +202,22 @@ def save(
             if name != "negative_prompt":
                 stored.pop(name, None)
         _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
-        _write_json(temporary / SETTINGS_FILE, {"format": FORMAT, "settings": stored})
+        _write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})
         _replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_place(folder: str | Path) -> Path:
+    """ValueError unless a weights folder can be written here: nothing there yet, or an older one."""
+    folder = Path(folder)
+    if folder.is_file() or (
+        folder.is_dir() and not (folder / SETTINGS_FILE).is_file() and any(folder.iterdir())
+    ):
+        raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    if file := next((parent for parent in folder.absolute().parents if parent.is_file()), None):
+        raise ValueError(f"{folder} cannot be made: {file} is a file, not a folder")
     return folder
 
 

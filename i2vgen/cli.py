@@ -46,7 +46,8 @@ def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[s
             file = word
         else:
             raise ValueError(
-                f"got two configuration files, {file} and {word}; one is allowed (settings are name=value)"
+                f"got two configuration files, {file} and {word}; one is allowed. Settings are name=value; "
+                'a value with spaces needs quotes: prompt="the boat sails"'
             )
     return file, overrides, given
 

@@ -32,6 +32,7 @@ MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
 SETTINGS_FILE = "settings.json"
+FORMAT = 1  # of native weights folders
 # What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
 OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768, "head_width": 64}
 OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
@@ -235,6 +236,13 @@ class Clip:
             value = getattr(self, name).get(key, 1)
             if type(value) is not int or value < 1:
                 raise ValueError(f"clip.{name}.{key} is {value!r}; give a positive integer")
+        if self.vision.get("patch_size", 1) > self.image_size:
+            raise ValueError(
+                f"clip.vision.patch_size is {self.vision['patch_size']} but clip.vision.image_size is "
+                f"{self.image_size}; a patch cannot be larger than the picture"
+            )
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"clip.image_std is {self.image_std}; all must be above 0")
         if self.text_length < 3:
             raise ValueError(f"clip.text.context_length is {self.text_length}; give at least 3 tokens")
         for name, part in (("text", "heads"), ("vision", "head_width"))[: 1 + transformer]:
@@ -275,8 +283,10 @@ class Schedule:
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
 
     def __post_init__(self):
-        if self.num_timesteps < 1:
-            raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 1")
+        if self.num_timesteps < 2:
+            raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 2")
+        if not 0 <= self.cosine_s < 1:
+            raise ValueError(f"schedule.cosine_s is {self.cosine_s}; give 0 to below 1 (official 0.008)")
         if self.kind == "linear_sd" and (self.init_beta is None or self.last_beta is None):
             raise ValueError(
                 "schedule.kind is linear_sd, which has no default betas; give schedule.init_beta and "
@@ -423,6 +433,11 @@ class Config:
                 f"clip.embed_dim is {clip.embed_dim} but unet.image_vector_width is "
                 f"{unet.image_vector_width}; they must be equal"
             )
+        if sample.negative_image == "none" and not (self.use.text or self.use.local_tokens):
+            raise ValueError(
+                "sample.negative_image is none while use.text and use.local_tokens are off: the "
+                "unconditional branch would have no context token; use sample.negative_image=zeros"
+            )
         multiple = self.size_multiple
         for name in ("width", "height"):
             size = getattr(sample, name)
@@ -496,7 +511,7 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), *
     ]
     if stored:
         for source, layer in layers[1:]:
-            _refuse_contradiction(stored, weights, layer, source)
+            refuse_contradiction(stored, weights, layer, source)
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
         merged = _merge(merged, _resolve_clip(layer), source)
@@ -541,6 +556,8 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         stored = json.loads(path.read_text())["settings"]
         if not isinstance(stored, dict):
             raise TypeError(f"settings are a {type(stored).__name__}")
+        if (version := json.loads(path.read_text()).get("format")) != FORMAT:
+            raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
         return stored
     except FileNotFoundError:
         raise ValueError(
@@ -661,7 +678,8 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def _refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
+def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
+    """ValueError if a layer of settings asks for another architecture than the weights' stored settings."""
     for section in ARCHITECTURE:
         values = _wrap_tuples(section, _resolve_clip(layer).get(section))
         if not isinstance(values, Mapping) or not isinstance(stored.get(section), Mapping):

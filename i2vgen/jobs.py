@@ -24,10 +24,18 @@ class Job:
     seed: int
     output: Path
 
-    @property
-    def done(self) -> bool:
-        """Its file and its record are there (a record is written last)."""
-        return self.output.exists() and pipeline.record_path(self.output).exists()
+    def done(self, config: Config) -> bool:
+        """Its file is there, whole, and its record names the same settings (where to run may differ)."""
+        try:
+            record = json.loads(pipeline.record_path(self.output).read_text())
+            same_file = record["sha256"] == pipeline.sha256(self.output)
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        wanted = pipeline.recorded_config(config, self.image, self.prompt, self.seed, self.output).to_dict()
+        have = dict(record.get("settings", {}))
+        for settings_ in (wanted, have):
+            settings_.pop("runtime", None)
+        return same_file and have == wanted
 
 
 def plan(config: Config) -> list[Job]:
@@ -52,6 +60,8 @@ def pair(config: Config) -> list[dict]:
     pictures, prompts = config.image, config.prompt
     if not pictures:
         raise ValueError("no picture given; write image=PATH")
+    if not all(pictures):
+        raise ValueError("image= is empty; write image=PATH")
     if not prompts:
         raise ValueError(
             'no prompt given; write prompt="what should happen" (prompt= alone is an empty prompt)'
@@ -117,7 +127,7 @@ def check(jobs: list[Job], config: Config) -> None:
     for path in dict.fromkeys(job.image for job in jobs):
         images.open_picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
     for path in outputs:
-        video.check_output(path, fps=config.save.fps)
+        video.check_output(path, fps=config.save.fps, size=(config.sample.width, config.sample.height))
 
 
 def default_output(image: str) -> str:

@@ -29,7 +29,7 @@ from i2vgen.conditioning import Conditions
 from i2vgen.config import RANDOM, Config, load_config
 from i2vgen.encoders import ClipEncoders
 from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided
-from i2vgen.schedule import Schedule, make_betas
+from i2vgen.schedule import Schedule, make_betas, timesteps
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
 
@@ -51,18 +51,11 @@ class Video:
         """
         save = self.config.save
         path = video.save(self.frames, path, fps=save.fps, quality=save.quality)
-        config = dataclasses.replace(
-            self.config,
-            image=(self.image,),
-            prompt=(self.prompt,),
-            output=str(path),
-            items="",
-            sample=dataclasses.replace(self.config.sample, seed=(self.seed,)),
-        )
+        config = recorded_config(self.config, self.image, self.prompt, self.seed, path)
         frames, height, width, _ = self.frames.shape
         record = {
             "file": path.name,
-            "sha256": _sha256(path),
+            "sha256": sha256(path),
             "width": width,
             "height": height,
             "frames": frames,
@@ -309,7 +302,7 @@ def load_parts(config: Config) -> I2VGenXL:
         raise ValueError(
             f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
         )
-    make_schedule(config)  # refuses impossible betas before anything is loaded
+    refuse_unsampleable(config)  # impossible betas too, before anything is loaded
     device = runtime.device(config.runtime)
     runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
     unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
@@ -319,6 +312,26 @@ def load_parts(config: Config) -> I2VGenXL:
         runtime.compile_quickly()
         unet.compile()
     return I2VGenXL(config, unet, vae, clip, device)
+
+
+def refuse_unsampleable(config: Config) -> None:
+    """ValueError for settings that build a network but cannot sample with it."""
+    if config.unet.out_channels != config.vae.embed_dim:
+        raise ValueError(
+            f"unet.out_channels is {config.unet.out_channels} but vae.embed_dim is {config.vae.embed_dim}; "
+            "sampling needs one prediction per latent channel"
+        )
+    if config.vae.channels != 3:
+        raise ValueError(f"vae.channels is {config.vae.channels}; pictures here have 3")
+    sample, schedule = config.sample, make_schedule(config)
+    divides = sample.eps_form == "recovered" or config.schedule.prediction == "eps"
+    visited = timesteps(schedule.num_timesteps, sample.steps, sample.spacing)
+    if divides and sample.sampler == "ddim" and schedule.abar[visited[0]] == 0:
+        raise ValueError(
+            f"sample.steps={sample.steps} with sample.spacing={sample.spacing} visits t = {visited[0]}, "
+            "where no signal is left: sample.eps_form=recovered and schedule.prediction=eps divide by zero "
+            "there, as the official code does; use sample.eps_form=direct with v, or another step count"
+        )
 
 
 def make_schedule(config: Config) -> Schedule:
@@ -346,7 +359,20 @@ def record_path(path: Path) -> Path:
     return path.with_suffix(".json") if path.suffix else path.with_name(path.name + ".json")
 
 
-def _sha256(path: Path) -> str:
+def recorded_config(config: Config, image: str, prompt: str, seed: int, output: Path) -> Config:
+    """The settings of one clip alone, as its record keeps them."""
+    return dataclasses.replace(
+        config,
+        image=(image,),
+        prompt=(prompt,),
+        output=str(output),
+        items="",
+        sample=dataclasses.replace(config.sample, seed=(seed,)),
+    )
+
+
+def sha256(path: Path) -> str:
+    """Of a file, or of all files of a folder in the order of their names."""
     digest = hashlib.sha256()
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         with file.open("rb") as stream:

@@ -85,12 +85,12 @@ def drop_grey_last_frame(frames: Tensor | np.ndarray) -> Tensor | np.ndarray:
 # Checks before any long work
 
 
-def check_output(path: str | Path, *, fps: float | None = None) -> Path:
+def check_output(path: str | Path, *, fps: float | None = None, size: tuple[int, int] | None = None) -> Path:
     """Everything about a video's destination that can be wrong before there is a video -> the path.
 
     Parent folders are created. ValueError for an unknown ending, a parent that is no folder or not
     writable, a file where a folder is wanted or the reverse, a PNG folder holding other files, a missing
-    encoder, and (if `fps` is given) a frame rate the format cannot hold.
+    encoder, and (if given) an `fps` or a `size` (width, height) that the format cannot hold.
     """
     path = Path(path)
     ending = path.suffix.lower()
@@ -101,6 +101,12 @@ def check_output(path: str | Path, *, fps: float | None = None) -> Path:
         )
     if fps is not None:
         _check_fps(fps, ending)
+    largest = LARGEST_SIDE.get(ending)
+    if size is not None and largest is not None and max(size) > largest:
+        raise ValueError(
+            f"output {path}: frames of {size[0]} x {size[1]} pixels do not fit {ending}, whose sides end at "
+            f"{largest}; write a folder of PNGs"
+        )
     if ending == "":
         _check_png_folder(path)
     elif path.is_dir():
@@ -179,14 +185,8 @@ def save(frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: 
         )
     if not 1 <= quality <= 10:
         raise ValueError(f"quality {quality} is not in 1..10 (8 is the official writer's)")
-    path = check_output(path, fps=fps)
+    path = check_output(path, fps=fps, size=(frames.shape[2], frames.shape[1]))
     ending = path.suffix.lower()
-    largest = LARGEST_SIDE.get(ending)
-    if largest is not None and max(frames.shape[1:3]) > largest:
-        raise ValueError(
-            f"frames of {frames.shape[2]} x {frames.shape[1]} pixels do not fit {ending}, whose sides end at "
-            f"{largest}; write a folder of PNGs"
-        )
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, "": _write_pngs}[ending]
     with _whole_or_not(path) as temporary:
         write(frames, temporary, fps, quality)

@@ -6,16 +6,17 @@
     image=, prompt=     may be repeated: pairs item by item, one of either serves all
     items=FILE.jsonl    one {"image": ..., "prompt": ..., "seed": ..., "output": ...} per line instead
     seed=[1,2,3]        every pair once per seed
-    output=             .mp4, .gif, .webp, or a folder for PNG frames; a JSON with all settings lands beside
-    it weights=random      seeded random weights: the output is noise, but the whole road is driven
+    output=             .mp4, .gif, .webp, or a folder for PNGs; a JSON with all settings lands beside it
+    weights=random      seeded random weights: the output is noise, but the whole road is driven
     --print-config      print the merged settings as YAML and stop
-    --resume            leave out clips whose file and record are already there
+    --resume            leave out clips that are already there, whole and made with the same settings
 
 All settings with their defaults stand in i2vgen/config.py; sizes are width= and height= in pixels.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import warnings
 
@@ -39,13 +40,15 @@ def main() -> int:
 
     todo = jobs.plan(config)
     if "--resume" in flags:
-        done = [job for job in todo if job.done]
-        todo = [job for job in todo if not job.done]
-        print(f"{len(done)} clips are already there, {len(todo)} to make")
+        before = len(todo)
+        todo = [job for job in todo if not job.done(config)]
+        print(f"{before - len(todo)} clips are already there, {len(todo)} to make")
         if not todo:
             return 0
     if any(not job.prompt.strip() for job in todo):
         warnings.warn("the prompt is empty; the picture alone decides what moves", stacklevel=1)
+    batch_size = min(config.runtime.batch, len(todo))
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=batch_size))
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
     print(f"{describe(config, model)}\nmemory: about {runtime.estimate_memory(config, model.parts)}")

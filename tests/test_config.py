@@ -469,7 +469,9 @@ def test_files_that_are_no_clip_model(text, words, write):
 # --- the files that come with the project, and the way there and back
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name != "train"), ids=lambda p: p.name
+)
 def test_every_configuration_loads_and_comes_back(path, tmp_path):
     got = load_config(path)
     assert config.from_dict(json.loads(json.dumps(got.to_dict()))) == got

@@ -345,3 +345,58 @@ def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
     assert same(torch.load(file, weights_only=True)["state_dict"], theirs)
     assert run("export", tmp_path / "out", tmp_path / "no", "--layout", "diffusers") == 2
     assert "error:" in capsys.readouterr().err and not (tmp_path / "no").exists()
+
+
+# --- a native folder as a source
+
+
+def test_a_native_source_is_audited_like_any_other(native, states, tmp_path, capsys):
+    assert run("convert", native, tmp_path / "less", "use.concat=false") == 0
+    assert "dropped" in capsys.readouterr().out
+    got = load_file(tmp_path / "less" / "unet.safetensors")
+    assert torch.equal(got["conv_in.weight"], states["unet"]["conv_in.weight"][:, :4])
+    assert not any(name.startswith("stem.concat") for name in got)
+    for setting in ("unet.base_width=64", "unet.head_width=8", "vae.scale=0.5", "clip.text.heads=2"):
+        assert run("convert", native, tmp_path / "no", setting) == 2
+        assert setting.split("=")[0] in (said := capsys.readouterr().err) and "native" in said
+        assert not (tmp_path / "no").exists()
+
+
+def test_flags_without_effect_are_refused(native, official, tmp_path, capsys):
+    for flag in (["--compat", "diffusers"], ["--variant", "fp16"], ["--spatial-init"]):
+        assert run("convert", native, tmp_path / "out", *flag) == 2
+        assert flag[0] in capsys.readouterr().err
+    assert run("export", native, tmp_path / "out", "--layout", "vgen", "--no-fold") == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+    official, tmp_path, monkeypatch, capsys
+):
+    from weights_conversion import readers
+
+    monkeypatch.setattr(readers, "open_file", lambda *_, **__: pytest.fail("a source was read"))
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", official):
+        assert run("convert", official / "unet.pth", out, *HEADS) == 2
+        assert "error:" in capsys.readouterr().err
+
+
+def test_verify_compares_settings_too(native, tmp_path, capsys):
+    stored = config.from_dict(config.read_stored_settings(native))
+    other = dataclasses.replace(stored, vae=dataclasses.replace(stored.vae, scale=0.5))
+    parts = {part: dict(checkpoint.read_part(native, part)) for part in checkpoint.PARTS}
+    checkpoint.save(tmp_path / "other", parts, other)
+    assert run("verify", native, tmp_path / "other") == 1
+    assert "vae.scale 0.18215 and 0.5" in capsys.readouterr().out
+
+
+@pytest.mark.reference
+def test_verify_runs_diffusers_as_its_file_stands(native, tmp_path, capsys):
+    pytest.importorskip("diffusers")
+    assert run("export", native, tmp_path / "folded", "--layout", "diffusers") == 0
+    assert run("verify", native, tmp_path / "folded", "--reference", "diffusers") == 0
+    assert "note: the first side" not in capsys.readouterr().out
+    assert run("export", native, tmp_path / "plain", "--layout", "diffusers", "--no-fold") == 0
+    assert run("verify", native, tmp_path / "plain", "--reference", "diffusers") == 0
+    assert "use.concat_gain=2.0, but diffusers computes 1.0" in capsys.readouterr().out

@@ -342,3 +342,22 @@ def test_load_from_a_folder(tiny, tiny_model, picture, tmp_path, recwarn):
     )
     assert np.array_equal(model(picture, "a boat").frames, tiny_model(picture, "a boat").frames)
     assert not [w for w in recwarn if "NOISE" in str(w.message)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["unet.out_channels=8"], "unet.out_channels is 8 but vae.embed_dim is 4"),
+        (["vae.channels=1"], "vae.channels is 1"),
+        (["steps=3", "eps_form=recovered"], "visits t = 999"),
+        (["spacing=trailing", "schedule.prediction=eps"], "visits t = 999"),
+    ],
+)
+def test_what_cannot_be_sampled_is_refused_before_loading(overrides, words, monkeypatch):
+    from i2vgen import checkpoint
+    from i2vgen.config import load_config
+
+    monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("a part was loaded"))
+    cfg = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides, weights="random")
+    with pytest.warns(UserWarning, match="NOISE"), pytest.raises(ValueError, match=words):
+        pipeline.load_parts(cfg)

@@ -100,6 +100,7 @@ def convert(
     accepts missing tensors of a part (they are freshly initialised) and leaves unexpected ones out; without
     it both are refused. `dtype` None keeps each tensor's own.
     """
+    checkpoint.check_place(out)
     found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init)
     report = Report(str(out))
     for part in found:
@@ -146,6 +147,8 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
         raise ValueError(f"{', '.join(literals)} is no setting of a model; give unet., vae., clip., use. ...")
     settings: dict[str, Any] = {}
     for part in found:
+        if part.settings:
+            config.refuse_contradiction(part.settings, str(part.files[0].parent), stated, "the command line")
         _merge(settings, part.settings)
     cards = {part.part: part.card for part in found if part.part in ("text", "image") and part.card}
     if cards.keys() == {"text", "image"}:
@@ -258,10 +261,12 @@ def native_parts(found: Sequence[PartSource]) -> dict[str, list[PartSource]]:
 
 def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
     source = held[0]
-    if source.layout == "native":
-        return source.tensors, _line(source, source.tensors)
     full = checkpoint.full_use(cfg.use)
-    if source.layout == "diffusers":
+    if source.layout == "native":
+        stored = config.from_dict(dict(source.settings)) if source.settings else cfg
+        full_rows = [rules.Row(name, (name,)) for name in checkpoint.build("unet", stored).state_dict()]
+        rows = full_rows
+    elif source.layout == "diffusers":
         rows = unet_diffusers.rows(cfg.unet)
         full_rows = rows
     elif source.layout == "sd":
@@ -295,10 +300,12 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
 
 def _vae(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
     source = held[0]
+    wanted = checkpoint.build("vae", cfg).state_dict()
     if source.layout == "native":
-        return source.tensors, _line(source, source.tensors)
-    rows = vae_tables.rows(cfg.vae) if source.layout == "compvis" else vae_tables.diffusers_rows(cfg.vae)
-    return _strict(source, rows, checkpoint.build("vae", cfg).state_dict(), partial, report, cfg, "vae")
+        rows = [rules.Row(name, (name,)) for name in wanted]
+    else:
+        rows = vae_tables.rows(cfg.vae) if source.layout == "compvis" else vae_tables.diffusers_rows(cfg.vae)
+    return _strict(source, rows, wanted, partial, report, cfg, "vae")
 
 
 def _clip(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:

@@ -105,7 +105,7 @@ class _Changed(Mapping):
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[self.names[name]]
-        return _scale_concat(tensor, 1 / self.folded) if name == CONV_IN and self.folded != 1 else tensor
+        return scale_concat(tensor, 1 / self.folded) if name == CONV_IN and self.folded != 1 else tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -347,8 +347,10 @@ def _padding(tokenizer: Mapping[str, Any] | None, compat: str | None) -> tuple[i
 
 def build_unet(unet: config.UNet) -> nn.Module:
     """diffusers' own network on `meta`, for comparisons; the only function here that imports diffusers."""
-    from diffusers import I2VGenXLUNet
-
+    try:
+        from diffusers import I2VGenXLUNet
+    except ImportError as error:
+        raise ValueError("comparing with diffusers needs it installed; pip install diffusers") from error
     with torch.device("meta"):
         return I2VGenXLUNet.from_config(unet_config(unet)).eval()
 
@@ -481,8 +483,8 @@ def _fold(entry: Entry, gain: float) -> Entry:
     if gain == 0:
         raise ValueError("use.concat_gain is 0; folding it would erase weights, use fold=False (--no-fold)")
     plain = entry.read().to(entry.dtype)
-    folded = _scale_concat(plain, gain)
-    if not torch.equal(_scale_concat(folded, 1 / gain), plain):
+    folded = scale_concat(plain, gain)
+    if not torch.equal(scale_concat(folded, 1 / gain), plain):
         raise ValueError(
             f"use.concat_gain = {gain} cannot be folded into {CONV_IN} without rounding in {entry.dtype}; "
             "use fold=False (--no-fold)"
@@ -490,7 +492,7 @@ def _fold(entry: Entry, gain: float) -> Entry:
     return dataclasses.replace(entry, read=lambda: folded)
 
 
-def _scale_concat(conv_in: Tensor, gain: float) -> Tensor:
+def scale_concat(conv_in: Tensor, gain: float) -> Tensor:
     """The second half of the input channels belongs to the concat branch; diffusers knows no other split."""
     picture = conv_in.shape[1] // 2
     return torch.cat([conv_in[:, :picture], conv_in[:, picture:] * gain], dim=1)

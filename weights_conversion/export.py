@@ -54,6 +54,8 @@ def export(
         return diffusers_layout.write_folder(
             cfg, parts, out, fold=fold, dtype=dtype, shard_bytes=shard_bytes, on_bytes=tick
         )
+    if not fold:
+        raise ValueError("--no-fold is for diffusers folders; the official layout never folds")
     if shard_bytes is not None:
         raise ValueError("shards are for diffusers folders; the official files are one per part")
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -58,6 +58,15 @@ def gather(
                     "name only one of them"
                 )
             parts.append(part)
+    layouts = {part.layout for part in parts}
+    for flag, given, needs in (
+        ("--compat", compat, "diffusers"),
+        ("--variant", variant, "diffusers"),
+        ("--spatial-init", spatial_init, "sd"),
+    ):
+        if given and needs not in layouts:
+            what = "diffusers folder" if needs == "diffusers" else "Stable Diffusion UNet"
+            raise ValueError(f"{flag} was given but no source is a {what}; it would change nothing")
     return parts
 
 
@@ -149,7 +158,8 @@ def from_diffusers(path: Path, *, variant: str | None, compat: str | None) -> li
             raise ValueError(
                 f"{held.path} holds nothing known; it should be the {name} of a diffusers folder"
             )
-        parts.append(_part(found[0], (held.path,), settings=settings, notes=tuple(notes)))
+        extra = {"folded": held.folded} if name == "unet" else {}
+        parts.append(_part(found[0], (held.path,), settings=settings, notes=tuple(notes), extra=extra))
     return parts
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from i2vgen import checkpoint, config
 from i2vgen.conditioning import Conditions
 from weights_conversion import clip as clip_tables
-from weights_conversion import convert, rules, sources, unet_diffusers
+from weights_conversion import convert, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion.recognise import WORDS
 
 OUTPUT_BOUND = 1e-9  # relative L2 in float64, everything but rounding removed
@@ -60,12 +60,13 @@ def verify(
             on_part(part)
         first, second = ({n: s.states[part][n] for n in s.states[part] if n not in lacking} for s in sides)
         _compare(part, first, second, verdict)
+        _compare_settings(part, sides, verdict)
     if lacking and "clip" in shared:
         verdict.lines.append(f"not compared: {', '.join(sorted(lacking))}, absent in transformers' towers")
     if reference is not None:
         if "unet" not in shared:
             raise ValueError("--reference diffusers compares UNets; both sides must hold one")
-        _run_both(sides[0].states["unet"], sides[1].states["unet"], sides[0].config, seed, verdict)
+        _run_both(sides[0], sides[1], seed, verdict)
     return verdict
 
 
@@ -76,6 +77,8 @@ class Side:
     states: Mapping[str, Mapping[str, Tensor]]
     config: config.Config
     layouts: frozenset[str]
+    stated: frozenset[str]  # parts whose settings the source states; those of others are read off shapes
+    folded: float  # what a diffusers UNet's concat columns were multiplied by in its file
 
 
 def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
@@ -84,7 +87,21 @@ def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
     report = convert.Report("")
     held = convert.native_parts(found)
     states = {part: convert.STATES[part](parts, cfg, False, report)[0] for part, parts in held.items()}
-    return Side(states, cfg, frozenset(part.layout for part in found))
+    stated = frozenset(name for name, parts in held.items() if all(p.settings or p.card for p in parts))
+    folded = next((p.extra["folded"] for p in found if "folded" in p.extra), 1.0)
+    return Side(states, cfg, frozenset(part.layout for part in found), stated, folded)
+
+
+def _compare_settings(part: str, sides: list[Side], verdict: Verdict) -> None:
+    """The same numbers under other heads or another scale are another model."""
+    a, b = (dict(dataclasses.asdict(getattr(side.config, part))) for side in sides)
+    different = [f"{part}.{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name]]
+    if not different:
+        return
+    if all(part in side.stated for side in sides):
+        verdict.add(False, f"settings: {', '.join(different)}")
+    else:
+        verdict.lines.append(f"note: one side's settings are read off its shapes: {', '.join(different)}")
 
 
 def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdict: Verdict) -> None:
@@ -116,18 +133,26 @@ def _how(a: Tensor, b: Tensor) -> str:
     return f"largest difference {(a.double() - b.double()).abs().max().item():.3g}"
 
 
-def _run_both(
-    a: Mapping[str, Tensor], b: Mapping[str, Tensor], cfg: config.Config, seed: int, verdict: Verdict
-) -> None:
-    """Our network on `a`, diffusers' on `b`, in float64, with diffusers' conventions on our side."""
-    from weights_conversion.diffusers_layout import build_unet
+def _run_both(first: Side, second: Side, seed: int, verdict: Verdict) -> None:
+    """Our network on the first side, diffusers' on the second as its file stands, in float64.
 
-    use = dataclasses.replace(cfg.use, concat_gain=1.0, sinusoid="exp", frame_planes="network")
+    diffusers adds the concat branch once: what its file has folded into conv_in is our gain here. Sinusoid
+    and frame planes take diffusers' forms, so that nothing but rounding remains.
+    """
+    a, b, cfg, gain = first.states["unet"], second.states["unet"], first.config, second.folded
+    if gain != cfg.use.concat_gain:
+        verdict.lines.append(
+            f"note: the first side has use.concat_gain={cfg.use.concat_gain}, but diffusers computes {gain} "
+            "with the second; outputs are compared at the latter"
+        )
+    use = dataclasses.replace(cfg.use, concat_gain=gain, sinusoid="exp", frame_planes="network")
     ours = checkpoint.build("unet", dataclasses.replace(cfg, use=use))
     checkpoint.fill(ours, a, dtype=torch.float64)
     mapping = unet_diffusers.rows(cfg.unet)
-    theirs = build_unet(cfg.unet)
-    theirs.load_state_dict({k: v.double() for k, v in rules.to_theirs(mapping, b).items()}, assign=True)
+    theirs = diffusers_layout.build_unet(cfg.unet)
+    state = {k: v.double() for k, v in rules.to_theirs(mapping, b).items()}
+    state["conv_in.weight"] = diffusers_layout.scale_concat(state["conv_in.weight"], gain)
+    theirs.load_state_dict(state, assign=True)
 
     size = 2 * cfg.unet.factor
     draw = torch.Generator().manual_seed(seed)

@@ -1,0 +1,57 @@
+"""CLIP's step: first frames and captions of a batch find each other, by open_clip's own two towers.
+
+With several processes each contrasts its own batch. Axes: b batch, k tokens, s side of CLIP's picture.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from i2vgen.config import Config
+from i2vgen.encoders import ClipEncoders
+from i2vgen.training.data import Clips, Source
+from i2vgen.training.diffusion import clip_pixels, fresh_or_held, others_held
+from i2vgen.training.loop import Part
+from i2vgen.training.settings import Train
+
+MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
+
+
+class ClipLoss(nn.Module):
+    def __init__(self, clip: ClipEncoders):
+        super().__init__()
+        self.clip = clip
+
+    def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
+        """pixels [b 3 s s], tokens int64 [b k] -> {"loss", "accuracy": scalars}, symmetric cross entropy"""
+        model = self.clip.model
+        image = model.encode_image(pixels, normalize=True).float()
+        text = model.encode_text(tokens, normalize=True).float()
+        logits = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image @ text.T
+        own = torch.arange(len(logits), device=logits.device)
+        loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == own).float().mean()}
+
+
+def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
+    clip = fresh_or_held("clip", config, train, device)
+
+    def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        captions = [drop_words(caption, train.word_dropout, draw) for caption in clips.captions]
+        tokens = clip.tokenize(captions)
+        return clip_pixels(clips.pixels[:, :, 0], config).to(device), tokens.to(device)
+
+    return Part(
+        name="clip", model=clip, step=ClipLoss(clip), inputs=inputs, others=others_held("clip", config)
+    )
+
+
+def drop_words(caption: str, probability: float, draw: torch.Generator) -> str:
+    """Each word goes with this probability; a caption that would lose all stays as it is."""
+    words = caption.split()
+    stay = torch.rand(len(words), generator=draw) >= probability
+    return " ".join(word for word, stays in zip(words, stay.tolist(), strict=True) if stays) or caption

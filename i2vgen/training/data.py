@@ -1,0 +1,268 @@
+"""Clips for training, as a function of their position in the run: from the procedural world or a folder.
+
+A run numbers the clips it draws from 0 on; which clip that is, and which cut of it, depends on the seed and
+that number alone. So a resumed run sees what the killed one would have seen.
+
+Axes: b batch, f frames, c channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import multiprocessing
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from i2vgen import images, video
+from i2vgen.config import Config
+from i2vgen.training import world
+from i2vgen.training.settings import WORLD, Bucket, Train, buckets, world_speed
+
+LOGGER = logging.getLogger(__name__)
+ENDINGS = (".mp4", ".gif")
+CAPTION_FILES = ("captions.csv", "captions.jsonl")
+# The world's clips below this seed are never trained on: they are for measuring.
+FIRST_TRAINING_SEED = 2**40
+
+
+class Clips(NamedTuple):
+    """A batch: `pixels` float32 [b c f H W] in [-1, 1], b captions, the rate they were sampled at."""
+
+    pixels: Tensor
+    captions: tuple[str, ...]
+    fps: int
+
+
+Source = Callable[[Bucket, Sequence[int]], Clips]  # positions of the clips in the run -> the clips
+
+
+def generator(*words: int) -> torch.Generator:
+    """A CPU generator for (seed, step, rank, ...): streams of different words do not meet."""
+    return torch.Generator().manual_seed(number(*words))
+
+
+def number(*words: int) -> int:
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+
+
+def open_source(config: Config, train: Train) -> Source:
+    """The clips of `train.data`; ValueError before any work if there are none."""
+    if train.data == WORLD:
+        return World(config, train)
+    return Folder(config, train)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The procedural world
+
+
+class World:
+    """Clips of the procedural world; a bucket of another length or rate shows more or less of the motion."""
+
+    def __init__(self, config: Config, train: Train):
+        self.config, self.train = config, train
+
+    def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
+        sample, train = self.config.sample, self.train
+        first = FIRST_TRAINING_SEED + (train.seed << 48)
+        seeds = [first + (p % train.num_clips if train.num_clips else p) for p in positions]
+        batch = world.batch(
+            seeds,
+            width=sample.width,
+            height=sample.height,
+            frames=bucket.frames,
+            speed=world_speed(self.config, bucket),
+        )
+        return Clips(batch.clips, batch.captions, bucket.fps)
+
+
+# ---------------------------------------------------------------------------------------------------
+# A folder of videos
+
+
+class Folder:
+    """Videos (mp4, gif) and their captions from captions.csv or captions.jsonl (columns file, caption).
+
+    Files that cannot be read, or are too short for a bucket, are skipped; `skipped` names them with the
+    reason. Captions without files and files without captions are counted at the start.
+    """
+
+    def __init__(self, config: Config, train: Train):
+        self.config, self.train = config, train
+        self.folder = Path(train.data)
+        self.skipped: dict[tuple[str, Bucket | None], str] = {}
+        captions = read_captions(self.folder)
+        present = {
+            str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.suffix.lower() in ENDINGS
+        }
+        self.files = sorted(captions.keys() & present)
+        self.captions = captions
+        self.without_file = sorted(captions.keys() - present)
+        self.without_caption = sorted(present - captions.keys())
+        for names, what in (
+            (self.without_file, "captions without a file"),
+            (self.without_caption, "files without a caption"),
+        ):
+            if names:
+                LOGGER.warning(
+                    "%s: %d %s are left out, the first is %s", self.folder, len(names), what, names[0]
+                )
+        if not self.files:
+            raise ValueError(
+                f"train.data={self.folder} holds no clip to train on: {len(self.without_file)} captions "
+                f"without a file, {len(self.without_caption)} files ({', '.join(ENDINGS)}) without a caption"
+            )
+        for bucket in buckets(config, train):
+            self(bucket, [0])  # an unusable folder is told before any work
+
+    def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
+        drawn = [self._clip(bucket, position) for position in positions]
+        return Clips(torch.stack([pixels for pixels, _ in drawn]), tuple(c for _, c in drawn), bucket.fps)
+
+    def _clip(self, bucket: Bucket, position: int) -> tuple[Tensor, str]:
+        """The clip whose turn it is, or the next one in the shuffled order that can be used."""
+        epoch, turn = divmod(position, len(self.files))
+        order = np.random.Generator(np.random.PCG64([self.train.seed, epoch])).permutation(len(self.files))
+        for i in range(len(order)):
+            name = self.files[order[(turn + i) % len(order)]]
+            pixels = self._read(name, bucket, position)
+            if pixels is not None:
+                return pixels, self.captions[name]
+        reasons = "; ".join(f"{name}: {why}" for (name, _), why in list(self.skipped.items())[:3])
+        raise ValueError(
+            f"train.data={self.folder}: none of its {len(self.files)} clips can be used for the bucket "
+            f"train.frame_lengths = {bucket.frames} with train.sample_fps = {bucket.fps} ({reasons})"
+        )
+
+    def _read(self, name: str, bucket: Bucket, position: int) -> Tensor | None:
+        """-> float32 [c f H W], or None for a file that is to be skipped."""
+        kind = bucket._replace(batch=1)
+        if (name, None) in self.skipped or (name, kind) in self.skipped:
+            return None
+        try:
+            frames, rate = video.load(self.folder / name)
+        except ValueError as error:
+            self._skip(name, None, str(error))
+            return None
+        seed = (self.train.seed, position)
+        chosen = frame_numbers(len(frames), rate or bucket.fps, bucket, generator(*seed))
+        if chosen is None:
+            stride = frame_stride(rate or bucket.fps, bucket.fps)
+            self._skip(
+                name,
+                kind,
+                f"{len(frames)} frames at {rate or bucket.fps:g} fps are too short for {bucket.frames} at "
+                f"{bucket.fps} (needs {stride * (bucket.frames - 1) + 1})",
+            )
+            return None
+        sample = self.config.sample
+        views = [
+            images.first_frame(
+                Image.fromarray(frames[i]),
+                width=sample.width,
+                height=sample.height,
+                mode=self.config.preprocess.crop,
+            )
+            for i in chosen
+        ]
+        return torch.stack(views, dim=1)
+
+    def _skip(self, name: str, bucket: Bucket | None, reason: str) -> None:
+        self.skipped[name, bucket] = reason
+        LOGGER.warning("%s: %s is skipped (%d so far): %s", self.folder, name, len(self.skipped), reason)
+
+
+def frame_stride(rate: float, fps: int) -> int:
+    return max(1, round(rate / fps))
+
+
+def frame_numbers(total: int, rate: float, bucket: Bucket, draw: torch.Generator) -> range | None:
+    """Which frames of a file of `total` at `rate` a bucket's clip shows: a random start, even steps.
+
+    None if the file is too short. The official rule with its gaps mended: never an empty or missing frame,
+    every start that fits is drawn, the last one included.
+    """
+    stride = frame_stride(rate, bucket.fps)
+    span = stride * (bucket.frames - 1) + 1
+    if span > total:
+        return None
+    start = int(torch.randint(total - span + 1, (1,), generator=draw))
+    return range(start, start + span, stride)
+
+
+def read_captions(folder: Path) -> dict[str, str]:
+    """file -> caption from captions.csv or captions.jsonl; ValueError for what cannot be read."""
+    if not folder.is_dir():
+        raise ValueError(f"train.data={folder} is no folder; give {WORLD!r} or a folder of videos")
+    try:
+        found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+        if len(found) != 1:
+            raise ValueError(
+                f"train.data={folder} holds {len(found)} of {' and '.join(CAPTION_FILES)}; give one of them"
+            )
+        with found[0].open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file) if found[0].suffix == ".csv" else _json_lines(file, found[0]))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"train.data={folder} cannot be read: {error}") from error
+    captions = {}
+    for number_, row in enumerate(rows, start=1):
+        name, caption = (row.get("file"), row.get("caption")) if isinstance(row, dict) else (None, None)
+        if not isinstance(name, str) or not isinstance(caption, str) or not name:
+            raise ValueError(f"{found[0]}, entry {number_}: it needs the columns file and caption, both text")
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ValueError(f"{found[0]}, entry {number_}: {name} lies outside the folder")
+        captions[str(Path(name))] = caption.strip()
+    return captions
+
+
+def _json_lines(file, path: Path) -> Iterator[dict]:
+    for number_, line in enumerate(file, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number_}: {error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------
+# Drawing ahead
+
+
+class Ahead:
+    """Draws the batches of a run in other processes, a few ahead; the same batches in the same order.
+
+    `plan` maps a batch number to (bucket, positions). Use it as a context: leaving ends the processes.
+    """
+
+    def __init__(self, source: Source, plan: Callable[[int], tuple[Bucket, list[int]]], workers: int):
+        self.source, self.plan, self.depth = source, plan, 2 * workers
+        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        self.waiting: dict[int, Future] = {}
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def __call__(self, index: int) -> Clips:
+        for i in range(index, index + self.depth + 1):
+            if i not in self.waiting:
+                self.waiting[i] = self.pool.submit(_draw, self.source, *self.plan(i))
+        pixels, captions, fps = self.waiting.pop(index).result()
+        return Clips(torch.from_numpy(pixels), captions, fps)
+
+
+def _draw(source: Source, bucket: Bucket, positions: list[int]) -> tuple[np.ndarray, tuple[str, ...], int]:
+    torch.set_num_threads(1)
+    clips = source(bucket, positions)
+    return clips.pixels.numpy(), clips.captions, clips.fps

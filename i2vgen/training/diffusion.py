@@ -1,0 +1,184 @@
+"""The diffusion step: clips to latents and conditions by the frozen VAE and CLIP, v-loss of the UNet.
+
+Axes: b batch, f frames, c channels, h w latent rows and columns; t is the timestep.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor, nn
+
+from i2vgen import checkpoint, images, pipeline, runtime
+from i2vgen.conditioning import Conditions
+from i2vgen.config import RANDOM, Config
+from i2vgen.loss import draw_offset_noise, training_loss
+from i2vgen.schedule import Schedule
+from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.training.data import Clips, Source
+from i2vgen.training.loop import Part
+from i2vgen.training.settings import Train, buckets
+from i2vgen.unet import UNet
+from i2vgen.vae import AutoencoderKL
+
+INHERITED = (ResBlock, SpatialTransformer, Downsample, Upsample)
+STRIP_CLIPS = 4
+
+
+class DiffusionLoss(nn.Module):
+    """The UNet with its loss as one module, so that data parallelism sees one forward."""
+
+    def __init__(self, unet: UNet, schedule: Schedule):
+        super().__init__()
+        self.unet, self.schedule = unet, schedule
+
+    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> dict[str, Tensor]:
+        """x0, noise [b c f h w], t int64 [b] on the CPU -> {"loss": scalar}"""
+        prepared = self.unet.prepare(conditions, x0.shape[2])
+
+        def predict(x: Tensor, t: Tensor) -> Tensor:
+            return self.unet(x, t.to(x.device), prepared)
+
+        return {"loss": training_loss(predict, x0, t, noise, self.schedule).mean()}
+
+
+class Encoding:
+    """Clips -> what `DiffusionLoss` takes: latents, timesteps, noise, conditions with their dropout."""
+
+    def __init__(self, config: Config, train: Train, vae: AutoencoderKL, clip, device: torch.device):
+        self.config, self.train, self.vae, self.clip, self.device = config, train, vae, clip, device
+        self.num_timesteps = config.schedule.num_timesteps
+
+    def __call__(self, clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+        b = len(clips.captions)
+        x0, first = self.latents(clips.pixels, draw)
+        t = torch.randint(0, self.num_timesteps, (b,), generator=draw)  # the last one too: v = -x0 there
+        noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
+        lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
+        lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
+        use = self.config.use
+        conditions = Conditions(
+            self.text(clips.captions, lose_text) if use.text else None,
+            self.vector(clips.pixels[:, :, 0], lose_image) if use.global_tokens else None,
+            first,
+            torch.full((b,), clips.fps, device=self.device),
+        )
+        return x0, t, noise.to(self.device), conditions
+
+    def latents(self, pixels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """[b 3 f H W] -> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
+        b = len(pixels)
+        frames = rearrange(pixels, "b c f h w -> (b f) c h w")
+        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
+        mean = rearrange(torch.cat([p.mean for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
+        std = rearrange(torch.cat([p.std for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
+        noise = torch.randn(mean.shape, generator=draw).to(self.device)
+        first = torch.randn(mean[:, :, 0].shape, generator=draw).to(self.device)
+        scale = self.vae.scale
+        return scale * (mean + std * noise), scale * (mean[:, :, 0] + std[:, :, 0] * first)
+
+    def text(self, captions: tuple[str, ...], lose: Tensor) -> Tensor:
+        """-> [b k d]; a lost caption becomes the negative prompt, as the sampler's second branch has it."""
+        negative = self.config.negative_prompt
+        said = [negative if lost else caption for caption, lost in zip(captions, lose.tolist(), strict=True)]
+        return self.clip.text(self.clip.tokenize(said).to(self.device))
+
+    def vector(self, pixels: Tensor, lose: Tensor) -> Tensor:
+        """First frames [b 3 H W] -> image vectors [b v], lost ones zero."""
+        vector = self.clip.image(clip_pixels(pixels, self.config).to(self.device))
+        return vector.masked_fill(lose.to(self.device)[:, None], 0.0)
+
+
+def clip_pixels(pixels: Tensor, config: Config) -> Tensor:
+    """First frames [b 3 H W] in [-1, 1] -> what CLIP sees [b 3 s s], exactly as at sampling."""
+    views = [
+        images.prepare(
+            picture(frame),
+            width=config.sample.width,
+            height=config.sample.height,
+            clip_size=config.clip.image_size,
+            clip_mean=config.clip.image_mean,
+            clip_std=config.clip.image_std,
+            mode=config.preprocess.crop,
+        ).clip_pixels
+        for frame in pixels
+    ]
+    return torch.stack(views)
+
+
+def picture(frame: Tensor) -> Image.Image:
+    """[3 H W] in [-1, 1] -> PIL"""
+    levels = ((frame.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(rearrange(levels, "c h w -> h w c").contiguous().numpy())
+
+
+def spatial_names(unet: UNet) -> frozenset[str]:
+    """Parameters of the kinds that Stable Diffusion's image UNet brought along, 682 at full size."""
+    places = [name for name, module in unet.named_modules() if isinstance(module, INHERITED)]
+    places += ["conv_in", "norm_out", "conv_out"]
+    starts = tuple(f"{place}." for place in places)
+    return frozenset(name for name, _ in unet.named_parameters() if name.startswith(starts))
+
+
+def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
+    """UNet (from `weights=` if they hold one, else new), VAE and CLIP of `weights=`."""
+    if config.weights in ("", RANDOM):
+        raise ValueError(
+            f"train.part=diffusion learns on latents: give weights= a folder with vae and clip, not "
+            f"{config.weights!r}"
+        )
+    missing = checkpoint.missing_parts(config.weights)
+    if lacking := [part for part in ("vae", "clip") if part in missing]:
+        raise ValueError(
+            f"weights folder {config.weights} lacks {' and '.join(lacking)}, which train.part=diffusion needs"
+        )
+    settings = config.runtime
+    vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[settings.vae_dtype])
+    clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[settings.encoder_dtype])
+    unet = fresh_or_held("unet", config, train, device)
+    unet.set_checkpointing(train.checkpointing)
+    bucket = buckets(config, train)[0]
+
+    def strip() -> np.ndarray:
+        clips = source(bucket._replace(batch=STRIP_CLIPS), list(range(STRIP_CLIPS)))
+        model = pipeline.I2VGenXL(config, unet, vae, clip, device)
+        first = [picture(frame) for frame in clips.pixels[:, :, 0]]
+        seeds = list(range(STRIP_CLIPS))
+        frames = pipeline.generate(model, first, clips.captions, seeds).cpu()
+        return rearrange(frames, "b f h w c -> (b h) (f w) c").numpy()
+
+    return Part(
+        name="unet",
+        model=unet,
+        step=DiffusionLoss(unet, pipeline.make_schedule(config)),
+        inputs=Encoding(config, train, vae, clip, device),
+        slow=spatial_names(unet),
+        others={"vae": vae, "clip": clip},
+        strip=strip,
+    )
+
+
+def fresh_or_held(name: str, config: Config, train: Train, device: torch.device) -> nn.Module:
+    """A part of `weights=` to train on, or a new one from `train.seed`; float32, all of it learning."""
+    if config.weights == RANDOM:
+        raise ValueError("weights=random is nothing to train on; leave weights out to start anew")
+    if config.weights and name not in checkpoint.missing_parts(config.weights):
+        model = checkpoint.load(name, config, device=device, dtype=torch.float32)
+    else:
+        torch.manual_seed(train.seed)
+        model = checkpoint.construct(name, config).to(device)
+    return model.requires_grad_(True)
+
+
+def others_held(name: str, config: Config) -> dict[str, dict[str, Tensor]]:
+    """The other parts of `weights=`, to be saved beside this one."""
+    if not config.weights:
+        return {}
+    missing = checkpoint.missing_parts(config.weights)
+    return {
+        part: dict(checkpoint.read_part(config.weights, part))
+        for part in checkpoint.PARTS
+        if part != name and part not in missing
+    }

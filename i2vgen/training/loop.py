@@ -1,0 +1,496 @@
+"""One resumable training loop for all parts: optimiser, average, precision, checkpoints, log.
+
+A run is a function of its settings and the step: clips, noise and dropout of a batch are drawn from
+generators made from the seed and the batch's number. So a checkpoint holds weights, average, moments and
+the step, no state of a generator, and a killed run goes on to the very same numbers on the same machine.
+
+    OUT/checkpoint-00001000/state.safetensors   weights, average, moments of the optimiser
+    OUT/checkpoint-00001000/state.json          step, settings, gradient scaler, losses not yet logged
+    OUT/log.jsonl                               one line per `log_every` steps: means since the last line
+    OUT/weights/                                native weights folder, of the average where there is one
+    OUT/samples/                                strips, with `sample_every`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from i2vgen import checkpoint
+from i2vgen.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
+from i2vgen.safefile import Entry, write_safetensors
+from i2vgen.training import data
+from i2vgen.training.data import Clips, Source
+from i2vgen.training.settings import FREE, Bucket, Train, buckets
+
+LOGGER = logging.getLogger(__name__)
+STATE, FACTS, LOG = "state.safetensors", "state.json", "log.jsonl"
+CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+# Words that keep the random streams of a step apart.
+BUCKET_STREAM, INPUT_STREAM, DROPOUT_STREAM = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the model brings to the loop."""
+
+    name: str  # of checkpoint.PARTS
+    model: nn.Module  # what learns, in float32 on its device
+    step: nn.Module  # holds `model`; forward(*inputs) -> {"loss": scalar, other figures}
+    inputs: Callable[[Clips, torch.Generator], tuple]  # a batch made ready, without gradients
+    slow: frozenset[str] = frozenset()  # parameters under `spatial_factor`
+    others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
+    strip: Callable[[], np.ndarray] | None = None  # a sample, uint8 [h w 3], of the weights as they stand
+    finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
+
+
+@dataclass
+class State:
+    """Everything that changes from step to step."""
+
+    step: int
+    parameters: dict[str, nn.Parameter]
+    optimiser: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: dict[str, Tensor]  # empty without an average
+    pending: list[dict[str, float]]  # figures of the steps since the last line of the log
+
+
+def fit(
+    part: Part,
+    config: Config,
+    train: Train,
+    source: Source,
+    folder: str | Path,
+    *,
+    device: torch.device,
+    rank: int = 0,
+    ranks: int = 1,
+    resume: bool = False,
+    on_step: Callable[[int, dict[str, float]], None] | None = None,
+) -> Path:
+    """Train to `train.steps`, from the newest checkpoint in `folder` if there is one -> the weights folder.
+
+    `resume` demands a checkpoint and lets training settings differ from it, never the architecture.
+    `on_step` is told (steps done, figures) after every step. ValueError if `folder` holds another run.
+    """
+    folder = Path(folder)
+    state = start(part, train, device)
+    newest = open_folder(folder, config, train, resume=resume)
+    if newest is not None:
+        restore(newest, state, part.model)
+    step = part.step
+    if ranks > 1:
+        step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None)
+    kinds = buckets(config, train)
+    if rank == 0:
+        sweep(folder)
+    writer = Log(folder, state.step) if rank == 0 else None
+    part.step.train()
+
+    def plan(index: int) -> tuple[Bucket, list[int]]:
+        bucket = kinds[data.number(train.seed, index // train.accumulate, BUCKET_STREAM) % len(kinds)]
+        first = (index * ranks + rank) * max(kind.batch for kind in kinds)
+        return bucket, list(range(first, first + bucket.batch))
+
+    with contextlib.ExitStack() as stack:
+        if writer is not None:
+            stack.enter_context(writer)
+        draw = _drawer(source, plan, train, stack)
+        while state.step < train.steps:
+            figures = update(part, step, state, train, draw, device=device, rank=rank, ranks=ranks)
+            state.pending.append(figures)
+            if not math.isfinite(figures["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {figures['loss']} at step {state.step}; lower train.learning_rate or set "
+                    "train.precision=float32, and start again from the last checkpoint"
+                )
+            last = state.step == train.steps
+            if last or state.step % train.log_every == 0:
+                if writer is not None:
+                    writer.write(state.step, state.pending)
+                state.pending = []
+            if rank == 0 and (last or state.step % train.save_every == 0):
+                save(folder, state, part.model, config, train)
+                prune(folder, train.keep)
+                save_weights(folder, state, part, config, train)
+            if rank == 0 and train.sample_every and state.step % train.sample_every == 0:
+                save_strip(folder, state, part)
+            if on_step is not None:
+                on_step(state.step, figures)
+    if rank == 0 and part.name in checkpoint.missing_parts(folder / "weights"):
+        save_weights(folder, state, part, config, train)  # a run that was killed just before it
+    return folder / "weights"
+
+
+def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> Callable[[int], Clips]:
+    if train.workers:
+        return stack.enter_context(data.Ahead(source, plan, train.workers))
+    return lambda index: source(*plan(index))
+
+
+# ---------------------------------------------------------------------------------------------------
+# One update
+
+
+def start(part: Part, train: Train, device: torch.device) -> State:
+    """The state before the first step."""
+    model = checkpoint.inner(part.model)
+    parameters = dict(model.named_parameters())
+    if unknown := part.slow - parameters.keys():
+        raise ValueError(f"{part.name} has no parameter {sorted(unknown)[0]}")
+    factor = train.spatial_factor if train.spatial_scale_mode == "lr" else 1.0
+    groups = [
+        {"params": [p for n, p in parameters.items() if (n in part.slow) == slow], "scale": scale}
+        for slow, scale in ((False, 1.0), (True, factor))
+    ]
+    optimiser = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.learning_rate,
+        betas=tuple(train.betas),
+        weight_decay=train.weight_decay,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=precision(train, device) == torch.float16)
+    ema = {n: t.detach().clone() for n, t in model.state_dict().items()} if train.ema else {}
+    return State(0, parameters, optimiser, scaler, ema, [])
+
+
+def update(
+    part: Part,
+    step: nn.Module,
+    state: State,
+    train: Train,
+    draw: Callable[[int], Clips],
+    *,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+) -> dict[str, float]:
+    """One optimiser step over `accumulate` batches -> its figures, averaged over batches and ranks."""
+    dtype, sums = precision(train, device), {}
+    for micro in range(train.accumulate):
+        index = state.step * train.accumulate + micro
+        words = (train.seed, index * ranks + rank)  # two ranks draw what one does in two batches
+        clips = draw(index)
+        with torch.no_grad():
+            inputs = part.inputs(clips, data.generator(*words, INPUT_STREAM))
+        torch.manual_seed(data.number(*words, DROPOUT_STREAM))  # dropout layers know the global stream only
+        last = micro == train.accumulate - 1
+        wait = step.no_sync() if ranks > 1 and not last else contextlib.nullcontext()
+        with wait:
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                figures = step(*inputs)
+            state.scaler.scale(figures["loss"] / train.accumulate).backward()
+        for name, value in figures.items():
+            sums[name] = sums.get(name, 0) + value.detach().float() / train.accumulate
+
+    state.scaler.unscale_(state.optimiser)
+    if train.spatial_scale_mode == "grad":
+        for name in part.slow:
+            if state.parameters[name].grad is not None:
+                state.parameters[name].grad.mul_(train.spatial_factor)
+    norm = nn.utils.clip_grad_norm_(state.parameters.values(), train.clip_norm or math.inf)
+    rate = learning_rate(train, state.step)
+    for group in state.optimiser.param_groups:
+        group["lr"] = rate * group["scale"]
+    state.scaler.step(state.optimiser)
+    state.scaler.update()
+    state.optimiser.zero_grad(set_to_none=True)
+    if state.ema:
+        average(state.ema, checkpoint.inner(part.model).state_dict(), ema_decay(train, state.step))
+    state.step += 1
+
+    values = torch.stack(list(sums.values()))
+    if ranks > 1:
+        torch.distributed.all_reduce(values)
+        values /= ranks
+    return dict(zip([*sums, "grad_norm"], [*values.tolist(), norm.item()], strict=True)) | {"lr": rate}
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """The rate of update number `step`, from 0: linear warm-up (the first is above 0), then the decay."""
+    if step < train.warmup:
+        return train.learning_rate * (step + 1) / train.warmup
+    if train.decay == "constant":
+        return train.learning_rate
+    progress = (step - train.warmup) / max(1, train.steps - train.warmup)
+    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def ema_decay(train: Train, step: int) -> float:
+    return min(train.ema, (1 + step) / (10 + step)) if train.ema_warmup else train.ema
+
+
+@torch.no_grad()
+def average(ema: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
+    """ema <- decay ema + (1 - decay) state, in place; what is no float is copied."""
+    floats = [name for name, tensor in ema.items() if tensor.is_floating_point()]
+    torch._foreach_lerp_([ema[n] for n in floats], [state[n] for n in floats], 1 - decay)
+    for name in ema.keys() - set(floats):
+        ema[name].copy_(state[name])
+
+
+def precision(train: Train, device: torch.device) -> torch.dtype:
+    """What autocast computes in; float32 means no autocast."""
+    if train.precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[train.precision]
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, the model holds its average and is in eval mode; without an average just the latter."""
+    inner = checkpoint.inner(model)
+    held = {name: tensor.detach().clone() for name, tensor in inner.state_dict().items()} if ema else {}
+    modes = {module: module.training for module in model.modules()}
+    if ema:
+        inner.load_state_dict(ema, strict=True)
+    model.eval()
+    try:
+        yield
+    finally:
+        if held:
+            inner.load_state_dict(held, strict=True)
+        for module, training in modes.items():
+            module.training = training
+
+
+# ---------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole checkpoints, oldest first. One being written has another name; one cut short is left out."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name) and _facts(p) is not None)
+
+
+def _facts(path: Path) -> dict | None:
+    """What state.json says, or None if the checkpoint is not whole."""
+    try:
+        facts = json.loads((path / FACTS).read_text())
+        return facts if (path / STATE).stat().st_size == facts["bytes"] else None
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+        LOGGER.warning("%s is damaged and left out", path)
+        return None
+
+
+def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> Path | None:
+    """The checkpoint to go on from, or None; ValueError for the checkpoint of another run, by name."""
+    found = checkpoints(folder)
+    if not found:
+        if resume:
+            raise ValueError(f"{folder} holds no checkpoint to resume")
+        if (folder / "weights").exists():
+            raise ValueError(f"{folder} holds finished weights but no checkpoint; choose another output")
+        return None
+    facts = _facts(found[-1])
+    for name, here, there in _differences(settings_record(config, train), facts["settings"]):
+        if resume and not _architectural(name):
+            continue
+        advice = "" if _architectural(name) else ", or go on with --resume although it differs"
+        raise ValueError(f"{name} is {here} here but {there} in {found[-1]}; choose another output{advice}")
+    return found[-1]
+
+
+def settings_record(config: Config, train: Train) -> dict[str, object]:
+    """Everything that decides what is learned, flat: `unet.base_width` -> 320."""
+    record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
+    record["negative_prompt"] = config.negative_prompt
+    own = json.loads(json.dumps(dataclasses.asdict(train)))
+    record["train"] = {name: value for name, value in own.items() if name not in FREE}
+    return dict(_flat(record))
+
+
+def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
+    names = [*here, *(name for name in there if name not in here)]
+    return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
+
+
+def _architectural(name: str) -> bool:
+    section, _, leaf = name.partition(".")
+    return (
+        section in ARCHITECTURE or (section == "use" and leaf in STRUCTURAL_SWITCHES) or name == "train.part"
+    )
+
+
+def save(folder: Path, state: State, model: nn.Module, config: Config, train: Train) -> Path:
+    """Write a checkpoint under another name, then give it its own: whole or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    place = folder / f"checkpoint-{state.step:08d}"
+    temporary = folder / f".{place.name}.writing-{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        tensors = _tensors(state, model)
+        entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
+        write_safetensors(temporary / STATE, entries)
+        facts = {
+            "step": state.step,
+            "bytes": (temporary / STATE).stat().st_size,
+            "scaler": state.scaler.state_dict(),
+            "pending": state.pending,
+            "settings": settings_record(config, train),
+        }
+        with (temporary / FACTS).open("w") as file:
+            json.dump(facts, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        if place.exists():
+            shutil.rmtree(place)  # a damaged one: a whole one of this step would have been resumed
+        temporary.rename(place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return place
+
+
+def _tensors(state: State, model: nn.Module) -> dict[str, Tensor]:
+    tensors = {f"model/{n}": t for n, t in checkpoint.inner(model).state_dict().items()}
+    tensors |= {f"ema/{n}": t for n, t in state.ema.items()}
+    for name, parameter in state.parameters.items():
+        moments = state.optimiser.state.get(parameter, {})
+        tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
+    return tensors
+
+
+def restore(path: Path, state: State, model: nn.Module) -> None:
+    """Fill state and model from a checkpoint; ValueError if it does not fit them."""
+    facts = _facts(path)
+    held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", *MOMENTS)}
+    try:
+        with safe_open(path / STATE, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                kind, _, name = key.partition("/")
+                held[kind][name] = file.get_tensor(key)
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(
+            f"{path / STATE} is damaged ({error}); remove {path} to go on from the one before"
+        ) from error
+    if held["model"].keys() != checkpoint.inner(model).state_dict().keys():
+        raise ValueError(f"{path} holds other tensors than the model; choose another output")
+    checkpoint.inner(model).load_state_dict(held["model"], strict=True)
+    for name, tensor in state.ema.items():
+        tensor.copy_(held["ema"].get(name, held["model"][name]))
+    for name, parameter in state.parameters.items():
+        if name in held["exp_avg"]:
+            moments = {key: held[key][name] for key in MOMENTS}
+            state.optimiser.state[parameter] = {
+                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
+            }
+    if facts["scaler"] and state.scaler.is_enabled():
+        state.scaler.load_state_dict(facts["scaler"])
+    state.step, state.pending = facts["step"], facts["pending"]
+
+
+def prune(folder: Path, keep: int) -> None:
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a killed run had begun to write; nobody else may train in this folder."""
+    for pattern in (".checkpoint-*.writing-*", ".weights.writing-*"):
+        for begun in folder.glob(pattern):
+            shutil.rmtree(begun)
+
+
+def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
+    """OUT/weights: the part as it stands (its average), beside the parts it was trained with."""
+    with averaged(part.model, state.ema):
+        settings = part.finish(config)
+        origin = {
+            "trained": part.name,
+            "steps": state.step,
+            "average": bool(state.ema),
+            "train": dataclasses.asdict(train),
+        }
+        return checkpoint.save(
+            folder / "weights", {**part.others, part.name: part.model}, settings, origin=origin
+        )
+
+
+def save_strip(folder: Path, state: State, part: Part) -> None:
+    if part.strip is None:
+        return
+    with averaged(part.model, state.ema):
+        picture = Image.fromarray(part.strip())
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    path = folder / "samples" / f"{state.step:08d}.png"
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    picture.save(temporary, "PNG")
+    temporary.replace(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Log
+
+
+class Log:
+    """OUT/log.jsonl, cut back to the step a run goes on from, and TensorBoard where it is installed."""
+
+    def __init__(self, folder: Path, step: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path, self.board = folder / LOG, None
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        temporary = folder / f".{LOG}.writing-{os.getpid()}"
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        temporary.replace(self.path)
+        with contextlib.suppress(ImportError):
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.board is not None:
+            self.board.close()
+
+    def write(self, step: int, pending: list[dict[str, float]]) -> None:
+        means = {name: math.fsum(p[name] for p in pending) / len(pending) for name in pending[-1]}
+        means["lr"] = pending[-1]["lr"]
+        with self.path.open("a") as file:
+            # An overflow that the gradient scaler caught is no number; JSON has none for it.
+            told = {name: value if math.isfinite(value) else None for name, value in means.items()}
+            file.write(json.dumps({"step": step, **told}) + "\n")
+        if self.board is not None:
+            for name, value in means.items():
+                self.board.add_scalar(name, value, step)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf  # a line that was cut short

@@ -1,0 +1,258 @@
+"""The settings of a training run: the `train:` section of a YAML file, `train.name=value` on a command line.
+
+Everything else in such a file is read by `i2vgen.config.load_config`; what the model is stands there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from i2vgen.config import MAX_FRAMES, MAX_SEED, Config, load_config
+
+SECTION = "train"
+WORLD = "world"
+MAX_WORLD_SPEED = 2.0  # beyond twice the captioned way most things would have left the picture
+# May differ from a checkpoint's without changing what is learned.
+FREE = ("save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
+
+
+class Bucket(NamedTuple):
+    """One kind of batch: clips of `frames` frames at `fps`, `batch` of them per process."""
+
+    frames: int
+    fps: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Train:
+    """How to train one part. Defaults are the official recipe where it is known, with its defects mended."""
+
+    part: Literal["diffusion", "vae", "clip"] = "diffusion"
+    steps: int = 10_000  # optimiser steps
+    batch: int = 8  # clips per process and forward pass
+    accumulate: int = 1  # forward passes per optimiser step
+    learning_rate: float = 3e-5
+    # What the image UNet brought along (`diffusion.spatial_names`) learns slower than what is new. Official:
+    # "grad", its gradients times 0.5, which Adam all but cancels; "lr" gives it its own learning rate.
+    spatial_scale_mode: Literal["lr", "grad"] = "lr"
+    spatial_factor: float = 0.5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup: int = 10  # the first update has 1/warmup of the rate (official: none at all)
+    decay: Literal["cosine", "constant"] = "cosine"  # to 0 at `steps`
+    clip_norm: float = 1.0  # 0: gradients as they are (official)
+    ema: float = 0.9999  # 0: none
+    ema_warmup: bool = (
+        True  # decay min(ema, (1 + n) / (10 + n)) at update n, so that a short run has left its start
+    )
+    offset_noise: float = 0.1
+    text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
+    image_dropout: float = 0.1  # CLIP image vector -> zeros
+    word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
+    vae_mse: float = 1.0  # part=vae: added to the mean absolute error
+    vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
+    vae_scale: Literal["measured", "given"] = "measured"  # part=vae: 1 / spread of the latents, or vae.scale
+    precision: Literal["auto", "float32", "bf16", "fp16"] = (
+        "auto"  # auto: bf16 on CUDA (fp16 before Ampere), float32 elsewhere
+    )
+    checkpointing: bool = False  # gradient checkpointing of the UNet: less memory, more time
+    encode_chunk: int = 64  # frames through the frozen VAE at once
+    # Buckets, entry by entry; one entry of either goes with all of the other, none means that of `sample`.
+    frame_lengths: tuple[int, ...] = ()
+    sample_fps: tuple[int, ...] = ()
+    bucket_batch: tuple[int, ...] = ()  # batch per bucket; none: `batch` for all
+    seed: int = 0
+    data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
+    num_clips: int = 0  # this many different clips of the world, over and over; 0: never one twice
+    workers: int = 0  # processes that draw the world's clips ahead; 0: this one does
+    save_every: int = 1000
+    sample_every: int = 0  # steps between sample strips; 0: none
+    log_every: int = 10
+    keep: int = 2  # checkpoints that stay
+
+    def __post_init__(self):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk"):
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup", "num_clips", "workers", "sample_every"):
+            _check(self, name, getattr(self, name) >= 0, "0 or more")
+        _check(
+            self, "learning_rate", 0 < self.learning_rate < 1, "a number above 0 and below 1 (official 3e-5)"
+        )
+        _check(self, "spatial_factor", 0 <= self.spatial_factor <= 10, "0 to 10 (official 0.5)")
+        _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
+        for name in ("weight_decay", "clip_norm", "offset_noise", "vae_mse", "vae_kl"):
+            _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
+        _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
+        for name in ("text_dropout", "image_dropout", "word_dropout"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "a probability")
+        _check(self, "seed", 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
+        _check(self, "data", self.data, f"{WORLD!r} or a folder")
+        if self.data != WORLD and (self.num_clips or self.workers):
+            raise ValueError(
+                f"train.num_clips = {self.num_clips} and train.workers = {self.workers} are for "
+                f"train.data={WORLD}, but train.data is {self.data}; leave them at 0"
+            )
+        if self.part != "diffusion" and self.checkpointing:
+            raise ValueError(f"train.checkpointing is for the UNet, but train.part is {self.part}")
+
+
+def _check(train: Train, name: str, right: Any, wanted: str) -> None:
+    if not right:
+        raise ValueError(f"train.{name} is {getattr(train, name)!r}; give {wanted}")
+
+
+def buckets(config: Config, train: Train) -> list[Bucket]:
+    """The kinds of batches of a run; ValueError names both fields where they do not go together."""
+    lengths = train.frame_lengths or (config.sample.frames,)
+    rates = train.sample_fps or (config.sample.fps,)
+    count = max(len(lengths), len(rates))
+    if {len(lengths), len(rates)} - {1, count}:
+        raise ValueError(
+            f"train.frame_lengths has {len(lengths)} entries and train.sample_fps {len(rates)}; give one of "
+            "each per bucket, or one entry for all"
+        )
+    if len(train.bucket_batch) not in (0, count):
+        raise ValueError(
+            f"train.bucket_batch has {len(train.bucket_batch)} entries for {count} buckets "
+            "(train.frame_lengths with train.sample_fps); give one per bucket"
+        )
+    lengths = lengths * count if len(lengths) == 1 else lengths
+    rates = rates * count if len(rates) == 1 else rates
+    batches = train.bucket_batch or (train.batch,) * count
+    found = [Bucket(*bucket) for bucket in zip(lengths, rates, batches, strict=True)]
+    for bucket in found:
+        where = f"the bucket train.frame_lengths = {bucket.frames} with train.sample_fps = {bucket.fps}"
+        if not 1 <= bucket.frames <= MAX_FRAMES or bucket.fps < 1 or bucket.batch < 1:
+            raise ValueError(
+                f"{where}, batch {bucket.batch}, cannot be: 1 to {MAX_FRAMES} frames, fps and batch from 1"
+            )
+        if train.data == WORLD and world_speed(config, bucket) > MAX_WORLD_SPEED:
+            raise ValueError(
+                f"{where} shows {world_speed(config, bucket):.1f} times the motion of sample.frames = "
+                f"{config.sample.frames} at sample.fps = {config.sample.fps}, and things leave the picture; "
+                f"at most {MAX_WORLD_SPEED:g}: fewer frames or a higher fps"
+            )
+        if train.part == "clip" and bucket.batch < 2:
+            raise ValueError(
+                f"{where} has batch {bucket.batch}, but train.part=clip contrasts clips of a batch; give 2"
+            )
+    return found
+
+
+def world_speed(config: Config, bucket: Bucket) -> float:
+    """How much of the captioned motion a bucket's clip shows; 1 for the length and rate of `sample`."""
+    if bucket.frames == 1 or config.sample.frames == 1:
+        return 0.0 if bucket.frames == 1 else config.sample.fps / bucket.fps
+    seconds = (bucket.frames - 1) / bucket.fps
+    return seconds / ((config.sample.frames - 1) / config.sample.fps)
+
+
+def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Train]:
+    """A training YAML and `name=value` overrides -> the model's settings and the training's.
+
+    ValueError for unknown names, wrong types and combinations that cannot be.
+    """
+    own = [word for word in overrides if word.startswith(f"{SECTION}.")]
+    others = [word for word in overrides if not word.startswith(f"{SECTION}.")]
+    if file is None:
+        config, section = load_config(None, others), {}
+    else:
+        config, section = _load_file(Path(file), others)
+    layers = [(str(file), section), ("the command line", _parse(own))]
+    train = _merge(layers)
+    buckets(config, train)
+    return config, train
+
+
+def from_dict(values: dict[str, Any]) -> Train:
+    """The inverse of `dataclasses.asdict`."""
+    return _merge([("the stored settings", values)])
+
+
+def _load_file(file: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
+    """The section is cut out of the text, and `load_config` reads what is left as it reads every file."""
+    if not file.is_file():
+        raise ValueError(f"configuration file {file} does not exist")
+    try:
+        text = file.read_text()
+        section = (yaml.safe_load(text) or {}) if text.strip() else {}
+        cut = "".join(_without_section(text))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+    section = section.get(SECTION) if isinstance(section, dict) else None
+    with tempfile.TemporaryDirectory() as folder:
+        rest = Path(folder) / file.name
+        rest.write_text(cut)
+        try:
+            config = load_config(rest, overrides)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(rest), str(file))) from error
+    if section is not None and not isinstance(section, dict):
+        raise ValueError(f"{file}: {SECTION} is a group of settings; write `{SECTION}: {{name: value}}`")
+    return config, section or {}
+
+
+def _without_section(text: str) -> Iterator[str]:
+    root, position = yaml.compose(text, yaml.SafeLoader), 0
+    if isinstance(root, yaml.MappingNode):
+        for key, value in root.value:
+            if key.value == SECTION:
+                yield text[position : key.start_mark.index]
+                position = value.end_mark.index
+    yield text[position:]
+
+
+def _parse(overrides: Sequence[str]) -> dict[str, Any]:
+    values = {}
+    for word in overrides:
+        name, equals, value = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is no setting; write name=value, for example train.steps=20")
+        try:
+            values[name.removeprefix(f"{SECTION}.")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{word!r}: the value cannot be read") from error
+    return values
+
+
+def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
+    fields = {field.name: str(field.type) for field in dataclasses.fields(Train)}
+    merged = OmegaConf.structured(Train)
+    for source, values in layers:
+        for name, value in values.items():
+            if name not in fields:
+                near = difflib.get_close_matches(str(name), fields, n=3, cutoff=0.5) or list(fields)
+                raise ValueError(
+                    f"{source}: there is no setting train.{name}; did you mean "
+                    f"{', '.join(f'train.{n}' for n in near)}?"
+                )
+            if fields[name].startswith("tuple") and not isinstance(value, list | tuple):
+                value = [value]
+            if fields[name] == "float" and isinstance(value, str):
+                value = _float(value)  # YAML takes 1e-4 for a text
+            try:
+                merged = OmegaConf.merge(merged, {name: value})
+            except (OmegaConfBaseException, TypeError) as error:
+                raise ValueError(f"{source}: train.{name} is {value!r}, expected {fields[name]}") from error
+    try:
+        return OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
+        raise ValueError(str(error).strip().splitlines()[0]) from error
+
+
+def _float(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,524 @@
+"""Training: every part learns, a killed run goes on to the same numbers, nothing broken is ever taken."""
+
+import dataclasses
+import json
+import os
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from i2vgen import checkpoint, pipeline, video
+from i2vgen.conditioning import Conditions
+from i2vgen.training import clip, data, diffusion, loop, vae
+from i2vgen.training.settings import Bucket, Train, buckets, load_settings
+
+CPU = torch.device("cpu")
+# Smaller than configs/train: 16 x 16 pixels, 4 frames, a latent of 8 x 8.
+SMALLER = [
+    "sample.width=16", "sample.height=16", "sample.frames=4", "sample.fps=4", "sample.steps=2", "device=cpu",
+    "unet.base_width=16", "unet.context_width=32", "vae.width_multipliers=[1,2]", "clip.vision.image_size=16",
+    "clip.vision.layers=1", "clip.text.width=32", "train.batch=2", "train.sample_every=0",
+]  # fmt: skip
+MAKE = {"vae": vae.make, "clip": clip.make, "diffusion": diffusion.make}
+
+
+@pytest.fixture(scope="module")
+def stages(root, tmp_path_factory):
+    """The three stages, run by scripts/train.py for three steps each -> their output folders by part."""
+    out = tmp_path_factory.mktemp("stages")
+    common = ["device=cpu", "train.steps=3", "train.warmup=1", "train.save_every=2"]
+    run(root, "tiny_vae.yaml", f"output={out}/vae", *SMALLER, *common, "train.sample_every=3")
+    run(root, "tiny_clip.yaml", f"output={out}/clip", f"weights={out}/vae/weights", *common)
+    run(
+        root,
+        "tiny_diffusion.yaml",
+        f"output={out}/diffusion",
+        f"weights={out}/clip/weights",
+        *common,
+        "train.frame_lengths=[2,4]",
+        "train.sample_fps=[2,4]",
+        "train.bucket_batch=[3,2]",
+        "train.sample_every=3",
+    )
+    return out
+
+
+def run(root, name, *words):
+    """scripts/train.py in this process -> its exit status, which is 0 unless `status` says otherwise."""
+    before = sys.argv
+    sys.argv = ["train.py", str(root / "configs" / "train" / name), *words]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(root / "scripts" / "train.py"), run_name="__main__")
+    finally:
+        sys.argv = before
+    assert not ended.value.code, words
+
+
+def settings(root, stages, part, *words):
+    """Settings of a small run of this part, on the weights that it needs."""
+    words = ["device=cpu", "train.warmup=1", *words]
+    if part == "vae":
+        return load_settings(root / "configs/train/tiny_vae.yaml", [*SMALLER, *words])
+    folder = stages / {"clip": "vae", "diffusion": "clip"}[part] / "weights"
+    name = root / f"configs/train/tiny_{part}.yaml"
+    small = ["train.bucket_batch=[]", "train.frame_lengths=[]", "train.sample_fps=[]", "train.sample_every=0"]
+    return load_settings(name, [f"weights={folder}", *small, *words])
+
+
+def fit(config, train, folder, **how):
+    source = data.open_source(config, train)
+    part = MAKE[train.part](config, train, source, CPU)
+    loop.fit(part, config, train, source, folder, device=CPU, **how)
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+# --- settings
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train.stepz=3"], r"no setting train\.stepz; did you mean train\.steps"),
+        (["train.steps=many"], r"train\.steps is 'many', expected int"),
+        (["train.steps=0"], r"train\.steps is 0; give at least 1"),
+        (["train.learning_rate=-1"], r"train\.learning_rate is -1\.0"),
+        (["train.precision=fp8"], r"train\.precision is 'fp8'"),
+        (["train.betas=[0.9]"], r"train\.betas"),
+        (["train.frame_lengths=[4,8,16]", "train.sample_fps=[4,8]"], r"frame_lengths has 3 .*sample_fps 2"),
+        (["train.frame_lengths=999"], r"train\.frame_lengths = 999 with train\.sample_fps = 16"),
+        (["train.frame_lengths=64", "train.sample_fps=4"], r"train\.sample_fps = 4 shows 16\.8 times"),
+        (["train.bucket_batch=[1,2]"], r"train\.bucket_batch has 2 entries for 1 buckets"),
+        (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
+        (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing is for the UNet"),
+        (["train.data=here", "train.workers=2"], r"train\.workers = 2 are for train\.data=world"),
+        (["sample.stepz=3"], r"no setting sample\.stepz"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(words, message):
+    with pytest.raises(ValueError, match=message):
+        load_settings(None, words)
+
+
+def test_a_file_is_a_difference_and_the_command_line_another(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("sample: {frames: 8}\ntrain:\n  steps: 7\n  learning_rate: 1e-4\nnegative_prompt: no\n")
+    config, train = load_settings(file, ["train.batch=3", "sample.fps=8"])
+    assert (train.steps, train.batch, train.learning_rate, train.ema) == (7, 3, 1e-4, 0.9999)
+    assert (config.sample.frames, config.sample.fps, config.negative_prompt) == (8, 8, "no")
+    assert buckets(config, train) == [Bucket(8, 8, 3)]
+    file.write_text("sample: {framez: 8}\ntrain: {steps: 7}\n")
+    with pytest.raises(ValueError, match=rf"{file}: there is no setting sample\.framez"):
+        load_settings(file)
+    file.write_text("train: 7\n")
+    with pytest.raises(ValueError, match="train is a group of settings"):
+        load_settings(file)
+
+
+def test_diffusion_without_its_other_parts_is_refused(stages):
+    for words in ([], [f"weights={stages}/vae/weights"]):
+        config, train = load_settings(None, words)
+        with pytest.raises(ValueError, match=r"vae and clip|lacks clip"):
+            diffusion.make(config, train, None, CPU)
+
+
+# --- arithmetic
+
+
+def test_learning_rate_warms_up_from_above_zero_and_ends_near_zero():
+    train = Train(steps=110, warmup=10, learning_rate=1.0 / 2)
+    rates = [loop.learning_rate(train, step) for step in range(111)]
+    assert rates[:3] == [0.05, 0.1, pytest.approx(0.15)] and rates[9] == rates[10] == 0.5
+    assert rates[60] == pytest.approx(0.25) and rates[110] == 0 and 0 < rates[109] < 0.001
+    assert loop.learning_rate(dataclasses.replace(train, decay="constant"), 100) == 0.5
+    assert loop.learning_rate(dataclasses.replace(train, warmup=0), 0) == 0.5
+
+
+def test_average_is_the_formula_and_integers_are_copied():
+    ema = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3)}
+    loop.average(ema, {"w": torch.tensor([3.0, 2.0]), "n": torch.tensor(5)}, 0.75)
+    assert ema["w"].tolist() == [1.5, 2.0] and ema["n"] == 5
+    train = Train(ema=0.9)
+    assert loop.ema_decay(train, 0) == 0.1 and loop.ema_decay(train, 1000) == 0.9
+    assert loop.ema_decay(dataclasses.replace(train, ema_warmup=False), 0) == 0.9
+
+
+def test_slow_parameters_are_those_inherited_from_the_image_unet(make_unet, small):
+    from weights_conversion.unet_vgen import sd_rows
+
+    unet = make_unet()
+    targets = {name for row in sd_rows(small) for name in row.ours}
+    assert diffusion.spatial_names(unet) == targets
+    assert 0 < len(targets) < len(unet.state_dict())
+
+
+@pytest.mark.parametrize(("mode", "ratio"), [("lr", 0.5), ("grad", 1.0)])
+def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
+    """Under Adam a halved gradient makes the same step: that is why the official form is not the default."""
+    model = nn.ParameterDict({"fast": torch.zeros(4), "slow": torch.zeros(4)})
+
+    class Step(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return {"loss": sum((p - 1).square().sum() for p in model.values())}
+
+    part = loop.Part("unet", model, Step(), lambda clips, draw: (), slow=frozenset({"slow"}))
+    train = Train(spatial_scale_mode=mode, warmup=0, learning_rate=0.01, clip_norm=0)
+    state = loop.start(part, train, CPU)
+    figures = loop.update(part, part.step, state, train, lambda i: None, device=CPU, rank=0, ranks=1)
+    assert figures["lr"] == 0.01 and model["fast"][0].item() == pytest.approx(0.01, rel=1e-4)
+    assert (model["slow"] / model["fast"])[0].item() == pytest.approx(ratio, rel=1e-4)
+
+
+# --- every part learns
+
+
+@pytest.mark.parametrize(
+    ("part", "steps", "rate", "fall"),
+    [("vae", 40, 3e-3, 0.6), ("clip", 12, 2e-3, 0.5), ("diffusion", 24, 5e-3, 0.7)],
+)
+def test_a_few_steps_on_one_batch_lower_the_loss(root, stages, tmp_path, part, steps, rate, fall):
+    words = [f"train.steps={steps}", f"train.learning_rate={rate}", "train.batch=4", "train.num_clips=4"]
+    words += ["train.log_every=1", "train.save_every=1000", "train.decay=constant", "train.word_dropout=0"]
+    config, train = settings(root, stages, part, *words)
+    if part == "diffusion":  # the untrained autoencoder's latents are mostly noise, which nobody can learn
+        config = dataclasses.replace(config, weights=str(tmp_path / "parts"))
+        quiet(stages / "clip" / "weights", config)
+    losses = [line["loss"] for line in fit(config, train, tmp_path / "run")]
+    k = max(1, steps // 6)
+    assert np.mean(losses[-k:]) < fall * np.mean(losses[:k])
+
+
+def quiet(folder, config):
+    """The same parts with an autoencoder whose posterior has next to no spread."""
+    parts = {part: dict(checkpoint.read_part(folder, part)) for part in ("vae", "clip")}
+    for kind, value in (("weight", 0.0), ("bias", -20.0)):
+        parts["vae"][f"quant_conv.{kind}"][config.vae.embed_dim :] = value
+    checkpoint.save(config.weights, parts, config)
+
+
+def test_measured_scale_gives_latents_of_spread_one(root, stages):
+    config, train = settings(root, stages, "clip")
+    assert config.vae.scale != 0.18215
+    held = checkpoint.load("vae", config, device=CPU, dtype=torch.float32)
+    clips = data.World(config, train)(Bucket(2, 1, 8), range(8))
+    frames = clips.pixels.transpose(1, 2).flatten(0, 1)
+    noise = torch.randn(16, config.vae.embed_dim, *config.latent_size)
+    latents = held.encode(frames, noise)
+    assert latents.square().mean().sqrt().item() == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("how", ["train.precision=bf16", "train.precision=fp16", "train.checkpointing=true"])
+def test_cheaper_arithmetic_stays_near_and_checkpointing_is_exact(root, stages, tmp_path, how):
+    words = ["train.steps=2", "train.batch=1", "train.log_every=1", "train.spatial_scale_mode=grad"]
+    runs = {}
+    for name, extra in (("plain", []), ("other", [how])):
+        config, train = settings(root, stages, "diffusion", *words, *extra)
+        config = dataclasses.replace(config, unet=dataclasses.replace(config.unet, dropout=0.1))
+        runs[name] = [line["loss"] for line in fit(config, train, tmp_path / name)]
+    near = {"rel": 1e-6} if "checkpointing" in how else {"rel": 0.03}
+    assert runs["other"] == pytest.approx(runs["plain"], **near)
+
+
+# --- killed and resumed
+
+
+WORDS = ("train.steps=6", "train.save_every=2", "train.log_every=3", "train.accumulate=2", "train.batch=1")
+
+
+def killed(step, _):
+    if step == 5:
+        raise KeyboardInterrupt
+
+
+def test_a_killed_run_goes_on_to_the_very_same_numbers(root, stages, tmp_path):
+    words = [*WORDS, "train.frame_lengths=[2,4]", "train.sample_fps=[2,4]"]
+    config, train = settings(root, stages, "diffusion", *words)
+    unet = dataclasses.replace(config.unet, dropout=0.1, temporal_conv_dropout=0.1)
+    config = dataclasses.replace(config, unet=unet)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(config, train, whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, train, cut, on_step=killed)
+    assert [p.name for p in loop.checkpoints(cut)] == ["checkpoint-00000002", "checkpoint-00000004"]
+    assert len((cut / "log.jsonl").read_text().splitlines()) == 1  # step 4 waits in the checkpoint
+    steps = []
+    fit(config, train, cut, on_step=lambda step, _: steps.append(step))
+    assert steps == [5, 6]
+    same(whole, cut, "log.jsonl", "weights/unet.safetensors", "checkpoint-00000006/state.safetensors")
+
+
+def test_a_checkpoint_that_is_not_whole_is_never_taken(root, stages, tmp_path):
+    config, train = settings(root, stages, "vae", *WORDS)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(config, train, whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, train, cut, on_step=killed)
+    state = cut / "checkpoint-00000004" / loop.STATE  # what a crash of the machine can leave behind
+    state.write_bytes(state.read_bytes()[:-100])
+    shutil.copytree(cut / "checkpoint-00000002", cut / ".checkpoint-00000006.writing-1")
+    (cut / "checkpoint-00000008").mkdir()
+    assert [p.name for p in loop.checkpoints(cut)] == ["checkpoint-00000002"]
+    steps = []
+    fit(config, train, cut, on_step=lambda step, _: steps.append(step))
+    assert steps == [3, 4, 5, 6]
+    assert not list(cut.glob(".*"))
+    same(whole, cut, "log.jsonl", "weights/vae.safetensors", "checkpoint-00000006/state.safetensors")
+
+
+def same(a, b, *names):
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(root, stages, tmp_path, monkeypatch):
+    config, train = settings(root, stages, "vae", "train.steps=4", "train.save_every=2")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    def fill(step, _):
+        if step == 3:
+            monkeypatch.setattr(loop, "write_safetensors", full)
+
+    with pytest.raises(OSError, match="No space left"):
+        fit(config, train, tmp_path, on_step=fill)
+    assert [p.name for p in tmp_path.iterdir() if "checkpoint" in p.name] == ["checkpoint-00000002"]
+    monkeypatch.undo()
+    assert fit(config, train, tmp_path)[-1]["step"] == 4
+
+
+def test_another_run_in_the_folder_is_refused_by_name(root, stages, tmp_path):
+    shutil.copytree(stages / "vae", tmp_path / "run")
+    words = ("train.steps=3", "train.save_every=2", "train.frame_lengths=2", "train.sample_fps=1")
+    config, train = settings(root, stages, "vae", *words)
+    other = dataclasses.replace(config, unet=dataclasses.replace(config.unet, base_width=32))
+    with pytest.raises(
+        ValueError, match=r"unet\.base_width is 32 here but 16 in .*checkpoint-00000003; choose"
+    ):
+        fit(other, train, tmp_path / "run", resume=True)
+    longer = dataclasses.replace(train, steps=4)
+    with pytest.raises(ValueError, match=r"train\.steps is 4 here but 3 in .* --resume"):
+        fit(config, longer, tmp_path / "run")
+    assert fit(config, longer, tmp_path / "run", resume=True)[-1]["step"] == 4
+    with pytest.raises(ValueError, match="no checkpoint to resume"):
+        fit(config, train, tmp_path / "new", resume=True)
+
+
+# --- conditions
+
+
+def test_dropped_conditions_reach_the_network(root, stages):
+    config, train = settings(root, stages, "diffusion", "train.text_dropout=1", "train.image_dropout=1")
+    source = data.open_source(config, train)
+    part = diffusion.make(config, train, source, CPU)
+    clips = source(Bucket(4, 4, 2), [0, 1])
+    with torch.no_grad():
+        x0, t, noise, lost = part.inputs(clips, data.generator(0))
+        kept_train = dataclasses.replace(train, text_dropout=0.0, image_dropout=0.0)
+        held = part.inputs
+        keeping = diffusion.Encoding(config, kept_train, held.vae, held.clip, CPU)
+        kept_x0, kept_t, _, kept = keeping(clips, data.generator(0))
+    assert torch.equal(x0, kept_x0) and torch.equal(t, kept_t)
+    negative = held.clip.text(held.clip.tokenize([config.negative_prompt]))
+    assert torch.allclose(lost.text, negative.expand(2, -1, -1)) and not torch.allclose(lost.text, kept.text)
+    assert lost.image_vector.abs().max() == 0 < kept.image_vector.abs().max()
+    assert lost.fps.tolist() == [4, 4] and lost.image_latent.shape == x0[:, :, 0].shape
+
+    checkpoint.inner(part.model).load_state_dict(dict(checkpoint.random_state(part.model, seed=0)))
+    part.step.eval()
+    losses = [
+        part.step(x0, t, noise, Conditions(text, vector, lost.image_latent, lost.fps))["loss"].item()
+        for text, vector in (
+            (lost.text, lost.image_vector),
+            (kept.text, lost.image_vector),
+            (lost.text, kept.image_vector),
+        )
+    ]
+    assert len(set(losses)) == 3
+
+
+def test_timesteps_cover_the_last_one(root, stages):
+    config, train = settings(root, stages, "diffusion")
+    config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, num_timesteps=4))
+    part = diffusion.make(config, train, None, CPU)
+    clips = data.World(config, train)(Bucket(2, 4, 2), [0, 1])
+    with torch.no_grad():
+        seen = {t for k in range(12) for t in part.inputs(clips, data.generator(k))[1].tolist()}
+    assert seen == {0, 1, 2, 3}
+
+
+# --- clips from a folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two good clips of 9 frames at 10 fps, a short one, a broken one, and both kinds of orphans."""
+    frames = (np.arange(9)[:, None, None, None] * 20 + np.zeros((1, 20, 24, 3))).astype(np.uint8)
+    for name, count in (("a.gif", 9), ("sub/b.gif", 9), ("short.gif", 2), ("orphan.gif", 9)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        video.save(frames[:count], tmp_path / name, fps=10)
+    video.save(frames.repeat(2, 1).repeat(2, 2), tmp_path / "c.mp4", fps=10)
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    rows = "".join(
+        f"{n},what {n} shows\n"
+        for n in ("a.gif", "sub/b.gif", "c.mp4", "short.gif", "broken.mp4", "gone.gif")
+    )
+    (tmp_path / "captions.csv").write_text("file,caption\n" + rows)
+    return tmp_path
+
+
+def folder_settings(path, *words):
+    return load_settings(None, [f"train.data={path}", "sample.width=64", "sample.height=64", *words])
+
+
+def test_a_folder_gives_its_good_clips_and_names_the_bad(folder, caplog):
+    config, train = folder_settings(folder, "train.frame_lengths=4", "train.sample_fps=5")
+    source = data.open_source(config, train)
+    clips = [source(Bucket(4, 5, 2), [2 * k, 2 * k + 1]) for k in range(6)]
+    assert {c for batch in clips for c in batch.captions} == {
+        f"what {n} shows" for n in ("a.gif", "sub/b.gif", "c.mp4")
+    }
+    assert clips[0].pixels.shape == (2, 3, 4, 64, 64) and clips[0].fps == 5
+    for batch in clips:  # grey levels rise by 20 per frame of the file: every second frame, none empty
+        levels = (batch.pixels.mean(dim=(1, 3, 4)) + 1) * 127.5
+        assert ((levels.diff(dim=1) - 40).abs() < 4).all()
+    again = source(Bucket(4, 5, 2), [0, 1])
+    assert torch.equal(again.pixels, clips[0].pixels)
+    assert {name for name, _ in source.skipped} == {"short.gif", "broken.mp4"}
+    assert "1 captions without a file" in caplog.text and "gone.gif" in caplog.text
+    assert "1 files without a caption" in caplog.text and "orphan.gif" in caplog.text
+    assert (
+        "broken.mp4 is skipped" in caplog.text
+        and "2 frames at 10 fps are too short for 4 at 5" in caplog.text
+    )
+
+
+def test_frame_numbers_never_leave_the_file():
+    starts = {data.frame_numbers(9, 10, Bucket(4, 5, 1), data.generator(k)) for k in range(60)}
+    assert starts == {range(s, s + 7, 2) for s in range(3)}  # officially the last start is never drawn
+    assert data.frame_numbers(4, 3, Bucket(4, 16, 1), data.generator(0)) == range(0, 4)  # officially stride 0
+    assert data.frame_numbers(6, 10, Bucket(4, 5, 1), data.generator(0)) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p: shutil.rmtree(p), "is no folder"),
+        (lambda p: (p / "captions.csv").unlink(), r"holds 0 of captions\.csv"),
+        (lambda p: (p / "captions.csv").write_text("file,caption\n"), "no clip to train on: 0 captions"),
+        (lambda p: (p / "captions.csv").write_text("name,text\na.gif,x\n"), "entry 1: it needs the columns"),
+        (lambda p: (p / "captions.csv").write_text("file,caption\n../x.gif,x\n"), "outside the folder"),
+        (lambda p: (p / "captions.csv").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
+        (lambda p: (p / "captions.jsonl").write_text("{}"), r"holds 2 of"),
+    ],
+)
+def test_an_unusable_folder_is_an_error_before_any_work(folder, change, message):
+    change(folder)
+    with pytest.raises(ValueError, match=message):
+        data.open_source(*folder_settings(folder))
+
+
+def test_a_bucket_that_no_clip_fills_is_refused(folder):
+    config, train = folder_settings(folder, "train.frame_lengths=16", "train.sample_fps=10")
+    with pytest.raises(ValueError, match=r"train\.frame_lengths = 16 with train\.sample_fps = 10 \("):
+        data.open_source(config, train)
+
+
+def test_captions_as_json_lines(folder):
+    (folder / "captions.csv").unlink()
+    (folder / "captions.jsonl").write_text('{"file": "a.gif", "caption": "a, with a comma"}\n\n')
+    config, train = folder_settings(folder, "train.frame_lengths=2")
+    assert data.open_source(config, train)(Bucket(2, 16, 1), [7]).captions == ("a, with a comma",)
+
+
+# --- the world as a source
+
+
+def test_the_world_is_a_function_of_the_position(root):
+    config, train = load_settings(root / "configs/train/tiny_vae.yaml", SMALLER)
+    source = data.open_source(config, train)
+    a, b = source(Bucket(4, 4, 2), [3, 4]), source(Bucket(4, 4, 1), [4])
+    assert torch.equal(a.pixels[1], b.pixels[0]) and a.captions[1] == b.captions[0]
+    assert torch.allclose(source(Bucket(2, 4, 1), [4]).pixels[:, :, 0], b.pixels[:, :, 0])
+    other = data.World(config, dataclasses.replace(train, seed=1))(Bucket(4, 4, 1), [4])
+    assert not torch.equal(other.pixels, b.pixels)
+
+
+# --- the script
+
+
+def test_the_three_stages_make_a_model_that_generates(stages, picture):
+    for part, held in (("vae", ["vae"]), ("clip", ["vae", "clip"]), ("diffusion", ["unet", "vae", "clip"])):
+        missing = checkpoint.missing_parts(stages / part / "weights")
+        assert sorted(held) == sorted(set(checkpoint.PARTS) - set(missing))
+    assert (stages / "vae/samples/00000003.png").is_file()
+    assert (stages / "diffusion/samples/00000003.png").is_file()
+    origin = json.loads((stages / "diffusion/weights/origin.json").read_text())
+    assert origin["trained"] == "unet" and origin["steps"] == 3
+    model = pipeline.load(stages / "diffusion" / "weights", overrides=["device=cpu"])
+    clip_ = model(picture, "a small red circle moves to the left", seed=1)
+    assert clip_.frames.shape == (4, 16, 16, 3)
+
+
+def test_the_script_explains_itself_and_ends_when_done(root, stages, capsys, tmp_path):
+    run(root, "tiny_vae.yaml", "--help")
+    assert "python scripts/train.py configs/train/tiny_vae.yaml" in capsys.readouterr().out
+    run(root, "tiny_vae.yaml", "--print-config", "train.steps=77")
+    printed = capsys.readouterr().out
+    (tmp_path / "again.yaml").write_text(printed)
+    assert load_settings(tmp_path / "again.yaml") == load_settings(
+        root / "configs/train/tiny_vae.yaml", ["train.steps=77"]
+    )
+    before = (stages / "clip/log.jsonl").read_bytes()
+    words = ["device=cpu", "train.steps=3", "train.warmup=1", "train.save_every=2"]
+    run(root, "tiny_clip.yaml", f"output={stages}/clip", f"weights={stages}/vae/weights", *words)
+    assert (stages / "clip/log.jsonl").read_bytes() == before
+
+
+def test_two_processes_learn_what_one_does_in_two_batches(root, stages, tmp_path, monkeypatch):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    words = [f"output={tmp_path}/two", *SMALLER, "train.steps=2", "train.warmup=1", "train.log_every=1"]
+    script = [sys.executable, str(root / "scripts/train.py"), str(root / "configs/train/tiny_vae.yaml")]
+    env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen([*script, *words], env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        run(root, "tiny_vae.yaml", *words)
+        assert other.wait(60) == 0, other.stderr.read()
+    finally:
+        other.kill()
+        other.communicate()
+    config, train = settings(root, stages, "vae", "train.steps=2", "train.log_every=1", "train.accumulate=2")
+    one = fit(config, train, tmp_path / "one")
+    two = [json.loads(line) for line in (tmp_path / "two/log.jsonl").read_text().splitlines()]
+    assert len(one) == len(two) == 2
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+@pytest.mark.slow  # a spawned process imports PyTorch first
+def test_drawing_ahead_gives_the_same_batches(root):
+    config, train = load_settings(root / "configs/train/tiny_vae.yaml", SMALLER)
+    source = data.open_source(config, train)
+
+    def plan(index):
+        return Bucket(2, 4, 2), [2 * index, 2 * index + 1]
+
+    with data.Ahead(source, plan, 1) as ahead:
+        for index in (5, 6, 7, 8, 9):
+            drawn, wanted = ahead(index), source(*plan(index))
+            assert torch.equal(drawn.pixels, wanted.pixels) and drawn[1:] == wanted[1:]
