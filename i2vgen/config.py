@@ -479,6 +479,8 @@ class Config:
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
+# Text wherever a command line takes them, also by scripts whose settings are not these.
+TEXTS = (*LITERALS, "refine_prompt", "video", "json")
 LISTS = ("image", "prompt")  # literals of which a job may hold several
 # A weights folder decides these; contradicting it is an error.
 ARCHITECTURE = ("unet", "vae", "clip")
@@ -499,6 +501,10 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), *
     """
     yaml_settings, yaml_literals = _read_yaml(file) if file is not None else ({}, {})
     cli_settings, cli_literals = parse_overrides(overrides)
+    if foreign := [name for name in cli_literals if name not in LITERALS]:
+        raise ValueError(
+            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
+        )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     weights = texts.get("weights", "")
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
@@ -530,7 +536,7 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
-        if name in LITERALS:
+        if name in TEXTS:
             literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
             continue
         name = SHORT.get(name, name)

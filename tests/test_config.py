@@ -511,3 +511,10 @@ def test_derived_sizes():
     got = load_config(None, ["width=1280", "height=704"])
     assert got.size_multiple == 64 and got.latent_size == (88, 160)
     assert got.unet.widths == (320, 640, 1280, 1280) and got.unet.embedding_width == 1280
+
+
+@pytest.mark.parametrize("name", ["video", "refine_prompt", "json"])
+def test_texts_of_other_scripts_are_never_parsed(name):
+    assert config.parse_overrides([f"{name}=no: [a, ${{b}}"]) == ({}, {name: "no: [a, ${b}"})
+    with pytest.raises(ValueError, match=f"{name}=x is no setting here"):
+        config.load_config(None, [f"{name}=x"])
