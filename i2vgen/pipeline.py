@@ -236,18 +236,7 @@ def encode(
     Without: the negative prompt and a zero image vector; the first-frame latent and fps stay, as in training.
     """
     config, sample, device = model.config, model.config.sample, model.device
-    views = [
-        images.prepare(
-            picture,
-            width=sample.width,
-            height=sample.height,
-            clip_size=config.clip.image_size,
-            clip_mean=config.clip.image_mean,
-            clip_std=config.clip.image_std,
-            mode=config.preprocess.crop,
-        )
-        for picture in pictures
-    ]
+    views = [prepare_views(picture, config) for picture in pictures]
     pixels = torch.stack([view.pixels for view in views]).to(device)
     noise = posterior_noise.to(device) if sample.posterior == "sample" else None
     latent = model.vae.encode(pixels, noise, chunk=1)
@@ -263,6 +252,19 @@ def encode(
         vector_cond = model.clip.image(clip_pixels)
         vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
     return Conditions(text[0], vector[0], latent, fps), Conditions(text[1], vector[1], latent, fps)
+
+
+def prepare_views(picture: Image.Image, config: Config) -> images.Pictures:
+    """RGB picture -> what the VAE and what CLIP sees of it under these settings."""
+    return images.prepare(
+        picture,
+        width=config.sample.width,
+        height=config.sample.height,
+        clip_size=config.clip.image_size,
+        clip_mean=config.clip.image_mean,
+        clip_std=config.clip.image_std,
+        mode=config.preprocess.crop,
+    )
 
 
 def decode(model: I2VGenXL, latents: Tensor) -> Tensor:

@@ -299,8 +299,9 @@ def test_diffusers_rows_and_vgen_rows_agree_on_ours():
 # --- single components, other lineages
 
 
-def test_a_component_folder_brings_its_own_settings(native, states, tmp_path):
-    assert run("export", native, tmp_path / "d", "--layout", "diffusers", "--no-fold") == 0
+@pytest.mark.parametrize("flags", [[], ["--no-fold"]], ids=["folded", "plain"])
+def test_a_component_folder_brings_its_own_settings(native, states, tmp_path, flags):
+    assert run("export", native, tmp_path / "d", "--layout", "diffusers", *flags) == 0
     for part, folders in (("unet", ["unet"]), ("vae", ["vae"]), ("clip", ["text_encoder", "image_encoder"])):
         assert run("convert", *(tmp_path / "d" / name for name in folders), tmp_path / part) == 0
         got = load_file(tmp_path / part / f"{part}.safetensors")

@@ -291,11 +291,7 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     if source.layout == "sd":
         widened = unet_vgen.widen_conv_in(state["conv_in.weight"], cfg.unet, cfg.use)
         state = {**{name: state[name] for name in state}, "conv_in.weight": widened}
-    _check_shapes(source, state, wanted)
-    if absent := [name for name in wanted if name not in state]:
-        report.fresh += absent
-        return {**_fresh("unet", cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
-    return state, _line(source, state)
+    return _completed(source, state, wanted, report, cfg, "unet")
 
 
 def _vae(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
@@ -324,10 +320,31 @@ def _clip(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
 STATES = {"unet": _unet, "vae": _vae, "clip": _clip}
 
 
-def _strict(source, rows, wanted, partial, report, cfg, part) -> tuple[Mapping, str]:
+def _strict(
+    source: PartSource,
+    rows: list[rules.Row],
+    wanted: Mapping[str, Tensor],
+    partial: bool,
+    report: Report,
+    cfg: config.Config,
+    part: str,
+) -> tuple[Mapping, str]:
+    """A part that no setting ablates: every tensor mapped, nothing missing or left over unless `partial`."""
     missing, unexpected = rules.audit(rows, source.tensors)
     _refuse(source, missing, unexpected, partial)
     state = LazyState([row for row in rows if row.theirs in source.tensors], source.tensors)
+    return _completed(source, state, wanted, report, cfg, part)
+
+
+def _completed(
+    source: PartSource,
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    report: Report,
+    cfg: config.Config,
+    part: str,
+) -> tuple[Mapping, str]:
+    """The state with its shapes checked and what it lacks freshly initialised, and a line for the report."""
     _check_shapes(source, state, wanted)
     if absent := [name for name in wanted if name not in state]:
         report.fresh += absent

@@ -142,7 +142,7 @@ def read_folder(path: str | Path, *, variant: str | None = None) -> Folder:
             continue
         if name not in configs:
             raise ValueError(f"{path / name} lacks its config.json; download it too")
-        parts[name] = _open_part(name, find_weights(path / name, variant), configs[name])
+        parts[name] = open_part(name, find_weights(path / name, variant), configs[name])
     return Folder(path, parts, configs)
 
 
@@ -174,7 +174,8 @@ def _variant(name: str) -> str | None:
     return None
 
 
-def _open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
+def open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
+    """A file or index, read as the folder's part `name` is: old names renewed, a folded gain taken out."""
     file = readers.open_sharded(path) if path.name.endswith(".json") else readers.open_file(path)
     if name == "vae":
         return PartFiles(path, _Changed(file.tensors, {_vae_name(old): old for old in file.tensors}))

@@ -123,7 +123,7 @@ def _from_folder(path: Path, variant: str | None, compat: str | None) -> list[Pa
     if diffusers_layout.is_folder(path):
         return from_diffusers(path, variant=variant, compat=compat)
     if (path / "config.json").is_file():
-        return from_component(path, variant=variant)
+        return from_component(path, variant=variant, compat=compat)
     files = [
         f for f in sorted(path.iterdir()) if f.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
     ]
@@ -149,7 +149,10 @@ def native(path: Path) -> list[PartSource]:
 
 
 def from_diffusers(path: Path, *, variant: str | None, compat: str | None) -> list[PartSource]:
-    folder = diffusers_layout.read_folder(path, variant=variant)
+    return _of_folder(diffusers_layout.read_folder(path, variant=variant), compat)
+
+
+def _of_folder(folder: diffusers_layout.Folder, compat: str | None) -> list[PartSource]:
     settings, notes = diffusers_layout.settings_from_folder(folder, compat=compat)
     parts = []
     for name, held in folder.parts.items():
@@ -163,25 +166,22 @@ def from_diffusers(path: Path, *, variant: str | None, compat: str | None) -> li
     return parts
 
 
-def from_component(path: Path, *, variant: str | None) -> list[PartSource]:
-    """One model of diffusers or transformers in a folder of its own: its weights and config.json."""
+def from_component(path: Path, *, variant: str | None, compat: str | None) -> list[PartSource]:
+    """One model of diffusers or transformers in a folder of its own, read as in a whole folder."""
     card = diffusers_layout.read_json(path / "config.json")
     file = diffusers_layout.find_weights(path, variant)
-    opened = readers.open_sharded(file) if file.name.endswith(".json") else readers.open_file(file)
-    found = recognise(opened.tensors)
+    found = recognise(diffusers_layout.open_part("", file, card).tensors)
     if not found:
         raise ValueError(f"{path} holds nothing known")
     parts = []
     for f in found:
-        settings: dict[str, Any] = {}
-        if f.part == "unet" and f.layout == "diffusers":
-            settings = {"unet": diffusers_layout.unet_settings(card)}
-        elif f.part == "vae" and f.layout == "diffusers":
-            settings = {"vae": diffusers_layout.vae_settings(card)}
-        # What a CLIP tower is takes both towers' configs; `convert` puts them together.
-        parts.append(
-            PartSource(f.part, f.layout, f.tensors, (file,), settings, extra=opened.extra, card=card)
-        )
+        if f.layout != "diffusers":
+            # What a CLIP tower is takes both towers' configs; `convert` puts them together.
+            parts.append(PartSource(f.part, f.layout, f.tensors, (file,), card=card))
+            continue
+        held = diffusers_layout.open_part(f.part, file, card)
+        folder = diffusers_layout.Folder(path, {f.part: held}, {f.part: card})
+        parts += _of_folder(folder, compat)
     return parts
 
 

@@ -51,13 +51,7 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
     prompt = golden.meta["description"]["prompt"]
     with torch.no_grad():
         cond, uncond = pipeline.encode(model, [picture], [prompt], golden["io/input.vae_posterior_noise"])
-        views = pipeline.images.prepare(
-            picture,
-            width=cfg.sample.width,
-            height=cfg.sample.height,
-            clip_size=cfg.clip.image_size,
-            mode=cfg.preprocess.crop,
-        )
+        views = pipeline.prepare_views(picture, cfg)
         posterior = model.vae.posterior(settings.cast(views.pixels[None]))
     yield from row("image.vae_pixels", views.pixels[None], call)
     yield from row("image.clip_pixels", views.clip_pixels[None], call)

@@ -150,13 +150,7 @@ def _shared(
     uncond: Conditions,
 ) -> Iterator[Row]:
     cfg = model.config
-    views = pipeline.images.prepare(
-        picture,
-        width=cfg.sample.width,
-        height=cfg.sample.height,
-        clip_size=cfg.clip.image_size,
-        mode=cfg.preprocess.crop,
-    )
+    views = pipeline.prepare_views(picture, cfg)
     yield compare("image_tensor", views.pixels[None], golden["image_tensor"], max_abs=1e-6)
     yield compare("vit_tensor", views.clip_pixels[None], golden["vit_tensor"], max_abs=1e-6)
     bound = ENCODER_ABS[settings.dtype]

@@ -11,7 +11,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, images, pipeline, runtime
+from i2vgen import checkpoint, pipeline, runtime
 from i2vgen.conditioning import Conditions
 from i2vgen.config import RANDOM, Config
 from i2vgen.loss import draw_offset_noise, training_loss
@@ -93,19 +93,7 @@ class Encoding:
 
 def clip_pixels(pixels: Tensor, config: Config) -> Tensor:
     """First frames [b 3 H W] in [-1, 1] -> what CLIP sees [b 3 s s], exactly as at sampling."""
-    views = [
-        images.prepare(
-            picture(frame),
-            width=config.sample.width,
-            height=config.sample.height,
-            clip_size=config.clip.image_size,
-            clip_mean=config.clip.image_mean,
-            clip_std=config.clip.image_std,
-            mode=config.preprocess.crop,
-        ).clip_pixels
-        for frame in pixels
-    ]
-    return torch.stack(views)
+    return torch.stack([pipeline.prepare_views(picture(frame), config).clip_pixels for frame in pixels])
 
 
 def picture(frame: Tensor) -> Image.Image:
