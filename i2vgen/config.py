@@ -31,6 +31,7 @@ NEGATIVE_PROMPT = (
 MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
+SHIPPED = str(Path(__file__).parent / "assets" / "small")  # the small model that comes with the package
 SETTINGS_FILE = "settings.json"
 FORMAT = 1  # of native weights folders
 # What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
@@ -212,6 +213,9 @@ class Clip:
             "layers": 24,
         }
     )
+    # A vocabulary of one's own for a small model: each of these words is one token, any other text is spelt
+    # out in their pieces and letters. None: open_clip's 49,408 tokens.
+    words: tuple[str, ...] = ()
     text_layer: Literal["penultimate", "last"] = "penultimate"
     pad_token: int = 0  # what follows the end of the text; diffusers' tokenizer pads with 49407
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -254,6 +258,10 @@ class Clip:
                 f"clip.pad_token is {self.pad_token}; give 0 to below clip.text.vocab_size = "
                 f"{self.text.get('vocab_size')}"
             )
+        if wrong := [w for w in self.words if not (w.isascii() and w.isalpha() and w.islower())]:
+            raise ValueError(f"clip.words has {wrong[0]!r}; give plain words of the letters a to z")
+        if self.words and self.text.get("tokenizer_kwargs"):
+            raise ValueError("clip.words and clip.text.tokenizer_kwargs are both given; choose one of them")
         if self.text_layer == "penultimate" and self.text["layers"] < 2:
             raise ValueError(
                 f"clip.text_layer is penultimate but clip.text.layers is {self.text['layers']}; "
@@ -491,12 +499,19 @@ SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime)
          for f in dataclasses.fields(cls)}  # fmt: skip
 
 
-def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), **literals: str) -> Config:
+def load_config(
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    default_weights: str = "",
+    **literals: str,
+) -> Config:
     """Merge defaults, the weights folder's stored settings, a YAML file and `name=value` overrides.
 
     `overrides` are what a command line holds, e.g. `["sample.steps=20", "prompt=a cat: it runs"]`; a
     repeated `image=` or `prompt=` makes a list. `literals` are the literal fields by keyword
-    (`weights="folder"`), never parsed. Raises ValueError on an unknown name, a value of the wrong type,
+    (`weights="folder"`), never parsed. `default_weights` are taken where nothing names any; who samples
+    gives SHIPPED. Raises ValueError on an unknown name, a value of the wrong type,
     an impossible combination, and an architecture setting that contradicts the weights.
     """
     yaml_settings, yaml_literals = _read_yaml(file) if file is not None else ({}, {})
@@ -506,7 +521,7 @@ def load_config(file: str | Path | None = None, overrides: Iterable[str] = (), *
             f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
-    weights = texts.get("weights", "")
+    weights = texts["weights"] = texts.get("weights") or default_weights
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
     texts = {**{k: _listed(k, v) for k, v in stored.items() if k in LITERALS}, **texts}
     stored = {k: v for k, v in stored.items() if k not in LITERALS}
@@ -695,7 +710,7 @@ def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: 
             if have is not None and value != have and f"{section}.{name}" not in FREE:
                 raise ValueError(
                     f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
-                    "drop the setting, or choose weights that match it"
+                    "drop the setting, or give weights that match it: weights=FOLDER, or weights=random"
                 )
     wanted, held = layer.get("use"), stored.get("use")
     if not isinstance(wanted, Mapping) or not isinstance(held, Mapping):

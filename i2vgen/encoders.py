@@ -7,8 +7,12 @@ Axes: b batch, k tokens, d text width, v joint (image vector) width.
 
 from __future__ import annotations
 
+import gzip
+import itertools
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +28,7 @@ class ClipEncoders(nn.Module):
         import open_clip
 
         self.settings = clip
-        self.tokenizer = open_clip.SimpleTokenizer(
-            context_length=clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})
-        )
+        self.tokenizer = make_tokenizer(clip)
         if self.tokenizer.vocab_size > clip.text["vocab_size"]:
             raise ValueError(
                 f"clip.text.vocab_size is {clip.text['vocab_size']} but the tokenizer knows "
@@ -86,3 +88,39 @@ class ClipEncoders(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.model.positional_embedding.device
+
+
+def make_tokenizer(clip: config.Clip):
+    """open_clip's byte-pair tokenizer: its own 49,408 tokens, or those of `clip.words`."""
+    import open_clip
+
+    options = {"context_length": clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})}
+    if not clip.words:
+        return open_clip.SimpleTokenizer(**options)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "merges.txt.gz"
+        lines = ["one pair per line", *(" ".join(pair) for pair in merges(clip.words))]
+        file.write_bytes(gzip.compress("\n".join(lines).encode()))
+        return open_clip.SimpleTokenizer(**options, bpe_path=str(file))
+
+
+def merges(words: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte pairs to merge, in this order, so that each of the words ends as one token.
+
+    Every other text still has tokens, down to single bytes. A later word's merges rank behind those that
+    made the earlier ones, and so never change them.
+    """
+    ranks: dict[tuple[str, str], int] = {}
+    for word in words:
+        pieces = [*word[:-1], f"{word[-1]}</w>"]
+        while len(pieces) > 1:
+            pairs = list(itertools.pairwise(pieces))
+            best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+            ranks.setdefault(best, len(ranks))
+            merged = []
+            while pieces:
+                taken = 2 if tuple(pieces[:2]) == best else 1
+                merged.append("".join(pieces[:taken]))
+                pieces = pieces[taken:]
+            pieces = merged
+    return list(ranks)

@@ -99,6 +99,8 @@ def fit(config, train, folder, **how):
         (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
         (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing is for the UNet"),
         (["train.data=here", "train.workers=2"], r"train\.workers = 2 are for train\.data=world"),
+        (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
+        (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is no multiple .* 8"),
         (["sample.stepz=3"], r"no setting sample\.stepz"),
     ],
 )
@@ -230,6 +232,21 @@ def test_cheaper_arithmetic_stays_near_and_checkpointing_is_exact(root, stages, 
     assert runs["other"] == pytest.approx(runs["plain"], **near)
 
 
+def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):
+    encoded = []
+    encode = diffusion.Encoding.encode
+    monkeypatch.setattr(
+        diffusion.Encoding, "encode", lambda self, clips: encoded.append(1) or encode(self, clips)
+    )
+    words = ["train.steps=5", "train.batch=2", "train.num_clips=4", "train.log_every=1"]
+    logs = [
+        fit(*settings(root, stages, "diffusion", *words, f"train.cache={cache}"), tmp_path / cache)
+        for cache in ("false", "true")
+    ]
+    assert logs[0] == logs[1]
+    assert len(encoded) == 5 + 2  # five batches without, two different ones with
+
+
 # --- killed and resumed
 
 
@@ -331,7 +348,9 @@ def test_dropped_conditions_reach_the_network(root, stages):
         kept_x0, kept_t, _, kept = keeping(clips, data.generator(0))
     assert torch.equal(x0, kept_x0) and torch.equal(t, kept_t)
     negative = held.clip.text(held.clip.tokenize([config.negative_prompt]))
-    assert torch.allclose(lost.text, negative.expand(2, -1, -1)) and not torch.allclose(lost.text, kept.text)
+    # A batch of one and a batch of two may take different kernels.
+    assert torch.allclose(lost.text, negative.expand(2, -1, -1), atol=1e-6)
+    assert not torch.allclose(lost.text, kept.text, atol=1e-2)
     assert lost.image_vector.abs().max() == 0 < kept.image_vector.abs().max()
     assert lost.fps.tolist() == [4, 4] and lost.image_latent.shape == x0[:, :, 0].shape
 

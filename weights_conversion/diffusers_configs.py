@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from i2vgen import config
+from i2vgen.encoders import make_tokenizer
 from weights_conversion import vae as vae_tables
 
 Json = dict[str, Any]
@@ -273,9 +274,7 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
         raise ValueError(
             f"clip.text.tokenizer_kwargs is {clip.text['tokenizer_kwargs']}; a CLIPTokenizer has none"
         )
-    import open_clip
-
-    own = open_clip.SimpleTokenizer()
+    own = make_tokenizer(clip)
     names = {own.decoder[own.sot_token_id]: START, own.decoder[own.eot_token_id]: END}
     vocabulary = {names.get(word, word): number for word, number in own.encoder.items()}
     merges = "".join(f"{first} {second}\n" for first, second in own.bpe_ranks)

@@ -5,6 +5,9 @@ Axes: b batch, f frames, c channels, h w latent rows and columns; t is the times
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from einops import rearrange
@@ -19,7 +22,7 @@ from i2vgen.schedule import Schedule
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.loop import Part
-from i2vgen.training.settings import Train, buckets
+from i2vgen.training.settings import Bucket, Train, buckets
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
 
@@ -44,6 +47,16 @@ class DiffusionLoss(nn.Module):
         return {"loss": training_loss(predict, x0, t, noise, self.schedule).mean()}
 
 
+class Encoded(NamedTuple):
+    """What the frozen VAE and CLIP make of clips; nothing here is drawn by lot."""
+
+    mean: Tensor  # [b c f h w] of the posterior, unscaled
+    std: Tensor  # [b c f h w]
+    vector: Tensor | None  # [b v] CLIP vectors of the first frames
+    captions: tuple[str, ...]
+    fps: int
+
+
 class Encoding:
     """Clips -> what `DiffusionLoss` takes: latents, timesteps, noise, conditions with their dropout."""
 
@@ -51,29 +64,41 @@ class Encoding:
         self.config, self.train, self.vae, self.clip, self.device = config, train, vae, clip, device
         self.num_timesteps = config.schedule.num_timesteps
 
-    def __call__(self, clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    def encode(self, clips: Clips) -> Encoded:
         b = len(clips.captions)
-        x0, first = self.latents(clips.pixels, draw)
+        frames = rearrange(clips.pixels, "b c f h w -> (b f) c h w")
+        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
+        mean = rearrange(torch.cat([p.mean for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
+        std = rearrange(torch.cat([p.std for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
+        vector = None
+        if self.config.use.global_tokens:
+            vector = self.clip.image(clip_pixels(clips.pixels[:, :, 0], self.config).to(self.device))
+        return Encoded(mean, std, vector, clips.captions, clips.fps)
+
+    def __call__(
+        self, clips: Clips | Encoded, draw: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+        encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
+        b = len(encoded.captions)
+        x0, first = self.latents(encoded, draw)
         t = torch.randint(0, self.num_timesteps, (b,), generator=draw)  # the last one too: v = -x0 there
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
         lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
         lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
         conditions = Conditions(
-            self.text(clips.captions, lose_text) if use.text else None,
-            self.vector(clips.pixels[:, :, 0], lose_image) if use.global_tokens else None,
+            self.text(encoded.captions, lose_text) if use.text else None,
+            encoded.vector.masked_fill(lose_image.to(self.device)[:, None], 0.0)
+            if use.global_tokens
+            else None,
             first,
-            torch.full((b,), clips.fps, device=self.device),
+            torch.full((b,), encoded.fps, device=self.device),
         )
         return x0, t, noise.to(self.device), conditions
 
-    def latents(self, pixels: Tensor, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """[b 3 f H W] -> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
-        b = len(pixels)
-        frames = rearrange(pixels, "b c f h w -> (b f) c h w")
-        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
-        mean = rearrange(torch.cat([p.mean for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
-        std = rearrange(torch.cat([p.std for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
+    def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        """-> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
+        mean, std = encoded.mean, encoded.std
         noise = torch.randn(mean.shape, generator=draw).to(self.device)
         first = torch.randn(mean[:, :, 0].shape, generator=draw).to(self.device)
         scale = self.vae.scale
@@ -85,10 +110,22 @@ class Encoding:
         said = [negative if lost else caption for caption, lost in zip(captions, lose.tolist(), strict=True)]
         return self.clip.text(self.clip.tokenize(said).to(self.device))
 
-    def vector(self, pixels: Tensor, lose: Tensor) -> Tensor:
-        """First frames [b 3 H W] -> image vectors [b v], lost ones zero."""
-        vector = self.clip.image(clip_pixels(pixels, self.config).to(self.device))
-        return vector.masked_fill(lose.to(self.device)[:, None], 0.0)
+
+class Cached:
+    """A source of encoded clips: each batch is drawn and encoded once and then kept in memory.
+
+    For the world's `num_clips` alone, whose batches come back the same; so do a run's figures without it.
+    """
+
+    def __init__(self, source: Source, encoding: Encoding, num_clips: int):
+        self.source, self.encoding, self.num_clips = source, encoding, num_clips
+        self.kept: dict[tuple[Bucket, int], Encoded] = {}
+
+    def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Encoded:
+        key = bucket, positions[0] % self.num_clips
+        if key not in self.kept:
+            self.kept[key] = self.encoding.encode(self.source(bucket, positions))
+        return self.kept[key]
 
 
 def clip_pixels(pixels: Tensor, config: Config) -> Tensor:
@@ -128,6 +165,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     unet = fresh_or_held("unet", config, train, device)
     unet.set_checkpointing(train.checkpointing)
     bucket = buckets(config, train)[0]
+    encoding = Encoding(config, train, vae, clip, device)
 
     def strip() -> np.ndarray:
         clips = source(bucket._replace(batch=STRIP_CLIPS), list(range(STRIP_CLIPS)))
@@ -141,7 +179,8 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         name="unet",
         model=unet,
         step=DiffusionLoss(unet, pipeline.make_schedule(config)),
-        inputs=Encoding(config, train, vae, clip, device),
+        inputs=encoding,
+        source=Cached(source, encoding, train.num_clips) if train.cache else source,
         slow=spatial_names(unet),
         others={"vae": vae, "clip": clip},
         strip=strip,

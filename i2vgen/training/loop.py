@@ -56,6 +56,7 @@ class Part:
     model: nn.Module  # what learns, in float32 on its device
     step: nn.Module  # holds `model`; forward(*inputs) -> {"loss": scalar, other figures}
     inputs: Callable[[Clips, torch.Generator], tuple]  # a batch made ready, without gradients
+    source: Source | None = None  # in place of the run's own, as `inputs` takes it
     slow: frozenset[str] = frozenset()  # parameters under `spatial_factor`
     others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
     strip: Callable[[], np.ndarray] | None = None  # a sample, uint8 [h w 3], of the weights as they stand
@@ -114,7 +115,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(writer)
-        draw = _drawer(source, plan, train, stack)
+        draw = _drawer(part.source or source, plan, train, stack)
         while state.step < train.steps:
             figures = update(part, step, state, train, draw, device=device, rank=rank, ranks=ranks)
             state.pending.append(figures)
@@ -189,8 +190,8 @@ def update(
     for micro in range(train.accumulate):
         index = state.step * train.accumulate + micro
         words = (train.seed, index * ranks + rank)  # two ranks draw what one does in two batches
-        clips = draw(index)
         with torch.no_grad():
+            clips = draw(index)
             inputs = part.inputs(clips, data.generator(*words, INPUT_STREAM))
         torch.manual_seed(data.number(*words, DROPOUT_STREAM))  # dropout layers know the global stream only
         last = micro == train.accumulate - 1

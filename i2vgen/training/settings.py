@@ -23,7 +23,7 @@ SECTION = "train"
 WORLD = "world"
 MAX_WORLD_SPEED = 2.0  # beyond twice the captioned way most things would have left the picture
 # May differ from a checkpoint's without changing what is learned.
-FREE = ("save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
+FREE = ("cache", "save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
 
 
 class Bucket(NamedTuple):
@@ -75,6 +75,7 @@ class Train:
     seed: int = 0
     data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
     num_clips: int = 0  # this many different clips of the world, over and over; 0: never one twice
+    cache: bool = False  # part=diffusion: keep what VAE and CLIP made of the `num_clips` clips in memory
     workers: int = 0  # processes that draw the world's clips ahead; 0: this one does
     save_every: int = 1000
     sample_every: int = 0  # steps between sample strips; 0: none
@@ -102,6 +103,18 @@ class Train:
             raise ValueError(
                 f"train.num_clips = {self.num_clips} and train.workers = {self.workers} are for "
                 f"train.data={WORLD}, but train.data is {self.data}; leave them at 0"
+            )
+        if self.cache and (self.part != "diffusion" or not self.num_clips or self.workers):
+            raise ValueError(
+                "train.cache keeps the latents of the train.num_clips clips of the world for "
+                f"train.part=diffusion; here train.part is {self.part}, train.num_clips {self.num_clips} "
+                f"and train.workers {self.workers}, which has to be 0"
+            )
+        largest = max(self.bucket_batch or (self.batch,))
+        if self.cache and self.num_clips % largest:
+            raise ValueError(
+                f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is no multiple of "
+                f"the largest batch, {largest}"
             )
         if self.part != "diffusion" and self.checkpointing:
             raise ValueError(f"train.checkpointing is for the UNet, but train.part is {self.part}")

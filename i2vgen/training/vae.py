@@ -12,12 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from i2vgen import checkpoint
 from i2vgen.config import Config
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.diffusion import fresh_or_held, others_held, picture
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Train, buckets
-from i2vgen.vae import AutoencoderKL
+from i2vgen.vae import AutoencoderKL, ResBlock
 
 SHOWN = 8  # frames in a sample strip
 SCALE_CLIPS = 32  # clips whose latents decide the measured scale
@@ -38,8 +39,25 @@ class VaeLoss(nn.Module):
         return {"loss": l1 + self.mse * mse + self.kl * kl, "l1": l1, "mse": mse, "kl": kl}
 
 
+@torch.no_grad()
+def start(vae: AutoencoderKL, seed: int) -> None:
+    """New weights that carry the picture from the first step on: plain signal-keeping convolutions, and
+    residual branches at a tenth. PyTorch's own start took four times the steps to the same error.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear", generator=draw)
+            nn.init.zeros_(module.bias)
+    for module in vae.modules():
+        if isinstance(module, ResBlock):
+            module.conv2.weight.mul_(0.1)
+
+
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
     vae = fresh_or_held("vae", config, train, device)
+    if not config.weights or "vae" in checkpoint.missing_parts(config.weights):
+        start(vae, train.seed)
     bucket = buckets(config, train)[0]
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
