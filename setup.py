@@ -40,6 +40,7 @@ setup(
             "matplotlib",
             "diffusers",
             "transformers<5.6",
+            "tensorboard",
         ],
     },
 )

@@ -365,12 +365,15 @@ class Save:
     grey_last_frame: Literal["keep", "drop"] = (
         "keep"  # official: a last frame that is mostly mid-grey is dropped
     )
+    enlarge: int = 1  # every pixel becomes a square of this many in the file: small models can be watched
 
     def __post_init__(self):
         if not 0 < self.fps <= 1000:
             raise ValueError(f"save.fps is {self.fps}; give a number above 0, at most 1000")
         if not 1 <= self.quality <= 10:
             raise ValueError(f"save.quality is {self.quality}; give 1 (small) to 10 (best); official 8")
+        if not 1 <= self.enlarge <= 64:
+            raise ValueError(f"save.enlarge is {self.enlarge}; give 1 (as sampled) to 64")
 
 
 @dataclass(frozen=True)

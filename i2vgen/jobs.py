@@ -127,7 +127,8 @@ def check(jobs: list[Job], config: Config) -> None:
     for path in dict.fromkeys(job.image for job in jobs):
         images.open_picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
     for path in outputs:
-        video.check_output(path, fps=config.save.fps, size=(config.sample.width, config.sample.height))
+        size = config.save.enlarge * config.sample.width, config.save.enlarge * config.sample.height
+        video.check_output(path, fps=config.save.fps, size=size)
 
 
 def default_output(image: str) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor
 import i2vgen
 from i2vgen import checkpoint, images, runtime, video
 from i2vgen.conditioning import Conditions
-from i2vgen.config import RANDOM, Config, load_config
+from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
 from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided
 from i2vgen.schedule import Schedule, make_betas, timesteps
@@ -50,14 +50,14 @@ class Video:
         The JSON holds all settings, the seed, the versions that matter and the file's SHA-256.
         """
         save = self.config.save
-        path = video.save(self.frames, path, fps=save.fps, quality=save.quality)
+        path = video.save(self.frames, path, fps=save.fps, quality=save.quality, enlarge=save.enlarge)
         config = recorded_config(self.config, self.image, self.prompt, self.seed, path)
         frames, height, width, _ = self.frames.shape
         record = {
             "file": path.name,
             "sha256": sha256(path),
-            "width": width,
-            "height": height,
+            "width": save.enlarge * width,
+            "height": save.enlarge * height,
             "frames": frames,
             "seed": self.seed,
             "settings": config.to_dict(),
@@ -283,12 +283,12 @@ def load(
 ) -> I2VGenXL:
     """Settings and weights -> a model ready to be called.
 
-    `weights` is a native weights folder or "random"; `config` a YAML file; `overrides` are what a command
-    line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for settings, weights or memory that cannot
-    work.
+    `weights` is a native weights folder or "random", by default the shipped small model; `config` a YAML
+    file; `overrides` are what a command line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for
+    settings, weights or memory that cannot work.
     """
     literal = {"weights": str(weights)} if weights else {}
-    return load_parts(load_config(config, overrides, **literal))
+    return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 
 
 def load_parts(config: Config) -> I2VGenXL:

@@ -163,7 +163,9 @@ def _check_encoder() -> None:
 # Writing
 
 
-def save(frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: int = 8) -> Path:
+def save(
+    frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: int = 8, enlarge: int = 1
+) -> Path:
     """uint8 frames [f h w 3] -> a file or a folder of PNGs, by the ending of `path`; returns the path.
 
     .mp4   H.264, yuv420p, BT.709. An odd width or height gets its last column or row twice, because
@@ -175,8 +177,9 @@ def save(frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: 
 
     `quality` is 1 (small) to 10 (best) for mp4 (crf 51 * (1 - quality / 10), the scale of the official
     writer's 8) and webp (10 * quality); gif and PNG have no such dial. GIF and WebP store equal
-    neighbouring frames as one longer frame, and a WebP of one frame is a still that records no fps. A
-    failed or interrupted write leaves what was there before.
+    neighbouring frames as one longer frame, and a WebP of one frame is a still that records no fps.
+    `enlarge` makes every pixel a square of that many. A failed or interrupted write leaves what was there
+    before.
     """
     frames = _numpy(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -185,6 +188,7 @@ def save(frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: 
         )
     if not 1 <= quality <= 10:
         raise ValueError(f"quality {quality} is not in 1..10 (8 is the official writer's)")
+    frames = frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2) if enlarge > 1 else frames
     path = check_output(path, fps=fps, size=(frames.shape[2], frames.shape[1]))
     ending = path.suffix.lower()
     write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, "": _write_pngs}[ending]

@@ -23,7 +23,7 @@ import warnings
 from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline, runtime
-from i2vgen.config import load_config
+from i2vgen.config import SHIPPED, load_config
 
 FLAGS = ("--print-config", "--resume", "--help")
 
@@ -33,7 +33,7 @@ def main() -> int:
     if "--help" in flags or not sys.argv[1:]:
         print(__doc__)
         return 0
-    config = load_config(file, overrides)
+    config = load_config(file, overrides, default_weights=SHIPPED)
     if "--print-config" in flags:
         print(config.to_yaml(), end="")
         return 0

@@ -490,6 +490,13 @@ def test_the_three_stages_make_a_model_that_generates(stages, picture):
     assert clip_.frames.shape == (4, 16, 16, 3)
 
 
+def test_curves_and_strips_reach_tensorboard(stages):
+    reading = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = reading.EventAccumulator(str(stages / "diffusion" / "tensorboard")).Reload()
+    assert {"loss", "lr", "grad_norm"} <= set(events.Tags()["scalars"])
+    assert [image.step for image in events.Images("samples")] == [3]
+
+
 def test_the_script_explains_itself_and_ends_when_done(root, stages, capsys, tmp_path):
     run(root, "tiny_vae.yaml", "--help")
     assert "python scripts/train.py configs/train/tiny_vae.yaml" in capsys.readouterr().out

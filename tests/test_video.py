@@ -151,6 +151,15 @@ def test_animations_loop_and_repeats_keep_time(tmp_path):
     assert len(back) == 9 and fps == 10
 
 
+@pytest.mark.parametrize("ending", ["", ".mp4", ".gif"])
+def test_enlarging_makes_squares(tmp_path, ending):
+    frames = clip()
+    got, _ = video.load(video.save(frames, tmp_path / f"e{ending}", fps=8, quality=10, enlarge=3))
+    assert got.shape == (len(frames), 3 * frames.shape[1], 3 * frames.shape[2], 3)
+    if not ending:  # the others compress
+        assert np.array_equal(got, np.kron(frames, np.ones((1, 3, 3, 1), np.uint8)))
+
+
 def test_quality_changes_the_size(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
     for ending in ("mp4", "webp"):

@@ -134,7 +134,7 @@ def fit(
                 prune(folder, train.keep)
                 save_weights(folder, state, part, config, train)
             if rank == 0 and train.sample_every and state.step % train.sample_every == 0:
-                save_strip(folder, state, part)
+                save_strip(folder, state, part, writer)
             if on_step is not None:
                 on_step(state.step, figures)
     if rank == 0 and part.name in checkpoint.missing_parts(folder / "weights"):
@@ -439,11 +439,14 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
         )
 
 
-def save_strip(folder: Path, state: State, part: Part) -> None:
+def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
     if part.strip is None:
         return
     with averaged(part.model, state.ema):
-        picture = Image.fromarray(part.strip())
+        strip = part.strip()
+    picture = Image.fromarray(strip)
+    if log.board is not None:
+        log.board.add_image("samples", strip, state.step, dataformats="HWC")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     path = folder / "samples" / f"{state.step:08d}.png"
     temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
