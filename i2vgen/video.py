@@ -24,7 +24,7 @@ from PIL import Image, ImageSequence, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-ENDINGS = (".mp4", ".gif", ".webp", "")
+ENDINGS = (".mp4", ".gif", ".webp", ".png", "")
 CODEC = "libx264"
 FPS_RANGE = (0.01, 1000.0)
 GIF_MAX_FPS = 50.0  # players show frames shorter than 20 ms at 100 ms instead
@@ -96,8 +96,8 @@ def check_output(path: str | Path, *, fps: float | None = None, size: tuple[int,
     ending = path.suffix.lower()
     if ending not in ENDINGS or path.name.lower() in ENDINGS:
         raise ValueError(
-            f"output {str(path)!r}: known endings are .mp4, .gif and .webp, or none for a folder of PNG "
-            "pictures; give a name with one of these"
+            f"output {str(path)!r}: known endings are .mp4, .gif and .webp, .png for a strip of all "
+            "frames, or none for a folder of PNG pictures; give a name with one of these"
         )
     if fps is not None:
         _check_fps(fps, ending)
@@ -173,6 +173,7 @@ def save(
     .gif   one palette of 256 colours for all frames (no flicker), dithered, endless. GIF counts time in
            10 ms: every frame ends at the grid point nearest its true end, so the length stays right.
     .webp  lossy animation, endless, 1 ms grid.
+    .png   one strip, the frames side by side: for a page, not to be read back.
     folder exact frames; the fps travel in the PNG text entry "fps".
 
     `quality` is 1 (small) to 10 (best) for mp4 (crf 51 * (1 - quality / 10), the scale of the official
@@ -191,7 +192,8 @@ def save(
     frames = frames.repeat(enlarge, axis=1).repeat(enlarge, axis=2) if enlarge > 1 else frames
     path = check_output(path, fps=fps, size=(frames.shape[2], frames.shape[1]))
     ending = path.suffix.lower()
-    write = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, "": _write_pngs}[ending]
+    writers = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_strip}
+    write = writers.get(ending, _write_pngs)
     with _whole_or_not(path) as temporary:
         write(frames, temporary, fps, quality)
     return path
@@ -286,6 +288,10 @@ def _write_webp(frames: np.ndarray, path: Path, fps: float, quality: int) -> Non
         loop=0,
         quality=10 * quality,
     )
+
+
+def _write_strip(frames: np.ndarray, path: Path, fps: float, quality: int) -> None:
+    Image.fromarray(np.concatenate(list(frames), axis=1)).save(path, "PNG", optimize=True)
 
 
 def _write_pngs(frames: np.ndarray, path: Path, fps: float, quality: int) -> None:

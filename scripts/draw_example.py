@@ -1,6 +1,10 @@
-"""Draw the example picture of the README: a red sailing boat on a lake at dusk. Deterministic, no input.
+"""Draw the example pictures of the README. Deterministic, no input.
 
-python scripts/draw_example.py output=i2vgen/assets/boat.png
+python scripts/draw_example.py output=i2vgen/assets/boat.png          a red sailing boat on a lake at dusk
+python scripts/draw_example.py seed=12 output=i2vgen/assets/star.png  first frame of the world's clip 12
+
+seed=       a clip of the procedural world with one object; its caption is printed. No seed: the boat
+size=       pixels of the world's square picture, 256 unless told
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from i2vgen import cli
+from i2vgen.training import world
 
 WIDTH, HEIGHT, OVERSAMPLE = 640, 352, 2
 SKY = ((36, 40, 92), (110, 76, 140), (236, 132, 110), (255, 205, 140))  # from the zenith to the horizon
@@ -74,12 +79,20 @@ def main() -> int:
         return 0
     _, words, _ = cli.split(sys.argv[1:], ("--help",))
     settings = dict(word.split("=", 1) for word in words)
-    if set(settings) - {"output"}:
-        raise ValueError(f"got {', '.join(words)}; the one setting is output=PATH")
+    if set(settings) - {"output", "seed", "size"} or not all(
+        settings[n].isdigit() for n in ("seed", "size") if n in settings
+    ):
+        raise ValueError(f"got {' '.join(words)}; the settings are output=PATH, seed=NUMBER and size=PIXELS")
     output = Path(settings.get("output", "boat.png"))
     output.parent.mkdir(parents=True, exist_ok=True)
-    draw().save(output, optimize=True)
-    print(output)
+    if "seed" in settings:
+        size = int(settings.get("size", 256))
+        clip = world.clip(int(settings["seed"]), width=size, height=size, frames=1, kind="basic")
+        Image.fromarray(clip.frames[0]).save(output, optimize=True)
+        print(f"{output}: {clip.caption}")
+    else:
+        draw().save(output, optimize=True)
+        print(output)
     return 0
 
 

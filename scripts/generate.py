@@ -1,12 +1,14 @@
 """One picture and a sentence in, a video out.
 
-    python scripts/generate.py [config.yaml] image=PATH prompt="..." output=clip.mp4 weights=FOLDER
+    python scripts/generate.py [config.yaml] image=PATH prompt="..." output=clip.mp4 [weights=FOLDER]
     [setting=value ...]
 
     image=, prompt=     may be repeated: pairs item by item, one of either serves all
     items=FILE.jsonl    one {"image": ..., "prompt": ..., "seed": ..., "output": ...} per line instead
     seed=[1,2,3]        every pair once per seed
-    output=             .mp4, .gif, .webp, or a folder for PNGs; a JSON with all settings lands beside it
+    output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON with all
+                        settings lands beside it
+    weights=FOLDER      a native weights folder; none given: the small model that comes with the package
     weights=random      seeded random weights: the output is noise, but the whole road is driven
     --print-config      print the merged settings as YAML and stop
     --resume            leave out clips that are already there, whole and made with the same settings

@@ -74,7 +74,7 @@ def made(folder="."):
 # --- what it makes
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp", "frames"])
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif", "clip.webp", "clip.png", "frames"])
 def test_one_clip(run, quick, loads, picture_file, road, name):
     status, out, err = run(
         *quick, f"image={picture_file}", "prompt=a boat: it sails", f"output=new/{name}", "seed=7"

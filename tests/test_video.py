@@ -151,6 +151,13 @@ def test_animations_loop_and_repeats_keep_time(tmp_path):
     assert len(back) == 9 and fps == 10
 
 
+def test_a_strip_shows_all_frames_side_by_side(tmp_path):
+    frames = clip()
+    path = video.save(frames, tmp_path / "strip.png", fps=8)
+    strip = np.asarray(Image.open(path))
+    assert np.array_equal(np.split(strip, len(frames), axis=1), frames)
+
+
 @pytest.mark.parametrize("ending", ["", ".mp4", ".gif"])
 def test_enlarging_makes_squares(tmp_path, ending):
     frames = clip()
@@ -234,7 +241,7 @@ def test_files_get_ordinary_permissions(tmp_path, name):
 # --- errors before any work
 
 
-@pytest.mark.parametrize("name", ["clip.avi", "clip.png", "run.v1.0", ".mp4"])
+@pytest.mark.parametrize("name", ["clip.avi", "clip.jpg", "run.v1.0", ".mp4"])
 def test_unknown_ending(tmp_path, name):
     with pytest.raises(ValueError, match=r"\.mp4, \.gif and \.webp"):
         video.check_output(tmp_path / name)
