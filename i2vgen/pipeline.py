@@ -45,7 +45,7 @@ class Video:
     config: Config
 
     def save(self, path: str | Path) -> Path:
-        """Write the clip by the ending of `path` (.mp4, .gif, .webp, .png strip, else PNGs) and a JSON beside it.
+        """Write the clip by the ending of `path` (.mp4, .gif, .webp, .png, else PNGs) and a JSON beside it.
 
         The JSON holds all settings, the seed, the versions that matter and the file's SHA-256.
         """

@@ -1,0 +1,104 @@
+"""Score a model on clips of the procedural world that no training draws.
+
+    python scripts/evaluate.py [config.yaml] [weights=FOLDER] [clips=N] [first_seed=S] [json=OUT.json]
+    [output=FOLDER] [sweep=NAME] [setting=value ...]
+
+    python scripts/evaluate.py clips=64 json=outputs/scores.json
+    python scripts/evaluate.py weights=outputs/mine/weights steps=20 guidance=3 output=outputs/mine/scores
+    python scripts/evaluate.py sweep=conditions output=outputs/conditions
+
+    weights=        a native weights folder; without it the shipped small model. Sizes are its own
+    clips=          seeds, 64; each gives three clips, see docs/evaluation.md
+    first_seed=     the first of them, 0
+    json=           all scores with intervals and settings
+    output=         a folder for index.html (one page with clips to look at), scores.json, table.md
+    sweep=          guidance, steps, eta: score several values too; conditions: leave out one at a time
+    batch=          clips sampled at once, 8; memory and speed only
+
+All settings with their defaults stand in i2vgen/config.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from i2vgen import cli, pipeline, runtime
+from i2vgen.config import SHIPPED, Config, load_config
+from i2vgen.training import evaluation, evaluation_page
+from i2vgen.training.evaluation import Plan
+
+FLAGS = ("--help",)
+BATCH = 8
+NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json")
+
+
+def main() -> int:
+    file, overrides, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags or not sys.argv[1:]:
+        print(__doc__)
+        return 0
+    own, overrides = take(overrides)
+    plan = Plan(**{name: own[name] for name in ("clips", "first_seed", "sweep") if name in own})
+    config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
+    if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
+        raise ValueError(f"{job[0]}= has no effect here: pictures and prompts are those of the world's clips")
+    rows = evaluation.check(config, plan)
+    json_path = evaluation_page.check_file("json", Path(own["json"])) if "json" in own else None
+    folder = evaluation_page.check_folder("output", Path(config.output)) if config.output else None
+
+    runtime.apply(config.runtime)
+    model = pipeline.load_parts(config)
+    with tqdm(total=rows * 3 * plan.clips, unit="clip", mininterval=0.5) as bar:
+        found = evaluation.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
+    print(evaluation_page.summary(found))
+    for table in evaluation_page.tables(found):
+        print(f"\n{table.title}\n{evaluation_page.as_text(table)}")
+    if json_path is not None:
+        evaluation_page.write_json(found, json_path)
+        print(f"\nscores in {json_path}")
+    if folder is not None:
+        print(f"\npage in {evaluation_page.write_report(found, folder)}")
+    return 0
+
+
+def take(overrides: list[str]) -> tuple[dict, list[str]]:
+    """name=value words -> this script's own, by name; the rest, which are settings"""
+    own, rest = {}, []
+    for word in overrides:
+        name, _, value = word.partition("=")
+        if name in ("seed", "sample.seed"):
+            raise ValueError(
+                f"{word} has no effect here: a clip's noise has the clip's own seed; use first_seed="
+            )
+        if name in NUMBERS:
+            try:
+                own[name] = int(value)
+            except ValueError:
+                raise ValueError(f"{word}: {name} is a whole number") from None
+        elif name in TEXTS:
+            if not value:
+                raise ValueError(f"{word} is empty; give a value or leave it out")
+            own[name] = value
+        else:
+            rest.append(word)
+    return own, rest
+
+
+def batched(config: Config, overrides: list[str]) -> Config:
+    """One clip at a time is generate's habit; here there are many."""
+    if config.runtime.batch > 1 or any(w.startswith(("batch=", "runtime.batch=")) for w in overrides):
+        return config
+    return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=BATCH))
+
+
+def advance(bar: tqdm, row: str, count: int) -> None:
+    bar.set_description(row, refresh=False)
+    bar.update(count)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

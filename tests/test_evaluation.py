@@ -1,0 +1,345 @@
+"""scripts/evaluate.py, as a user meets it: scores of models whose worth is known, and how it says no."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from i2vgen import checkpoint, pipeline
+from i2vgen.training import evaluation, evaluation_page, evaluation_scores, world
+from i2vgen.training.evaluation import Plan
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
+FILES = ["index.html", "scores.json", "table.md"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): the script in this process, working in an empty folder -> (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: the script installs its own
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+        status = script.cli.run(script.main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def quick(tmp_path_factory, road):
+    """First words of a command line: a file with the settings of `road`."""
+    file = tmp_path_factory.mktemp("settings") / "road.yaml"
+    file.write_text(road.config.to_yaml())
+    return [str(file)]
+
+
+@pytest.fixture
+def loads(monkeypatch, road):
+    """Loading takes the parts that are there; the list tells how often it was asked."""
+    asked = []
+
+    def load_parts(settings):
+        asked.append(settings)
+        return pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device)
+
+    monkeypatch.setattr(pipeline, "load_parts", load_parts)
+    return asked
+
+
+class Mirror:
+    """An autoencoder that loses nothing."""
+
+    def encode(self, pixels, noise, *, chunk):
+        return pixels
+
+    def decode(self, latents, *, chunk):
+        return latents
+
+
+@pytest.fixture
+def oracle(monkeypatch, road):
+    """oracle(spoil): sampling gives the true clip of caption and seed, spoiled."""
+
+    def load_parts(settings):
+        return pipeline.I2VGenXL(settings, road.unet, Mirror(), road.clip, road.device)
+
+    def install(spoil=lambda frames: frames):
+        monkeypatch.setattr(pipeline, "load_parts", load_parts)
+        facts = {(item.seed, item.caption): item.facts for item in evaluation.items(Plan(clips=200))}
+
+        def generate(model, pictures, prompts, seeds):
+            clips = [
+                evaluation.render(facts[key], model.config, 1.0) for key in zip(seeds, prompts, strict=True)
+            ]
+            for clip, picture in zip(clips, pictures, strict=True):
+                assert np.array_equal(clip[0], np.asarray(picture))
+            return torch.from_numpy(np.stack([spoil(clip) for clip in clips]))
+
+        monkeypatch.setattr(pipeline, "generate", generate)
+
+    return install
+
+
+def scores(path):
+    def refuse(word):
+        raise AssertionError(f"{word} in the JSON")
+
+    return json.loads(Path(path).read_text(), parse_constant=refuse)
+
+
+SIZE = ["width=32", "height=32", "frames=8"]
+
+
+# --- models whose worth is known
+
+
+def test_a_perfect_model(run, quick, oracle):
+    oracle()
+    status, out, _ = run(*quick, *SIZE, "clips=24", "json=out.json", "batch=7")
+    found = scores("out.json")
+    assert status == 0
+    for name in (*evaluation_scores.ACCURACIES, "identity"):
+        assert found[name] == 1.0, name
+    assert found["first_frame_psnr"] == found["clip_psnr"] == 99.0
+    assert 10 < found["still_psnr"] < 35 and found["vae_psnr"] > 45
+    counts = found["counts"]
+    assert counts["motion_accuracy_basic"] == counts["motion_accuracy_all"] == 24
+    assert counts["object_accuracy"] == counts["first_frame_psnr"] == 48
+    assert counts["clip_psnr"] == counts["still_psnr"] == counts["vae_psnr"]
+    assert 0 < counts["camera_accuracy"] < 20 and "100.0 %" in out
+    assert sum(row["clips"] for row in found["per_motion"].values()) == 48
+
+
+def test_a_model_that_repeats_the_picture(run, quick, oracle):
+    oracle(lambda frames: np.repeat(frames[:1], len(frames), axis=0))
+    assert run(*quick, *SIZE, "clips=24", "json=out.json")[0] == 0
+    found, todo = scores("out.json"), evaluation.items(Plan(clips=24))
+    for name, of in (("motion_accuracy_basic", "basic"), ("other_motion_accuracy", "other")):
+        still = [item.facts.moves[0].kind == "still" for item in todo if item.set == of]
+        assert found[name] == pytest.approx(np.mean(still), abs=1e-3)
+    assert found["camera_accuracy"] == 0.0 and found["object_accuracy"] == found["identity"] == 1.0
+    assert found["clip_psnr"] == found["still_psnr"] and found["first_frame_psnr"] == 99.0
+    assert found["per_motion"]["left"]["read_as"] == {"still": found["per_motion"]["left"]["clips"]}
+    assert found["per_motion"]["still"]["accuracy"] == 1.0
+
+
+def test_a_model_that_ignores_the_caption(run, quick, oracle, monkeypatch):
+    """The motion of "basic" whatever is asked: only the score made for it tells."""
+    oracle()
+    perfect = pipeline.generate
+    basic = {item.seed: item.caption for item in evaluation.items(Plan(clips=8)) if item.set == "basic"}
+    other = {item.caption for item in evaluation.items(Plan(clips=8)) if item.set == "other"}
+
+    def generate(model, pictures, prompts, seeds):
+        told = [
+            basic[seed] if prompt in other else prompt for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        return perfect(model, pictures, told, seeds)
+
+    monkeypatch.setattr(pipeline, "generate", generate)
+    assert run(*quick, *SIZE, "clips=8", "json=out.json")[0] == 0
+    found = scores("out.json")
+    assert found["motion_accuracy_basic"] == found["motion_accuracy_all"] == 1.0
+    assert found["other_motion_accuracy"] == 0.0
+
+
+def test_objects_that_fade_lose_their_identity(run, quick, oracle):
+    def fade(frames):
+        keep = np.linspace(1, 0, len(frames))[:, None, None, None]
+        return (keep * frames + (1 - keep) * np.median(frames[0], axis=(0, 1))).astype(np.uint8)
+
+    oracle(fade)
+    assert run(*quick, *SIZE, "clips=8", "json=out.json")[0] == 0
+    assert scores("out.json")["identity"] < 0.6
+
+
+# --- a real road
+
+
+def test_the_report(run, quick, loads):
+    status, out, err = run(*quick, "clips=2", "first_seed=5", "json=new/out.json", "output=page")
+    assert status == 0 and "error" not in err and loads[0].runtime.batch == 8
+    found = scores("new/out.json")
+    assert set(evaluation_scores.SCORES) <= {*found} and scores("page/scores.json") == found
+    assert found["settings"]["first_seed"] == 5 and found["settings"]["guidance"] == 9.0
+    assert found["settings"]["weights"] == "random" and found["settings"]["world_speed"] == 1.0
+    assert "sweep" not in found and found["seconds"] > 0
+    assert sorted(path.name for path in Path("page").iterdir()) == FILES
+    page = Path("page/index.html").read_text()
+    outside = re.findall(r"(?:src|href)=.(?!data:)|url\(|https?:", page)
+    assert outside == [] and page.count("<figure>") == 6 and page.count('src="data:image/png') == 12
+    assert "prefers-color-scheme: dark" in page
+    for item in evaluation.items(Plan(2, 5)):
+        assert item.caption in page
+    table = Path("page/table.md").read_text()
+    assert "| score | value | 95 % interval | clips |" in table and "16 x 16 pixels, 3 frames" in out
+
+
+def test_batches_change_nothing(run, quick, loads):
+    found = []
+    for batch in (1, 4):
+        assert run(*quick, "clips=2", f"batch={batch}", "json=out.json")[0] == 0
+        found.append(scores("out.json") | {"seconds": 0})
+        assert found[-1]["settings"].pop("batch") == batch
+    assert found[0] == found[1]
+
+
+def test_a_sweep_over_conditions(run, quick, loads, monkeypatch):
+    status, out, _ = run(*quick, "clips=1", "sweep=conditions", "json=out.json", "output=page")
+    assert status == 0
+    found = scores("out.json")
+    names = [row["name"] for row in found["sweep"]]
+    assert names == [
+        "everything", "without concat", "without text", "without local tokens", "without image vector"
+    ]  # fmt: skip
+    everything, *rest = found["sweep"]
+    assert {name: found[name] for name in evaluation_scores.SCORES} == {
+        name: everything[name] for name in evaluation_scores.SCORES
+    }
+    assert all(row["first_frame_psnr"] != everything["first_frame_psnr"] for row in rest)
+    assert all(row["vae_psnr"] == everything["vae_psnr"] for row in rest)
+    assert "Sweep over conditions" in out and "without concat" in Path("page/table.md").read_text()
+
+
+def test_a_row_equal_to_the_settings_is_not_sampled_again(run, quick, loads, monkeypatch):
+    asked, real = [], pipeline.generate
+    monkeypatch.setattr(
+        pipeline, "generate", lambda model, *a: asked.append(model.config.sample.guidance) or real(model, *a)
+    )
+    assert run(*quick, "clips=1", "steps=1", "guidance=3", "sweep=guidance", "json=out.json")[0] == 0
+    assert asked == [3, 1, 2, 5, 7, 9]
+    assert [row["name"] for row in scores("out.json")["sweep"]] == [
+        f"guidance {v}" for v in (1, 2, 3, 5, 7, 9)
+    ]
+
+
+def test_a_missing_condition_is_gone_and_nothing_else(road, picture):
+    """Each removal changes what the UNet reads in its own place only, in both branches of guidance."""
+    config = road.config
+    noise = torch.zeros(1, config.vae.embed_dim, *config.latent_size)
+    conds = pipeline.encode(road, [picture], ["a red square moves left"], noise)
+    text, local = config.clip.text_length, (config.unet.local_grid // 4) ** 2
+    places = {"text": slice(0, text), "local tokens": slice(text, text + local),
+              "image vector": slice(text + local, None), "concat": None}  # fmt: skip
+    rows = {variant.missing: variant for variant in evaluation.variants(config, "conditions")}
+    assert {*rows} == {"", *places}
+    before = {name: tensor.clone() for name, tensor in road.unet.state_dict().items()}
+    for missing, place in places.items():
+        deaf = evaluation.varied(road, rows[missing]).unet
+        whole, less = (unet.prepare(conds[0], 3) for unet in (road.unet, deaf))
+        changed = (whole.context != less.context).any(dim=(0, 2))
+        expected = torch.zeros_like(changed)
+        if place is not None:
+            expected[place] = True
+        if missing == "text":  # start, end and padding may be the same
+            assert changed.any() and not (changed & ~expected).any()
+            negative = road.unet.prepare(conds[1], 3).context[:, place]
+            torch.testing.assert_close(less.context[:, place], negative)
+        else:
+            assert torch.equal(changed, expected)
+        assert torch.equal(whole.concat, less.concat) == (missing != "concat")
+        if missing in ("concat", "local tokens"):
+            gone = less.concat if missing == "concat" else less.context[:, place]
+            assert gone.abs().max() == 0
+        assert torch.equal(whole.fps_embedding, less.fps_embedding)
+    assert all(torch.equal(before[name], tensor) for name, tensor in road.unet.state_dict().items())
+
+
+def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
+    settings = dataclasses.replace(road.config, sample=dataclasses.replace(road.config.sample, fps=8))
+    checkpoint.save("weights", road.parts, settings)
+    words = ["weights=weights", "device=cpu", "clips=1", "steps=1", "json=out.json"]
+    status, _, err = run(*words)
+    assert status == 0, err
+    found = scores("out.json")["settings"]
+    assert (found["width"], found["frames"], found["fps"], found["world_speed"]) == (16, 3, 8, 1.0)
+    assert {*found["weights_sha256"]} == {"unet.safetensors", "vae.safetensors", "clip.safetensors"}
+    # Twice the rate in as many frames is half of the time: true clips show half of the motion.
+    assert run(*words, "fps=16")[0] == 0 and scores("out.json")["settings"]["world_speed"] == 0.5
+    status, _, err = run(*words, "frames=9")
+    assert status == 2 and "4.0 times the motion" in err and "sample.frames = 9" in err
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["clips=0"], "clips is 0; give 1 or more"),
+        (["clips=many"], "clips is a whole number"),
+        (["first_seed=-1"], "first_seed is -1"),
+        (["first_seed=1099511627770", "clips=7"], "2**40"),
+        (["sweep=everything"], "sweep=everything is unknown; use one of guidance, steps, eta, conditions"),
+        (["sweep="], "sweep= is empty"),
+        (["json=here"], "json=here is a folder"),
+        (["json=file/out.json"], "cannot be made"),
+        (["output=file"], "cannot be made"),
+        (["frames=1"], "motion is read from two frames or more"),
+        (["seed=3"], "use first_seed="),
+        (["prompt=a red square"], "prompt= has no effect here"),
+        (["sampler=ancestral", "steps=1000", "sweep=eta"], "sweep=eta has no effect with"),
+        (["eps_form=recovered", "sweep=steps"], "sample.steps=10"),
+        (["clip=3"], "clip is a group of settings"),
+        (["--quick"], "there is no option --quick"),
+    ],
+)
+def test_refusals_before_any_work(run, quick, loads, words, message):
+    Path("file").touch()
+    Path("here").mkdir()
+    status, _, err = run(*quick, *words)
+    assert status == 2 and message in err and loads == []
+    assert sorted(path.name for path in Path().iterdir()) == ["file", "here"]
+
+
+def test_a_file_is_whole_or_as_it_was(run, quick, loads, monkeypatch):
+    Path("out.json").write_text("before")
+
+    def fails(*_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    status, _, err = run(*quick, "clips=1", "steps=1", "json=out.json")
+    assert status == 2 and "the disk is full" in err
+    assert [path.name for path in Path().iterdir()] == ["out.json"]
+    assert Path("out.json").read_text() == "before"
+
+
+# --- numbers
+
+
+def test_wilson_intervals():
+    # Brown, Cai and DasGupta 2001, and by hand at the ends.
+    assert evaluation_scores.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert evaluation_scores.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert evaluation_scores.wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
+    assert evaluation_scores.wilson(0, 0) is None
+
+
+def test_means_and_what_is_not_there():
+    assert evaluation_scores.mean_interval([1.0, 3.0]) == pytest.approx((2 - 1.96, 2 + 1.96))
+    assert evaluation_scores.mean_interval([1.0]) is None
+    black, grey = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
+    assert evaluation_scores.psnr(black, black) == 99.0
+    assert evaluation_scores.psnr(black, grey) == pytest.approx(20 * np.log10(5))
+    empty = evaluation_scores.summarise([], {"still_psnr": [], "vae_psnr": []}, 0.0)
+    assert {*empty.values.values(), *empty.intervals.values()} == {None}
+    assert evaluation_page.motion_table(empty).rows == ()
+    assert {row[1:] for row in evaluation_page.score_table(empty).rows} == {("-", "-", "0")}
+
+
+def test_still_clips_are_not_compared_by_pixel():
+    still, left = (world.Facts(None, (), (world.Move(kind),), world.STILL) for kind in ("still", "left"))
+    pan = world.Facts(None, (), (), world.Move("pan left"))
+    assert [evaluation_scores.comparable(facts) for facts in (still, left, pan)] == [False, True, False]

@@ -1,0 +1,125 @@
+"""The model that comes with the package: its size, and that it does what the README shows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from i2vgen import checkpoint, config, pipeline
+from i2vgen.training import reading, world
+
+SHIPPED = Path(config.SHIPPED)
+CLIPS = 16
+MB = 10**6
+
+
+@pytest.fixture(scope="module")
+def model():
+    return pipeline.load(overrides=["device=cpu", "steps=12"])
+
+
+def clips(kind):
+    """Evaluation clips of the model's size: seeds far below those of training."""
+    sample = config.load_config(weights=str(SHIPPED)).sample
+    size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
+    return [world.clip(seed, **size, kind=kind) for seed in range(7000, 7000 + CLIPS)]
+
+
+def generate(model, pictures, captions):
+    made = model.generate([Image.fromarray(p) for p in pictures], captions, list(range(len(captions))))
+    return [clip.frames for clip in made]
+
+
+def test_it_is_small_and_half_precision():
+    files = sorted(SHIPPED.glob("*.safetensors"))
+    assert [f.stem for f in files] == ["clip", "unet", "vae"]
+    assert max(f.stat().st_size for f in files) <= 8 * MB
+    assert sum(f.stat().st_size for f in SHIPPED.parent.rglob("*") if f.is_file()) <= 16 * MB
+    for file in files:
+        with safe_open(file, "pt") as held:
+            dtypes = {held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
+        assert dtypes == {"F16"}
+
+
+def test_its_settings_are_those_of_the_committed_training_files(root):
+    from i2vgen.training.settings import load_settings
+
+    stored = json.loads((SHIPPED / "settings.json").read_text())["settings"]
+    made, _ = load_settings(root / "configs" / "train" / "small_vae.yaml")
+    scale = stored["vae"].pop("scale")  # measured in training
+    assert 0.1 < scale < 10
+    for section in ("unet", "vae", "clip", "use", "schedule"):
+        wanted = made.to_dict()[section]
+        wanted.pop("scale", None)
+        assert stored[section] == wanted, section
+
+
+def test_one_frame_is_the_picture_and_the_prompt_decides_the_motion(model):
+    true = clips("basic")
+    first = [clip.frames[0] for clip in true]
+    frames = generate(model, first, [clip.caption for clip in true])
+    psnr = [reading_psnr(f[0], p) for f, p in zip(frames, first, strict=True)]
+    right = [reading.score(f, c.facts)["motion_right"] for f, c in zip(frames, true, strict=True)]
+    assert np.mean(psnr) > 24
+    assert np.mean(right) > 0.75  # a blind guess is right in one of eight
+
+    others = [world.another_motion(clip.facts, seed) for seed, clip in enumerate(true)]
+    captions = [world.caption(facts, seed) for seed, facts in enumerate(others)]
+    frames = generate(model, first, captions)
+    right = [reading.score(f, facts)["motion_right"] for f, facts in zip(frames, others, strict=True)]
+    assert np.mean(right) > 0.75
+
+
+def reading_psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
+
+
+def test_it_is_what_scripts_take_where_no_weights_are_named(root, tmp_path, monkeypatch, capsys):
+    import runpy
+    import sys
+
+    monkeypatch.chdir(tmp_path)
+    words = [f"image={root}/i2vgen/assets/boat.png", "prompt=a boat rests", "output=clip.png", "steps=2"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words, "device=cpu"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(root / "scripts" / "generate.py"), run_name="__main__")
+    assert not ended.value.code
+    record = json.loads(Path("clip.json").read_text())
+    assert record["settings"]["weights"] == str(SHIPPED)
+    settings = config.from_dict(record["settings"])
+    size = settings.save.enlarge * settings.sample.width
+    assert Image.open("clip.png").size == (size * settings.sample.frames, size)
+    assert settings.save.enlarge > 1 and record["width"] == size
+
+
+def test_a_file_for_another_model_says_which_weights_are_missing(root):
+    for name in ("i2vgen_xl", "tiny"):
+        with pytest.raises(ValueError, match=r"weights .*small.*weights=FOLDER"):
+            pipeline.load(config=root / "configs" / f"{name}.yaml")
+
+
+def test_pictures_unlike_its_world_give_a_whole_clip(model, root):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8))
+    for picture in (root / "i2vgen" / "assets" / "boat.png", noise):
+        frames = model(picture, "a zebra juggles three lemons in the rain", seed=3).frames
+        assert frames.shape[0] == model.config.sample.frames and frames.std() > 1
+
+
+def test_training_goes_on_from_it(root, tmp_path):
+    from i2vgen.training import data, diffusion, loop
+    from i2vgen.training.settings import load_settings
+
+    words = [f"weights={SHIPPED}", "train.steps=1", "train.batch=1", "train.num_clips=1", "device=cpu"]
+    settings, train = load_settings(root / "configs" / "train" / "small_diffusion.yaml", words)
+    source = data.open_source(settings, train)
+    part = diffusion.make(settings, train, source, torch.device("cpu"))
+    folder = loop.fit(part, settings, train, source, tmp_path, device=torch.device("cpu"))
+    assert checkpoint.missing_parts(folder) == []
+    line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert line["loss"] < 0.5  # an untrained network's is about 1
