@@ -328,7 +328,7 @@ def test_mistakes_cost_one_line_and_no_loading(run, mistakes, monkeypatch, words
         (["weights=gone"], "weights=gone does not exist"),
         (["weights=folder"], "holds no settings.json"),
         (["weights=whole.png"], "is a file"),
-        (GOOD, "no weights given"),
+        (["weights=", *GOOD, "unet.base_width=64"], "unet.base_width is 64 in the command line but"),
     ],
     ids=str,
 )

@@ -302,7 +302,6 @@ def nothing_loads(monkeypatch):
 
 
 REFUSED = [
-    ({"weights": ""}, [], "no weights given"),
     ({"weights": "nowhere"}, [], "weights=nowhere does not exist"),
     ({"weights": "random"}, ["device=quantum"], "runtime.device is 'quantum'"),
     ({"weights": "random"}, ["device=meta"], "runtime.device is meta"),
