@@ -22,19 +22,31 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class ClipLoss(nn.Module):
-    def __init__(self, clip: ClipEncoders):
+    def __init__(self, clip: ClipEncoders, train: Train):
         super().__init__()
-        self.clip = clip
+        self.clip, self.words = clip, train.clip_words
 
     def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
-        """pixels [b 3 s s], tokens int64 [b k] -> {"loss", "accuracy": scalars}, symmetric cross entropy"""
+        """pixels [b 3 s s], tokens int64 [b k] -> {"loss", "accuracy", "words": scalars}
+
+        Symmetric cross entropy between the pictures and captions of the batch, and `train.clip_words` times
+        that of reading each word back from the token that the video UNet will be given for it.
+        """
         model = self.clip.model
         image = model.encode_image(pixels, normalize=True).float()
         text = model.encode_text(tokens, normalize=True).float()
         logits = model.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp() * image @ text.T
         own = torch.arange(len(logits), device=logits.device)
         loss = (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == own).float().mean()}
+        words = self.word_loss(tokens)
+        accuracy = (logits.argmax(dim=1) == own).float().mean()
+        return {"loss": loss + self.words * words, "accuracy": accuracy, "words": words}
+
+    def word_loss(self, tokens: Tensor) -> Tensor:
+        """A first frame tells nothing of "left" or "right", so contrast alone lets such words fade."""
+        read = self.clip.text(tokens).float() @ self.clip.model.token_embedding.weight.float().T
+        padding = tokens.argmax(dim=1, keepdim=True) < torch.arange(tokens.shape[1], device=tokens.device)
+        return F.cross_entropy(read[~padding], tokens[~padding])
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
@@ -46,7 +58,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         return clip_pixels(clips.pixels[:, :, 0], config).to(device), tokens.to(device)
 
     return Part(
-        name="clip", model=clip, step=ClipLoss(clip), inputs=inputs, others=others_held("clip", config)
+        name="clip", model=clip, step=ClipLoss(clip, train), inputs=inputs, others=others_held("clip", config)
     )
 
 

@@ -60,6 +60,7 @@ class Train:
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
+    clip_words: float = 0.2  # part=clip: weight of reading each word back from its token; 0: contrast alone
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
     vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
     vae_scale: Literal["measured", "given"] = "measured"  # part=vae: 1 / spread of the latents, or vae.scale
@@ -92,7 +93,7 @@ class Train:
         )
         _check(self, "spatial_factor", 0 <= self.spatial_factor <= 10, "0 to 10 (official 0.5)")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        for name in ("weight_decay", "clip_norm", "offset_noise", "vae_mse", "vae_kl"):
+        for name in ("weight_decay", "clip_norm", "offset_noise", "clip_words", "vae_mse", "vae_kl"):
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
         _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
         for name in ("text_dropout", "image_dropout", "word_dropout"):
