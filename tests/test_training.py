@@ -367,6 +367,14 @@ def test_dropped_conditions_reach_the_network(root, stages):
     assert len(set(losses)) == 3
 
 
+def test_noisy_timesteps_can_be_drawn_more_often():
+    plain = diffusion.draw_timesteps(50, 1000, 1.0, data.generator(3))
+    assert torch.equal(plain, torch.randint(0, 1000, (50,), generator=data.generator(3)))
+    t = diffusion.draw_timesteps(20_000, 1000, 2.0, data.generator(3))
+    assert t.min() >= 0 and t.max() == 999
+    assert (t >= 800).float().mean().item() == pytest.approx(0.2**0.5, abs=0.02)
+
+
 def test_timesteps_cover_the_last_one(root, stages):
     config, train = settings(root, stages, "diffusion")
     config = dataclasses.replace(config, schedule=dataclasses.replace(config.schedule, num_timesteps=4))

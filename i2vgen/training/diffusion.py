@@ -81,7 +81,7 @@ class Encoding:
         encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
         b = len(encoded.captions)
         x0, first = self.latents(encoded, draw)
-        t = torch.randint(0, self.num_timesteps, (b,), generator=draw)  # the last one too: v = -x0 there
+        t = draw_timesteps(b, self.num_timesteps, self.train.timestep_power, draw)
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
         lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
         lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
@@ -109,6 +109,18 @@ class Encoding:
         negative = self.config.negative_prompt
         said = [negative if lost else caption for caption, lost in zip(captions, lose.tolist(), strict=True)]
         return self.clip.text(self.clip.tokenize(said).to(self.device))
+
+
+def draw_timesteps(b: int, num_timesteps: int, power: float, draw: torch.Generator) -> Tensor:
+    """-> int64 [b], 0 to num_timesteps - 1; the last one too: v = -x0 there.
+
+    Uniform for power 1. Else 1 - (1 - u)^power of the way: a power of 2 draws the noisiest fifth, where the
+    caption decides what will move, 2.2 times as often.
+    """
+    if power == 1:
+        return torch.randint(0, num_timesteps, (b,), generator=draw)
+    way = 1 - (1 - torch.rand(b, generator=draw, dtype=torch.float64)) ** power
+    return (num_timesteps * way).long().clamp(max=num_timesteps - 1)
 
 
 class Cached:

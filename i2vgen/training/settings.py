@@ -57,6 +57,7 @@ class Train:
         True  # decay min(ema, (1 + n) / (10 + n)) at update n, so that a short run has left its start
     )
     offset_noise: float = 0.1
+    timestep_power: float = 1.0  # part=diffusion: above 1 draws noisy timesteps more often (official: 1)
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
@@ -95,6 +96,7 @@ class Train:
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         for name in ("weight_decay", "clip_norm", "offset_noise", "clip_words", "vae_mse", "vae_kl"):
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
+        _check(self, "timestep_power", 0 < self.timestep_power <= 10, "a number above 0, at most 10")
         _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
         for name in ("text_dropout", "image_dropout", "word_dropout"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "a probability")
