@@ -8,6 +8,7 @@ Axes: b batch, f frames, h w latent rows and columns, c channels, e embedding wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from i2vgen import config
+from i2vgen.attention import Attention, Keys
 from i2vgen.conditioning import Conditions, ConditionStem, Prepared
 from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid
-from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample, repeat_samples
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 
 
@@ -66,8 +68,11 @@ class Block(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
-        """x [b f h w c], embedding [b e], context [b k d] -> [b f h w c']"""
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | Keys) -> Tensor:
+        """x [b f h w c], embedding [b e], context [b k d] -> [b f h w c']
+
+        With n contexts for each sample it leaves as n, as `SpatialTransformer` parts them.
+        """
         x = self.run(self.res, x, embedding)
         if self.temporal_conv is not None:
             x = self.run(self.temporal_conv, x)
@@ -99,6 +104,8 @@ class UNet(nn.Module):
     `down[level].blocks[i]`, `mid1`, `mid2`, `up[level].blocks[i]`: levels are numbered finest first in both
     halves, so `up` runs from its last entry to its first.
     """
+
+    project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str = "sdpa"):
         super().__init__()
@@ -155,12 +162,30 @@ class UNet(nn.Module):
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not see the timestep; once per video."""
-        return self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
+        prepared = self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
+        if not self.project_once:
+            return prepared
+        return prepared._replace(keys=tuple(part.keys(prepared.context) for part in self.readers()))
+
+    def readers(self) -> Iterator[Attention]:
+        """The cross-attentions, in the order in which `forward` meets them."""
+        for block in self.blocks():
+            if block.spatial is not None:
+                yield block.spatial.cross_attention
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, in the order in which `forward` meets them."""
+        for level in self.down:
+            yield from level.blocks
+        yield from (self.mid1, self.mid2)
+        for level in reversed(self.up):
+            yield from level.blocks
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
         """Latent video x [b c f h w], timestep t [b] (0..999, unscaled) -> prediction [b c f h w].
 
-        h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else.
+        h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else. Where
+        `prepared` holds n contexts for each sample (`conditioning.join`), all n predictions: [(n b) c f h w].
         """
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
@@ -169,7 +194,6 @@ class UNet(nn.Module):
         embedding = self.time(sinusoid(t, self.base_width, self.use.sinusoid).to(dtype))
         if prepared.fps_embedding is not None:
             embedding = embedding + prepared.fps_embedding
-        context = prepared.context
 
         x = rearrange(x.to(dtype), "b c f h w -> b f h w c")
         if prepared.concat is not None:
@@ -178,18 +202,25 @@ class UNet(nn.Module):
         if self.temporal_in is not None:
             x = self.temporal_in(x)
 
+        keys = iter(prepared.keys or ())
+
+        def run(block: Block, x: Tensor) -> Tensor:
+            reads = block.spatial is not None
+            context = next(keys, prepared.context) if reads else prepared.context
+            return block(x, repeat_samples(embedding, len(x)), context)
+
         skips = [x]
         for level in self.down:
             for block in level.blocks:
-                x = block(x, embedding, context)
+                x = run(block, x)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
-        x = self.mid2(self.mid1(x, embedding, context), embedding, context)
+        x = run(self.mid2, run(self.mid1, x))
         for level in reversed(self.up):
             for block in level.blocks:
-                x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context)
+                x = run(block, torch.cat([x, repeat_samples(skips.pop(), len(x))], dim=-1))
             if level.resample is not None:
                 x = level.resample(x)
 
