@@ -37,6 +37,9 @@ class Keys(NamedTuple):
     k: Tensor
     v: Tensor
 
+    def split(self, n: int) -> list[Keys]:
+        return [Keys(k, v) for k, v in zip(self.k.split(n), self.v.split(n), strict=True)]
+
 
 class Attention(nn.Module):
     """Multi-head attention: projections without bias, output projection with one; no mask, no positions."""
@@ -79,8 +82,17 @@ class Attention(nn.Module):
         """
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
         # The fused kernels take one batch axis, and b and p have no common stride: one call per sample.
-        y = torch.stack([attend(q[i], k[i], v[i], self.backend) for i in range(x.shape[0])])
-        return self.dropout(self.to_out(rearrange(y, "b p m f d -> b f p (m d)")))
+        out = None
+        if not torch.is_grad_enabled():  # then each result is copied once, to where it belongs
+            out = q.new_empty(*x.shape[:3], q.shape[2] * q.shape[4])
+        done = []
+        for i in range(len(x)):
+            y = rearrange(attend(q[i], k[i], v[i], self.backend), "p m f d -> f p m d")
+            if out is None:
+                done.append(y.flatten(2))
+            else:
+                out[i].view(y.shape).copy_(y)
+        return self.dropout(self.to_out(torch.stack(done) if out is None else out))
 
     def keys(self, context: Tensor) -> Keys:
         """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""

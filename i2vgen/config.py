@@ -394,7 +394,8 @@ class Runtime:
     compile: bool = False
     check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
     # Exact savings (speed.py): the same numbers up to rounding.
-    share_prefix: bool = True  # both guidance branches in one pass, one until they first read the context
+    share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
+    batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
     project_once: bool = True  # keys and values of the context once per video instead of once per step
     fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels

@@ -53,18 +53,19 @@ class SpatialTransformer(nn.Module):
         self.proj_out = zero_(nn.Linear(width, width))
 
     def forward(self, x: Tensor, context: Tensor | Keys) -> Tensor:
-        """x [b f h w c], context [b k d] -> [b f h w c]
+        """x [b f h w c], context [b k d] -> [b f h w c]"""
+        return self.read(x, self.before_reading(x), context)
 
-        With n contexts for each sample, [(n b) k d], it parts into n from there on: -> [(n b) f h w c]
-        """
-        b, f, h, w, _ = x.shape
-        y = self.proj_in(per_frame(self.norm, x))
-        y = rearrange(y, "b f h w c -> (b f) (h w) c")
+    def before_reading(self, x: Tensor) -> Tensor:
+        """What needs no context: x [b f h w c] -> y [b (f h w) c]"""
+        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
         y = y + self.self_attention(self.norm1(y))
         # All frames of a sample see the same context: they are one long sequence of queries.
-        y = rearrange(y, "(b f) p c -> b (f p) c", b=b)
-        contexts = len(context.k if isinstance(context, Keys) else context)
-        x, y = repeat_samples(x, contexts), repeat_samples(y, contexts)
+        return rearrange(y, "(b f) p c -> b (f p) c", b=len(x))
+
+    def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
+        """x [b f h w c], y [b (f h w) c], context [b k d] -> [b f h w c]"""
+        _, f, h, w, _ = x.shape
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
         return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
@@ -121,11 +122,6 @@ def _halves(kernel: Tensor, axis: int, even: bool) -> Tensor:
     """A kernel of three along `axis` -> the kernel of two that even or odd outputs need before doubling."""
     a, b, c = kernel.unbind(axis)
     return torch.stack([a, b + c] if even else [a + b, c], dim=axis)
-
-
-def repeat_samples(x: Tensor, b: int) -> Tensor:
-    """x [b' ...] -> [b ...]: all of it again and again, or as it is."""
-    return x if len(x) == b else x.repeat(b // len(x), *[1] * (x.ndim - 1))
 
 
 def nearest_twice(x: Tensor) -> Tensor:

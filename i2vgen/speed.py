@@ -19,7 +19,7 @@ def apply(model: nn.Module, runtime: Runtime) -> None:
     """Give every module of a network the form that the settings ask for; `share_prefix` is the pipeline's."""
     for module in model.modules():
         if isinstance(module, UNet):
-            module.project_once = runtime.project_once
+            module.project_once, module.together = runtime.project_once, runtime.batch_guidance
         elif isinstance(module, Attention):
             module.fused = runtime.fuse_projections
         elif isinstance(module, FeedForward):

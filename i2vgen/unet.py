@@ -8,7 +8,7 @@ Axes: b batch, f frames, h w latent rows and columns, c channels, e embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from i2vgen import config
 from i2vgen.attention import Attention, Keys
 from i2vgen.conditioning import Conditions, ConditionStem, Prepared
 from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid
-from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample, repeat_samples
+from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 
 
@@ -69,18 +69,26 @@ class Block(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor, context: Tensor | Keys) -> Tensor:
-        """x [b f h w c], embedding [b e], context [b k d] -> [b f h w c']
-
-        With n contexts for each sample it leaves as n, as `SpatialTransformer` parts them.
-        """
-        x = self.run(self.res, x, embedding)
-        if self.temporal_conv is not None:
-            x = self.run(self.temporal_conv, x)
+        """x [b f h w c], embedding [b e], context [b k d] -> [b f h w c']"""
+        x = self.local(x, embedding)
         if self.spatial is not None:
             x = self.run(self.spatial, x, context)
-        if self.temporal is not None:
-            x = self.run(self.temporal, x)
-        return x
+        return self.over_frames(x)
+
+    def before_reading(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of `forward` that needs no context, where `parts_late` -> what `read` goes on from."""
+        x = self.local(x, embedding)
+        return x, self.spatial.before_reading(x)
+
+    def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
+        return self.over_frames(self.spatial.read(x, y, context))
+
+    def local(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.run(self.res, x, embedding)
+        return x if self.temporal_conv is None else self.run(self.temporal_conv, x)
+
+    def over_frames(self, x: Tensor) -> Tensor:
+        return x if self.temporal is None else self.run(self.temporal, x)
 
     def run(self, part: nn.Module, *inputs: Tensor) -> Tensor:
         """Each part is one unit of gradient checkpointing."""
@@ -105,6 +113,7 @@ class UNet(nn.Module):
     halves, so `up` runs from its last entry to its first.
     """
 
+    together = False  # several contexts of a sample as one batch; else one after the other
     project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str = "sdpa"):
@@ -202,25 +211,53 @@ class UNet(nn.Module):
         if self.temporal_in is not None:
             x = self.temporal_in(x)
 
+        # Until a block first reads the context, all contexts of a sample have the same numbers.
+        first, begun = self.down[0].blocks[0], None
+        if len(prepared.context) > len(x) and parts_late(first):
+            begun = first.before_reading(x, embedding)
+        outs = []
+        for branch in self.branches(prepared, len(x)):
+            n = len(branch.context) // len(x)
+            start = None if begun is None else [repeated(part, n) for part in begun]
+            outs.append(self.blocks_and_head(repeated(x, n), repeated(embedding, n), branch, start))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def branches(self, prepared: Prepared, b: int) -> list[Prepared]:
+        """`prepared` as it is, or the n contexts of every sample apart."""
+        n = len(prepared.context) // b
+        if n == 1 or self.together:
+            return [prepared]
+        keys = [None] * n
+        if prepared.keys is not None:
+            keys = list(zip(*(one.split(b) for one in prepared.keys), strict=True))
+        contexts = prepared.context.split(b)
+        return [prepared._replace(context=c, keys=k) for c, k in zip(contexts, keys, strict=True)]
+
+    def blocks_and_head(
+        self, x: Tensor, embedding: Tensor, prepared: Prepared, begun: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """x [b f h w c] behind the entrance -> prediction [b c f h w]; `begun` is of the first block."""
         keys = iter(prepared.keys or ())
 
-        def run(block: Block, x: Tensor) -> Tensor:
-            reads = block.spatial is not None
-            context = next(keys, prepared.context) if reads else prepared.context
-            return block(x, repeat_samples(embedding, len(x)), context)
+        def context(block: Block) -> Tensor | Keys:
+            return prepared.context if block.spatial is None else next(keys, prepared.context)
 
         skips = [x]
         for level in self.down:
             for block in level.blocks:
-                x = run(block, x)
+                if begun is None:
+                    x = block(x, embedding, context(block))
+                else:
+                    x, begun = block.read(*begun, context(block)), None
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
-        x = run(self.mid2, run(self.mid1, x))
+        for block in (self.mid1, self.mid2):
+            x = block(x, embedding, context(block))
         for level in reversed(self.up):
             for block in level.blocks:
-                x = run(block, torch.cat([x, repeat_samples(skips.pop(), len(x))], dim=-1))
+                x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context(block))
             if level.resample is not None:
                 x = level.resample(x)
 
@@ -232,6 +269,19 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.checkpointing = on
+
+
+def parts_late(block: nn.Module) -> bool:
+    """Whether a block can be begun without its context: as it is written here, and nobody listens at it."""
+    if type(block) is not Block or type(block.spatial) is not SpatialTransformer:
+        return False
+    inside = (block, block.spatial)
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+
+def repeated(x: Tensor, n: int) -> Tensor:
+    """[b ...] -> [(n b) ...], all of it n times"""
+    return x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)

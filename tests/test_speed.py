@@ -14,6 +14,7 @@ from i2vgen.spatial import Upsample
 
 OFF = {
     "share_prefix": False,
+    "batch_guidance": False,
     "project_once": False,
     "fuse_projections": False,
     "subpixel_upsampling": False,
@@ -55,7 +56,9 @@ def test_each_saving_gives_the_plain_numbers(make_unet, make_inputs, on, size):
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention_levels", [(True, True), (False, True)], ids=str)
-@pytest.mark.parametrize("on", [{}, {"project_once": True}, dict.fromkeys(OFF, True)], ids=str)
+@pytest.mark.parametrize(
+    "on", [{}, {"project_once": True}, {"batch_guidance": True}, dict.fromkeys(OFF, True)], ids=str
+)
 def test_branches_that_share_a_prefix_give_what_each_gives_alone(
     make_unet, make_inputs, on, attention_levels
 ):
@@ -142,14 +145,36 @@ def test_gradients_pass_through_every_saving(make_unet, make_inputs):
 
 
 @pytest.mark.parametrize(
-    "name", ["share_prefix", "project_once", "fuse_projections", "subpixel_upsampling", "in_place"]
+    "name",
+    ["share_prefix", "batch_guidance", "project_once", "fuse_projections", "subpixel_upsampling", "in_place"],
 )
 def test_the_road_obeys_its_switches(road, with_config, picture, name):
     changed = {f.name: getattr(road.config.runtime, f.name) for f in dataclasses.fields(config.Runtime)}
     clips = []
     for on in (False, True):
-        model = with_config(road, runtime={**OFF, name: on})
+        model = with_config(road, runtime={**OFF, "share_prefix": name == "batch_guidance", name: on})
         speed.apply(model.unet, model.config.runtime)
         clips.append(pipeline.generate(model, [picture], ["a boat"], [3]))
     speed.apply(road.unet, config.Runtime(**changed))
     assert (clips[0].int() - clips[1].int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_a_first_block_of_ones_own_or_under_a_hook_is_called_as_ever(make_unet, make_inputs):
+    unet = make_unet()
+    x, t, cond = make_inputs(1, 3)
+    branches = [unet.prepare(c, 3) for c in (cond, cond._replace(text=cond.text + 1))]
+    wanted = torch.cat([unet(x, t, branch) for branch in branches])
+    first, calls = unet.down[0].blocks[0], []
+    handle = first.spatial.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    assert torch.allclose(unet(x, t, join(branches)), wanted, rtol=0, atol=1e-12)
+    handle.remove()
+    assert calls == [1, 1]  # once for each branch
+
+    class Own(type(first)):
+        def forward(self, x, embedding, context):
+            return 2 * super().forward(x, embedding, context)
+
+    first.__class__ = Own
+    wanted = torch.cat([unet(x, t, branch) for branch in branches])
+    assert torch.allclose(unet(x, t, join(branches)), wanted, rtol=0, atol=1e-12)
