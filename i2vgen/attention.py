@@ -81,18 +81,11 @@ class Attention(nn.Module):
         The projections run on x as it lies; only the kernel sees frames as tokens, through strided views.
         """
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
-        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample.
-        out = None
-        if not torch.is_grad_enabled():  # then each result is copied once, to where it belongs
-            out = q.new_empty(*x.shape[:3], q.shape[2] * q.shape[4])
-        done = []
-        for i in range(len(x)):
-            y = rearrange(attend(q[i], k[i], v[i], self.backend), "p m f d -> f p m d")
-            if out is None:
-                done.append(y.flatten(2))
-            else:
-                out[i].view(y.shape).copy_(y)
-        return self.dropout(self.to_out(torch.stack(done) if out is None else out))
+        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
+        # they return lies as q does, so that a single sample needs no copy on its way back.
+        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
+        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
+        return self.dropout(self.to_out(done[0][None] if len(done) == 1 else torch.stack(done)))
 
     def keys(self, context: Tensor) -> Keys:
         """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""

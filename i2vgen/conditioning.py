@@ -63,7 +63,9 @@ def join(branches: Sequence[Prepared]) -> Prepared | None:
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and torch.equal(a, b))
+    if a is None or b is None or a.is_meta:  # on `meta` there are no numbers that could differ
+        return (a is None) == (b is None)
+    return torch.equal(a, b)
 
 
 class ConditionStem(nn.Module):

@@ -104,10 +104,9 @@ class Upsample(nn.Module):
         an odd one its own with the sum of the first two and the row below with the last. So for columns.
         """
         n, h, w, _ = x.shape
-        kernel = self.conv.weight.to(torch.promote_types(self.conv.weight.dtype, torch.float32))
-        rows = torch.stack([_halves(kernel, 2, even) for even in (True, False)])
-        both = torch.stack([_halves(rows, 4, even) for even in (True, False)], dim=1)  # 2 2 c' c 2 2
-        weight = both.flatten(0, 2).to(x.dtype)
+        # One product, so that half precision rounds the sums once.
+        weight = self.conv.weight.flatten(2) @ halves(self.conv.weight)
+        weight = rearrange(weight, "o c (i j u v) -> (i j o) c u v", i=2, j=2, u=2)
         y = F.conv2d(rearrange(x, "n h w c -> n c h w"), weight, self.conv.bias.repeat(4), padding=1)
         y = rearrange(y, "n (i j c) h w -> n i j h w c", i=2, j=2)
         # Output row 2r + i looks at rows r - 1 + i and r + i of x, which is window r + i of the convolution.
@@ -118,10 +117,11 @@ class Upsample(nn.Module):
         return out.view(n, 2 * h, 2 * w, -1)
 
 
-def _halves(kernel: Tensor, axis: int, even: bool) -> Tensor:
-    """A kernel of three along `axis` -> the kernel of two that even or odd outputs need before doubling."""
-    a, b, c = kernel.unbind(axis)
-    return torch.stack([a, b + c] if even else [a + b, c], dim=axis)
+def halves(like: Tensor) -> Tensor:
+    """[9 16]: the nine weights of a 3 x 3 kernel -> four 2 x 2 kernels, for even and odd rows and columns."""
+    even, odd = [[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]  # three rows of the kernel -> two
+    rows = torch.tensor([even, odd], dtype=like.dtype, device=like.device)
+    return torch.einsum("iru, jsv -> rsijuv", rows, rows).reshape(9, 16)
 
 
 def nearest_twice(x: Tensor) -> Tensor:
