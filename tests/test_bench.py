@@ -330,7 +330,6 @@ def test_plans_reach_the_unet(small):
     found = {name: count.count_ours(plan, cfg) for name, plan in count.PLANS.items()}
     assert found["batched"].flops <= found["fast"].flops == found["low"].flops < found["plain"].flops
     assert found["batched"].operations < found["fast"].operations < found["plain"].operations
-    assert found["fast"].peak < min(found["batched"].peak, found["plain"].peak)
     chunked = count.count_ours({"feed_forward_chunk": 8}, cfg)
     assert chunked.flops == found["fast"].flops and chunked.operations > found["fast"].operations
 
