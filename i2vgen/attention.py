@@ -6,6 +6,8 @@ p pixels of a frame (h w flattened), c channels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -29,8 +31,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     raise ValueError(f"attention backend {backend!r} does not exist; known are {', '.join(BACKENDS)}")
 
 
+class Keys(NamedTuple):
+    """Context tokens as a cross-attention reads them: keys and values [n m k d]."""
+
+    k: Tensor
+    v: Tensor
+
+    def split(self, n: int) -> list[Keys]:
+        return [Keys(k, v) for k, v in zip(self.k.split(n), self.v.split(n), strict=True)]
+
+
 class Attention(nn.Module):
     """Multi-head attention: projections without bias, output projection with one; no mask, no positions."""
+
+    fused = False  # q, k and v of self-attention by one matrix product; see `speed.py`
 
     def __init__(
         self,
@@ -51,13 +65,13 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(inner, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
         """Sequences x [n t c] attend to context [n k d], or to themselves. -> [n t c]"""
-        context = x if context is None else context
-        q, k, v = (
-            rearrange(y, "n t (m d) -> n m t d", m=self.heads)
-            for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
+        if context is None:
+            q, k, v = (self.heads_first(y) for y in self.project(x))
+        else:
+            q = self.heads_first(self.to_q(x))
+            k, v = context if isinstance(context, Keys) else self.keys(context)
         y = rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
         return self.dropout(self.to_out(y))
 
@@ -66,10 +80,24 @@ class Attention(nn.Module):
 
         The projections run on x as it lies; only the kernel sees frames as tokens, through strided views.
         """
-        q, k, v = (
-            rearrange(y, "b f p (m d) -> b p m f d", m=self.heads)
-            for y in (self.to_q(x), self.to_k(x), self.to_v(x))
-        )
-        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample.
-        y = torch.stack([attend(q[i], k[i], v[i], self.backend) for i in range(x.shape[0])])
-        return self.dropout(self.to_out(rearrange(y, "b p m f d -> b f p (m d)")))
+        q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
+        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
+        # they return lies as q does, so that a single sample needs no copy on its way back.
+        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
+        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
+        return self.dropout(self.to_out(done[0][None] if len(done) == 1 else torch.stack(done)))
+
+    def keys(self, context: Tensor) -> Keys:
+        """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""
+        return Keys(self.heads_first(self.to_k(context)), self.heads_first(self.to_v(context)))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [... c] -> q, k, v, each [... c']"""
+        layers = (self.to_q, self.to_k, self.to_v)
+        # What a researcher put in a layer's place (an adapter, say) is more than its weight: it is called.
+        if self.fused and all(type(layer) is nn.Linear for layer in layers):
+            return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=-1)
+        return tuple(layer(x) for layer in layers)
+
+    def heads_first(self, y: Tensor) -> Tensor:
+        return rearrange(y, "n t (m d) -> n m t d", m=self.heads)

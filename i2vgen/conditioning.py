@@ -10,6 +10,7 @@ v width of the CLIP image vector, e embedding width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from i2vgen import config
+from i2vgen.attention import Keys
 from i2vgen.layers import Conv, Mlp, per_frame, sinusoid, zero_
 from i2vgen.temporal import FrameEncoder
 
@@ -37,6 +39,33 @@ class Prepared(NamedTuple):
     context: Tensor  # [b k d] text, local and global tokens, in this order
     concat: Tensor | None  # [b f h w c] extra input channels, gain applied
     fps_embedding: Tensor | None  # [b e]
+    keys: tuple[Keys, ...] | None = None  # of every cross-attention; None: they read `context`
+
+
+def join(branches: Sequence[Prepared]) -> Prepared | None:
+    """Conditions that differ in nothing but their context -> one set for all of them, or None.
+
+    The UNet then computes each sample once until it first reads the context, and parts it there. Decided
+    from the numbers: branches with other pictures or another fps have nothing to share.
+    """
+    first = branches[0]
+    for other in branches[1:]:
+        pairs = ((first.concat, other.concat), (first.fps_embedding, other.fps_embedding))
+        if other.context.shape != first.context.shape or not all(_same(a, b) for a, b in pairs):
+            return None
+    keys = None
+    if all(branch.keys is not None for branch in branches):
+        readers = zip(*(branch.keys for branch in branches), strict=True)
+        keys = tuple(
+            Keys(torch.cat([one.k for one in each]), torch.cat([one.v for one in each])) for each in readers
+        )
+    return first._replace(context=torch.cat([branch.context for branch in branches]), keys=keys)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a.is_meta:  # on `meta` there are no numbers that could differ
+        return (a is None) == (b is None)
+    return torch.equal(a, b)
 
 
 class ConditionStem(nn.Module):

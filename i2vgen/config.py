@@ -393,12 +393,24 @@ class Runtime:
     tf32: bool = False  # faster float32 products on recent GPUs, three digits less
     compile: bool = False
     check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
+    # Exact savings (speed.py): the same numbers up to rounding.
+    share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
+    batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
+    project_once: bool = True  # keys and values of the context once per video instead of once per step
+    fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
+    subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
+    in_place: bool = True  # feed-forwards without copies
+    feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
 
     def __post_init__(self):
         if self.vae_chunk < 1:
             raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
         if self.batch < 1:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
+        if self.feed_forward_chunk < 0:
+            raise ValueError(
+                f"runtime.feed_forward_chunk is {self.feed_forward_chunk}; give a number of tokens, 0 for all"
+            )
 
 
 @dataclass(frozen=True)

@@ -51,14 +51,29 @@ class Mlp(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU: one Linear to 2 x 4 x width, value half times GELU (erf) of the gate half, Linear back."""
 
+    in_place = False  # without gradients: two products, the gate in place; see `speed.py`
+    chunk = 0  # tokens at once; 0: all
+
     def __init__(self, width: int):
         super().__init__()
         self.proj_in = nn.Linear(width, 8 * width)
         self.proj_out = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.in_place and not torch.is_grad_enabled() and type(self.proj_in) is nn.Linear:
+            return self.without_copies(x)
         value, gate = self.proj_in(x).chunk(2, dim=-1)
         return self.proj_out(value * F.gelu(gate))
+
+    def without_copies(self, x: Tensor) -> Tensor:
+        """The same numbers; at most `chunk` tokens are eight times as wide at a time, and none is copied."""
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, biases = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
+        done = []
+        for part in tokens.split(self.chunk or len(tokens)):
+            gate = torch.ops.aten.gelu_(F.linear(part, weights[1], biases[1]))
+            done.append(self.proj_out(gate.mul_(F.linear(part, weights[0], biases[0]))))
+        return (done[0] if len(done) == 1 else torch.cat(done)).view_as(x)
 
 
 class Conv(nn.Conv2d):

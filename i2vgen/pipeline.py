@@ -24,11 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, images, runtime, video
-from i2vgen.conditioning import Conditions
+from i2vgen import checkpoint, images, runtime, speed, video
+from i2vgen.conditioning import Conditions, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
-from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided
+from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided, guided_pair
 from i2vgen.schedule import Schedule, make_betas, timesteps
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
@@ -185,6 +185,11 @@ def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     if sample.guidance == 1.0:
         return lambda x, t: model.unet(x, t, positive)
     negative = model.unet.prepare(uncond, sample.frames)
+    both = join([positive, negative]) if model.config.runtime.share_prefix else None
+    if both is not None:
+        return guided_pair(
+            lambda x, t: model.unet(x, t, both), sample.guidance, precision=sample.guidance_precision
+        )
     return guided(
         lambda x, t: model.unet(x, t, positive),
         lambda x, t: model.unet(x, t, negative),
@@ -310,6 +315,7 @@ def load_parts(config: Config) -> I2VGenXL:
     unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
     clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
+    speed.apply(unet, config.runtime)
     if config.runtime.compile:
         runtime.compile_quickly()
         unet.compile()

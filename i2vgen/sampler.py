@@ -41,16 +41,21 @@ def guided(
     "network" in the output's own dtype, which is float16 in the official code under autocast.
     ValueError if `scale` is not finite.
     """
+    pair = guided_pair(lambda x, t: torch.cat([cond(x, t), uncond(x, t)]), scale, precision=precision)
+    return cond if scale == 1.0 else pair
+
+
+def guided_pair(
+    both: Predict, scale: float, *, precision: Literal["float32", "network"] = "float32"
+) -> Predict:
+    """`guided` for a network that gives both predictions at once, c then u: x [b ...] -> [(2 b) ...]."""
     if not math.isfinite(scale):
         raise ValueError(f"guidance scale is {scale}; give a finite number, 1 for no guidance")
     if precision not in ("float32", "network"):
         raise ValueError(f"guidance precision is {precision!r}; choose float32 or network")
-    if scale == 1.0:
-        return cond
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
-        c = cond(x, t)
-        u = uncond(x, t)
+        c, u = both(x, t).chunk(2)
         if precision == "float32":
             c, u = _at_least_float32(c), _at_least_float32(u)
         return u + scale * (c - u)

@@ -6,11 +6,12 @@ e embedding width.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.attention import Attention
+from i2vgen.attention import Attention, Keys
 from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, per_frame, zero_
 
 
@@ -51,14 +52,20 @@ class SpatialTransformer(nn.Module):
         self.feed_forward = FeedForward(width)
         self.proj_out = zero_(nn.Linear(width, width))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], context [b k d] -> [b f h w c]"""
-        b, f, h, w, _ = x.shape
-        y = self.proj_in(per_frame(self.norm, x))
-        y = rearrange(y, "b f h w c -> (b f) (h w) c")
+        return self.read(x, self.before_reading(x), context)
+
+    def before_reading(self, x: Tensor) -> Tensor:
+        """What needs no context: x [b f h w c] -> y [b (f h w) c]"""
+        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
         y = y + self.self_attention(self.norm1(y))
         # All frames of a sample see the same context: they are one long sequence of queries.
-        y = rearrange(y, "(b f) p c -> b (f p) c", b=b)
+        return rearrange(y, "(b f) p c -> b (f p) c", b=len(x))
+
+    def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
+        """x [b f h w c], y [b (f h w) c], context [b k d] -> [b f h w c]"""
+        _, f, h, w, _ = x.shape
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
         return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
@@ -78,12 +85,43 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Twice the rows and columns: nearest neighbour, then a convolution."""
 
+    subpixel = False  # the same by four 2 x 2 convolutions before enlarging; see `speed.py`
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.subpixel and type(self.conv) is Conv:
+            return per_frame(self.before_enlarging, x)
         return per_frame(self.conv, nearest_twice(x))
+
+    def before_enlarging(self, x: Tensor) -> Tensor:
+        """[n h w c] -> [n 2h 2w c']
+
+        After doubling, the three rows that an output row reads are two rows of x, one of them twice: an even
+        output row reads x's row above with the first kernel row and its own with the sum of the other two,
+        an odd one its own with the sum of the first two and the row below with the last. So for columns.
+        """
+        n, h, w, _ = x.shape
+        # One product, so that half precision rounds the sums once.
+        weight = self.conv.weight.flatten(2) @ halves(self.conv.weight)
+        weight = rearrange(weight, "o c (i j u v) -> (i j o) c u v", i=2, j=2, u=2)
+        y = F.conv2d(rearrange(x, "n h w c -> n c h w"), weight, self.conv.bias.repeat(4), padding=1)
+        y = rearrange(y, "n (i j c) h w -> n i j h w c", i=2, j=2)
+        # Output row 2r + i looks at rows r - 1 + i and r + i of x, which is window r + i of the convolution.
+        out = x.new_empty(n, h, 2, w, 2, y.shape[-1])
+        for i in range(2):
+            for j in range(2):
+                out[:, :, i, :, j] = y[:, i, j, i : i + h, j : j + w]
+        return out.view(n, 2 * h, 2 * w, -1)
+
+
+def halves(like: Tensor) -> Tensor:
+    """[9 16]: the nine weights of a 3 x 3 kernel -> four 2 x 2 kernels, for even and odd rows and columns."""
+    even, odd = [[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]  # three rows of the kernel -> two
+    rows = torch.tensor([even, odd], dtype=like.dtype, device=like.device)
+    return torch.einsum("iru, jsv -> rsijuv", rows, rows).reshape(9, 16)
 
 
 def nearest_twice(x: Tensor) -> Tensor:

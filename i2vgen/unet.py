@@ -8,6 +8,7 @@ Axes: b batch, f frames, h w latent rows and columns, c channels, e embedding wi
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from i2vgen import config
+from i2vgen.attention import Attention, Keys
 from i2vgen.conditioning import Conditions, ConditionStem, Prepared
 from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
@@ -66,16 +68,27 @@ class Block(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor, embedding: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], embedding [b e], context [b k d] -> [b f h w c']"""
-        x = self.run(self.res, x, embedding)
-        if self.temporal_conv is not None:
-            x = self.run(self.temporal_conv, x)
+        x = self.local(x, embedding)
         if self.spatial is not None:
             x = self.run(self.spatial, x, context)
-        if self.temporal is not None:
-            x = self.run(self.temporal, x)
-        return x
+        return self.over_frames(x)
+
+    def before_reading(self, x: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of `forward` that needs no context, where `parts_late` -> what `read` goes on from."""
+        x = self.local(x, embedding)
+        return x, self.spatial.before_reading(x)
+
+    def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
+        return self.over_frames(self.spatial.read(x, y, context))
+
+    def local(self, x: Tensor, embedding: Tensor) -> Tensor:
+        x = self.run(self.res, x, embedding)
+        return x if self.temporal_conv is None else self.run(self.temporal_conv, x)
+
+    def over_frames(self, x: Tensor) -> Tensor:
+        return x if self.temporal is None else self.run(self.temporal, x)
 
     def run(self, part: nn.Module, *inputs: Tensor) -> Tensor:
         """Each part is one unit of gradient checkpointing."""
@@ -99,6 +112,9 @@ class UNet(nn.Module):
     `down[level].blocks[i]`, `mid1`, `mid2`, `up[level].blocks[i]`: levels are numbered finest first in both
     halves, so `up` runs from its last entry to its first.
     """
+
+    together = False  # several contexts of a sample as one batch; else one after the other
+    project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str = "sdpa"):
         super().__init__()
@@ -155,12 +171,30 @@ class UNet(nn.Module):
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not see the timestep; once per video."""
-        return self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
+        prepared = self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
+        if not self.project_once:
+            return prepared
+        return prepared._replace(keys=tuple(part.keys(prepared.context) for part in self.readers()))
+
+    def readers(self) -> Iterator[Attention]:
+        """The cross-attentions, in the order in which `forward` meets them."""
+        for block in self.blocks():
+            if block.spatial is not None:
+                yield block.spatial.cross_attention
+
+    def blocks(self) -> Iterator[Block]:
+        """All blocks, in the order in which `forward` meets them."""
+        for level in self.down:
+            yield from level.blocks
+        yield from (self.mid1, self.mid2)
+        for level in reversed(self.up):
+            yield from level.blocks
 
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
         """Latent video x [b c f h w], timestep t [b] (0..999, unscaled) -> prediction [b c f h w].
 
-        h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else.
+        h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else. Where
+        `prepared` holds n contexts for each sample (`conditioning.join`), all n predictions: [(n b) c f h w].
         """
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
@@ -169,7 +203,6 @@ class UNet(nn.Module):
         embedding = self.time(sinusoid(t, self.base_width, self.use.sinusoid).to(dtype))
         if prepared.fps_embedding is not None:
             embedding = embedding + prepared.fps_embedding
-        context = prepared.context
 
         x = rearrange(x.to(dtype), "b c f h w -> b f h w c")
         if prepared.concat is not None:
@@ -178,18 +211,53 @@ class UNet(nn.Module):
         if self.temporal_in is not None:
             x = self.temporal_in(x)
 
+        # Until a block first reads the context, all contexts of a sample have the same numbers.
+        first, begun = self.down[0].blocks[0], None
+        if len(prepared.context) > len(x) and parts_late(first):
+            begun = first.before_reading(x, embedding)
+        outs = []
+        for branch in self.branches(prepared, len(x)):
+            n = len(branch.context) // len(x)
+            start = None if begun is None else [repeated(part, n) for part in begun]
+            outs.append(self.blocks_and_head(repeated(x, n), repeated(embedding, n), branch, start))
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def branches(self, prepared: Prepared, b: int) -> list[Prepared]:
+        """`prepared` as it is, or the n contexts of every sample apart."""
+        n = len(prepared.context) // b
+        if n == 1 or self.together:
+            return [prepared]
+        keys = [None] * n
+        if prepared.keys is not None:
+            keys = list(zip(*(one.split(b) for one in prepared.keys), strict=True))
+        contexts = prepared.context.split(b)
+        return [prepared._replace(context=c, keys=k) for c, k in zip(contexts, keys, strict=True)]
+
+    def blocks_and_head(
+        self, x: Tensor, embedding: Tensor, prepared: Prepared, begun: Sequence[Tensor] | None = None
+    ) -> Tensor:
+        """x [b f h w c] behind the entrance -> prediction [b c f h w]; `begun` is of the first block."""
+        keys = iter(prepared.keys or ())
+
+        def context(block: Block) -> Tensor | Keys:
+            return prepared.context if block.spatial is None else next(keys, prepared.context)
+
         skips = [x]
         for level in self.down:
             for block in level.blocks:
-                x = block(x, embedding, context)
+                if begun is None:
+                    x = block(x, embedding, context(block))
+                else:
+                    x, begun = block.read(*begun, context(block)), None
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
-        x = self.mid2(self.mid1(x, embedding, context), embedding, context)
+        for block in (self.mid1, self.mid2):
+            x = block(x, embedding, context(block))
         for level in reversed(self.up):
             for block in level.blocks:
-                x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context)
+                x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context(block))
             if level.resample is not None:
                 x = level.resample(x)
 
@@ -201,6 +269,19 @@ class UNet(nn.Module):
         for module in self.modules():
             if isinstance(module, Block):
                 module.checkpointing = on
+
+
+def parts_late(block: nn.Module) -> bool:
+    """Whether a block can be begun without its context: as it is written here, and nobody listens at it."""
+    if type(block) is not Block or type(block.spatial) is not SpatialTransformer:
+        return False
+    inside = (block, block.spatial)
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+
+
+def repeated(x: Tensor, n: int) -> Tensor:
+    """[b ...] -> [(n b) ...], all of it n times"""
+    return x if n == 1 else x.repeat(n, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,15 @@ def test_without_guidance_the_negative_prompt_is_not_heard(road, with_config, pi
 # --- steps
 
 
-@pytest.mark.parametrize(("guidance", "calls"), [(1.0, 1), (9.0, 2), (0.0, 2)])
-def test_one_pass_without_guidance_two_with(road, with_config, picture, guidance, calls):
-    model, seen = with_config(road, sample={"guidance": guidance, "steps": 4}), []
+@pytest.mark.parametrize(
+    ("guidance", "share", "calls"),
+    [(1.0, False, 1), (9.0, False, 2), (0.0, False, 2), (1.0, True, 1), (9.0, True, 1)],
+)
+def test_one_pass_without_guidance_two_with_and_one_for_both(
+    road, with_config, picture, guidance, share, calls
+):
+    settings = {"sample": {"guidance": guidance, "steps": 4}, "runtime": {"share_prefix": share}}
+    model, seen = with_config(road, **settings), []
     handle = model.unet.register_forward_hook(lambda module, args, out: seen.append(int(args[1])))
     try:
         model(picture, "a boat")

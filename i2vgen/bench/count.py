@@ -5,18 +5,18 @@ Axes: b batch, f frames, c channels, h w latent rows and columns, k text tokens,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
-from i2vgen import pipeline
+from i2vgen import pipeline, speed
 from i2vgen.bench.meter import Meter, Operation
 from i2vgen.bench.report import Report, Table
 from i2vgen.conditioning import Conditions
 from i2vgen.config import Config
-from i2vgen.sampler import Predict
 from i2vgen.unet import UNet
 
 META = torch.device("meta")
@@ -35,51 +35,42 @@ SHOWN = 12  # rows of the table per operation
 # Ours
 
 
-def batched(model: pipeline.I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
-    """Both branches of guidance in one call of the UNet, as diffusers' pipeline runs them."""
-    sample = model.config.sample
-    both = Conditions(*(torch.cat(pair) for pair in zip(cond, uncond, strict=True)))
-    prepared = model.unet.prepare(both, sample.frames)
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        c, u = model.unet(torch.cat([x, x]), torch.cat([t, t]), prepared).float().chunk(2)
-        return u + sample.guidance * (c - u)
-
-    return predict
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One way to take a guidance step with our UNet."""
-
-    network: Callable[[pipeline.I2VGenXL, Conditions, Conditions], Predict] = pipeline.network
-    unet: Mapping[str, object] = field(default_factory=dict)  # settings of `UNet` beside its config
-
-
+# Our ways to take a guidance step: settings of `runtime`.
+OFF = {
+    "share_prefix": False,
+    "project_once": False,
+    "fuse_projections": False,
+    "subpixel_upsampling": False,
+    "in_place": False,
+}
 PLANS = {
-    "plain": Plan(),  # as the pipeline runs it
-    "batched": Plan(network=batched),
+    "plain": OFF,  # the modules as they are written, one call for each branch
+    "fast": {},  # the default
+    "batched": {"batch_guidance": True},
+    "low": {"feed_forward_chunk": 14_080},
 }
 
 # Ratio, ours / theirs -> the figure and our plan; None as long as there is no such plan.
 RATIOS = {
-    "flops_ratio": ("flops", "plain"),
-    "bytes_ratio": ("memory_bound_bytes", "plain"),
+    "flops_ratio": ("flops", "fast"),
+    "bytes_ratio": ("memory_bound_bytes", "fast"),
     "bytes_ratio_fused": ("memory_bound_bytes", "fused"),
-    "peak_ratio": ("peak", "plain"),
+    "peak_ratio": ("peak", "fast"),
     "peak_ratio_low": ("peak", "low"),
 }
 
 
-def count_ours(plan: Plan, config: Config) -> Meter:
+def count_ours(plan: Mapping[str, object], config: Config) -> Meter:
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **plan))
     with META:
-        unet = UNet(config.unet, config.use, **plan.unet)
+        unet = UNet(config.unet, config.use)
+    speed.apply(unet, config.runtime)
     unet.to(DTYPE).eval().requires_grad_(False)
     # The network of a guidance step is made of the UNet and the settings; nothing reads the other parts.
     model = pipeline.I2VGenXL(config, unet, None, None, META)
     with torch.no_grad(), Meter() as meter:
         x, t, cond = inputs(config, batch=1)
-        predict = plan.network(model, cond, inputs(config, batch=1)[2])
+        predict = pipeline.network(model, cond, inputs(config, batch=1)[2])
         meter.restart()  # preparing is done once per video; what it leaves in memory stays counted
         predict(x.float(), t)
     return meter
