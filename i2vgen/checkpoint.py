@@ -151,6 +151,17 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
 
 
+def read_origin(folder: str | Path) -> dict:
+    """Where a native folder's weights come from, as far as it says; ValueError if the file is damaged."""
+    path = Path(folder) / ORIGIN_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); convert the weights again") from error
+
+
 def part_files(folder: Path, part: str) -> list[Path]:
     """The file or shards of a part; empty if it is not there. ValueError for a damaged index."""
     index = folder / f"{part}.safetensors.index.json"

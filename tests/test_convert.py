@@ -149,6 +149,19 @@ def test_sharded_and_cast(native, states, tmp_path):
     assert verify(tmp_path / "out", tmp_path / "out").passed
 
 
+def test_a_native_source_hands_its_record_on(native, tmp_path):
+    """Its shapes do not tell whose weights they are: a model of one's own is under no terms of others."""
+    assert run("convert", native, tmp_path / "again", "--dtype", "bfloat16") == 0
+    again = json.loads((tmp_path / "again" / "origin.json").read_text())
+    assert again["before"] == [json.loads((native / "origin.json").read_text())]
+    assert any("non-commercial" in note for note in again["licence"])
+    (native / "origin.json").write_text(json.dumps({"trained": "unet", "steps": 3}))
+    assert run("convert", native, tmp_path / "own", "--dtype", "bfloat16") == 0
+    own = json.loads((tmp_path / "own" / "origin.json").read_text())
+    assert own["before"] == [{"trained": "unet", "steps": 3}]
+    assert not any("non-commercial" in note for note in own["licence"])
+
+
 def test_dry_run_writes_nothing(official, tmp_path, capsys):
     assert run("convert", official / "unet.pth", tmp_path / "out", *HEADS, "--dry-run") == 0
     assert "nothing written" in capsys.readouterr().out

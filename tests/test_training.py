@@ -493,6 +493,7 @@ def test_the_three_stages_make_a_model_that_generates(stages, picture):
     assert (stages / "diffusion/samples/00000003.png").is_file()
     origin = json.loads((stages / "diffusion/weights/origin.json").read_text())
     assert origin["trained"] == "unet" and origin["steps"] == 3
+    assert origin["before"][0]["trained"] == "clip" and origin["before"][0]["before"][0]["trained"] == "vae"
     model = pipeline.load(stages / "diffusion" / "weights", overrides=["device=cpu"])
     clip_ = model(picture, "a small red circle moves to the left", seed=1)
     assert clip_.frames.shape == (4, 16, 16, 3)

@@ -425,16 +425,21 @@ def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: O
 
 def origin(found: Sequence[PartSource], report: Report) -> dict[str, Any]:
     """The record that stays with the weights: which files, what they are, under which terms, made by what."""
-    lineages = set()
+    lineages, before = set(), {}
     for part in found:
-        if part.part == "unet":
+        if part.layout == "native":  # the folder knows where its weights come from, and the shapes do not
+            before |= {str(file.parent): checkpoint.read_origin(file.parent) for file in part.files}
+        elif part.part == "unet":
             lineages.add(unet_vgen.lineage(part.tensors) if part.layout in ("vgen", "sd") else "released")
         else:
             lineages.add("vae" if part.part == "vae" else "clip")
+    notes = [LICENCE_NOTES[name] for name in sorted(x for x in lineages if x)]
+    notes += [note for held in before.values() for note in held.get("licence", ()) if note not in notes]
     return {
         "sources": report.sources,
         "parts": report.parts,
-        "licence": [LICENCE_NOTES[name] for name in sorted(x for x in lineages if x)] + [CONVERTED_NOTE],
+        "licence": [*notes, CONVERTED_NOTE] if CONVERTED_NOTE not in notes else notes,
+        "before": list(before.values()),
         "notes": report.notes,
         "dropped": report.dropped,
         "freshly_initialised": report.fresh,

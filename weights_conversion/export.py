@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -63,23 +62,13 @@ def export(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
-        notes = _write_vgen(cfg, parts, temporary, read_origin(native), dtype, on_bytes)
+        notes = _write_vgen(cfg, parts, temporary, checkpoint.read_origin(native), dtype, on_bytes)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return notes
-
-
-def read_origin(native: Path) -> dict[str, Any]:
-    path = native / checkpoint.ORIGIN_FILE
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is damaged ({error}); convert the weights again") from error
 
 
 def _write_vgen(

@@ -433,6 +433,7 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
             "steps": state.step,
             "average": bool(state.ema),
             "train": dataclasses.asdict(train),
+            "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
         }
         return checkpoint.save(
             folder / "weights", {**part.others, part.name: part.model}, settings, origin=origin
