@@ -25,7 +25,7 @@ from torch import Tensor
 
 import i2vgen
 from i2vgen import checkpoint, images, runtime, speed, video
-from i2vgen.conditioning import Conditions, join
+from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
 from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided, guided_pair
@@ -185,7 +185,9 @@ def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     if sample.guidance == 1.0:
         return lambda x, t: model.unet(x, t, positive)
     negative = model.unet.prepare(uncond, sample.frames)
-    both = join([positive, negative]) if model.config.runtime.share_prefix else None
+    both = None  # a network of one's own may prepare something else: it is called once for each branch
+    if model.config.runtime.share_prefix and isinstance(positive, Prepared):
+        both = join([positive, negative])
     if both is not None:
         return guided_pair(
             lambda x, t: model.unet(x, t, both), sample.guidance, precision=sample.guidance_precision

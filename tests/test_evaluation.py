@@ -290,7 +290,7 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
         (["seed=3"], "use first_seed="),
         (["prompt=a red square"], "prompt= has no effect here"),
         (["sampler=ancestral", "steps=1000", "sweep=eta"], "sweep=eta has no effect with"),
-        (["eps_form=recovered", "sweep=steps"], "sample.steps=10"),
+        (["eps_form=recovered", "spacing=trailing", "sweep=steps"], "divide by zero"),
         (["clip=3"], "clip is a group of settings"),
         (["--quick"], "there is no option --quick"),
     ],
