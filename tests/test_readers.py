@@ -481,7 +481,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:d3921e\nsize 5682
         (b'{"weight_map": {"a": "b"}}', "index of shards"),
         (b"Entry not found", "is text, not weights; it begins with Entry"),
         (b"config: 3\nmore: 4\n", "is text, not weights"),
-        (gzip.compress(b"x"), "gzip"),
+        (gzip.compress(b"x", mtime=0), "gzip"),
         (tar_bytes(), "tar archive"),
         (b"\x89HDF\r\n\x1a\n" + bytes(20), "HDF5"),
         (b'model_checkpoint_path: "model.ckpt-1"', "TensorFlow"),
