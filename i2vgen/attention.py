@@ -83,7 +83,10 @@ class Attention(nn.Module):
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
         # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
         # they return lies as q does, so that a single sample needs no copy on its way back.
-        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
+        # `unbind`, not an index: its gradient is one stack instead of a zero-filled batch for every sample.
+        samples = (
+            attend(*sample, self.backend) for sample in zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
+        )
         done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
         return self.dropout(self.to_out(done[0][None] if len(done) == 1 else torch.stack(done)))
 
