@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from i2vgen import config
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
-from i2vgen.meter import Meter
 from i2vgen.bench.report import Table
+from i2vgen.meter import Meter
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 BF16 = 2  # bytes

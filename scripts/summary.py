@@ -1,0 +1,60 @@
+"""What every module of the model holds and costs, at any size, without weights and in seconds.
+
+    python scripts/summary.py [config.yaml] [part=unet] [depth=2] [json=OUT.json] [setting=value ...]
+
+    python scripts/summary.py                                  the released UNet at 1280 x 704, 16 frames
+    python scripts/summary.py part=vae width=512 height=512
+    python scripts/summary.py weights=FOLDER depth=4 use.local_tokens=false
+
+    part=       unet (one branch of one step), vae (all frames decoded) or clip (one prompt, one picture)
+    depth=      how many names deep; each row holds all that is inside it
+    json=       the rows as numbers
+    weights=    a native weights folder, whose settings are taken; its weights are not read
+
+A row without an output was not called as a whole and shows the sum of its inside; one without FLOPs was not
+called at all: a faster form (`runtime`, i2vgen/speed.py) read its weights itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from i2vgen import checkpoint, cli
+from i2vgen.config import load_config
+from i2vgen.lab import summary
+
+FLAGS = ("--help",)
+
+
+def main() -> int:
+    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags:
+        print(__doc__)
+        return 0
+    own = {name: [w for w in words if w.startswith(f"{name}=")] for name in ("part", "depth", "json")}
+    given = {name: found[-1].partition("=")[2] for name, found in own.items() if found}
+    config = load_config(file, [w for w in words if w.partition("=")[0] not in own])
+    part, depth = given.get("part", "unet"), given.get("depth", "2")
+    if part not in checkpoint.PARTS:
+        raise ValueError(f"there is no part={part}; choose {', '.join(checkpoint.PARTS)}")
+    if not depth.isdigit() or depth == "0":
+        raise ValueError(f"depth is {depth}; give 1 or more")
+    rows = summary.summarise(part, config, int(depth))
+    print_table(summary.table(rows))
+    if "json" in given:
+        Path(given["json"]).write_text(json.dumps(summary.to_dict(rows), indent=1) + "\n")
+    return 0
+
+
+def print_table(lines: list[tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
+        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        print("  ".join(left + right).rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

@@ -1,0 +1,127 @@
+"""Follow a run module by module, and find where two runs part.
+
+    python scripts/trace.py [config.yaml] [weights=FOLDER] [output=FILE.jsonl] [against=FILE.jsonl]
+    [setting=value ...]
+
+    python scripts/trace.py output=outputs/before.jsonl       change something, then
+    python scripts/trace.py against=outputs/before.jsonl      the first module that gives other numbers
+
+    python scripts/trace.py configs/tiny.yaml weights=random unet.image_vector_width=64 clip.embed_dim=64 \\
+        against=diffusers                                      ours beside diffusers' class, same weights
+
+    output=     mean, deviation, lowest and highest value of every module's output, one line per call
+    against=    such a file, or `diffusers`
+    tolerance=  how far these figures may lie apart, relative to the largest value; 1e-5
+    calls=      UNet calls, at evenly spaced timesteps from the noisiest on; 1
+
+The UNet runs on a fixed random latent and random conditions; its modules take their plain forms, so that each
+is called. Without weights= the shipped model is followed. Exit status 1: the runs part.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+from i2vgen import checkpoint, cli, runtime
+from i2vgen.config import RANDOM, SHIPPED, Config, load_config
+from i2vgen.lab import trace
+
+FLAGS = ("--help",)
+OWN = ("against", "tolerance", "calls", "output")
+DIFFUSERS = "diffusers"
+
+
+def main() -> int:
+    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags:
+        print(__doc__)
+        return 0
+    given = {w.partition("=")[0]: w.partition("=")[2] for w in words if w.partition("=")[0] in OWN}
+    config = load_config(file, [w for w in words if w.partition("=")[0] not in OWN], default_weights=SHIPPED)
+    calls, tolerance = number(given, "calls", 1, int), number(given, "tolerance", 1e-5, float)
+    against = given.get("against", "")
+    other, names = None, {}
+    if against and against != DIFFUSERS:
+        other = trace.read(Path(against))
+
+    device, dtype = runtime.device(config.runtime), runtime.dtype(config.runtime)
+    unet = checkpoint.load("unet", config, device=device, dtype=dtype)
+    if against == DIFFUSERS:
+        other, names = of_diffusers(unet, config, calls)
+    found = trace.of_unet(unet, config, calls)
+    print(f"{len(found)} outputs of {len({r.path for r in found})} modules")
+    if "output" in given:
+        trace.write(found, Path(given["output"]))
+    if broken := [r for r in found if r.broken]:
+        print(f"first values that are not finite: {broken[0].path}, {broken[0].broken} of {broken[0].shape}")
+    if other is None:
+        return 0
+    parting, compared = trace.compare(found, other, tolerance=tolerance, names=names)
+    print(f"{compared} calls compared")
+    if parting is None:
+        print(f"none differs by more than {tolerance:g}")
+        return 0
+    print(f"first difference, {parting.difference:.2g}, at {parting.first.path} (call {parting.first.call}):")
+    for side, record in (("this run", parting.first), (against, parting.second)):
+        figures = ", ".join(f"{name} {getattr(record, name):.6g}" for name in trace.FIGURES)
+        print(f"    {side}: {record.shape} {figures}")
+    return 1
+
+
+def number(given: dict[str, str], name: str, default, kind):
+    try:
+        value = kind(given.get(name, default))
+    except ValueError:
+        value = -1
+    if value <= 0:
+        raise ValueError(f"{name} is {given[name]}; give a {'whole ' if kind is int else ''}number above 0")
+    return value
+
+
+def of_diffusers(unet, config: Config, calls: int):
+    """The trace of diffusers' class with our weights, and whose module there is which of ours."""
+    from i2vgen.bench.count import their_unet
+    from weights_conversion import rules, unet_diffusers
+
+    try:
+        from diffusers import I2VGenXLUNet
+    except ImportError as error:
+        raise ValueError(
+            f"against=diffusers needs the package diffusers ({error}): python -m pip install -e '.[test]'"
+        ) from None
+    fixed = {"first_temporal_heads": 8, "num_global_tokens": config.unet.in_channels, "concat_heads": 2,
+             "image_vector_width": config.unet.context_width}  # fmt: skip
+    for name, value in fixed.items():
+        if getattr(config.unet, name) != value:
+            raise ValueError(
+                f"unet.{name} is {getattr(config.unet, name)}; diffusers' class knows only {value}. Follow a "
+                f"model of its shape, for example configs/tiny.yaml weights={RANDOM}"
+            )
+    with torch.device("meta"):
+        theirs = their_unet(I2VGenXLUNet, config)
+    rows = unet_diffusers.rows(config.unet)
+    theirs.load_state_dict(rules.to_theirs(rows, unet.state_dict()), strict=True, assign=True)
+    names = {row.theirs.rpartition(".")[0]: row.ours[0].rpartition(".")[0] for row in rows}
+    x, times, conditions = trace.inputs(unet, config, calls)
+    planes = [conditions.image_latent]
+    last = max(config.sample.frames - 1, 1)
+    planes += [torch.full_like(planes[0], k / last) for k in range(1, config.sample.frames)]
+    with torch.no_grad(), trace.Trace(theirs.eval()) as seen:
+        for t in times:
+            theirs(
+                x,
+                timestep=t,
+                fps=conditions.fps,
+                image_latents=torch.stack(planes, dim=2),
+                image_embeddings=conditions.image_vector,
+                encoder_hidden_states=conditions.text,
+                return_dict=False,
+            )
+    return seen.records, names
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
