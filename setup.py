@@ -41,6 +41,7 @@ setup(
             "diffusers",
             "transformers<5.6",
             "tensorboard",
+            "peft",
         ],
     },
 )

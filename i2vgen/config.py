@@ -329,6 +329,7 @@ class Sample:
     guidance_precision: Literal["float32", "network"] = "float32"  # official: the network's float16
     posterior: Literal["sample", "mode"] = "sample"  # first-frame latent: official is a posterior sample
     negative_image: Literal["zeros", "none"] = "zeros"  # CLIP image vector of the unconditional branch
+    adapter_scale: float = 1.0  # how strongly `adapter=` acts
 
     def __post_init__(self):
         if not 1 <= self.frames <= MAX_FRAMES:
@@ -337,6 +338,8 @@ class Sample:
             raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model knows 8 and 16)")
         if not math.isfinite(self.guidance):
             raise ValueError(f"sample.guidance is {self.guidance}; give a finite number (official 9.0)")
+        if not math.isfinite(self.adapter_scale):
+            raise ValueError(f"sample.adapter_scale is {self.adapter_scale}; give a finite number")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"sample.eta is {self.eta}; give a number from 0 to 1")
         if not self.seed:
@@ -430,6 +433,7 @@ class Config:
     prompt: tuple[str, ...] = ()
     negative_prompt: str = NEGATIVE_PROMPT
     output: str = ""
+    adapter: str = ""  # a folder of low-rank adapters for the UNet (lora.py), ours or peft's
     items: str = (
         ""  # a JSONL file of {"image", "prompt", "seed", "output"} records instead of image= and prompt=
     )

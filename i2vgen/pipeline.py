@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, images, runtime, speed, video
+from i2vgen import checkpoint, images, lora, runtime, speed, video
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
@@ -312,11 +312,15 @@ def load_parts(config: Config) -> I2VGenXL:
             f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
         )
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
+    if config.adapter:
+        lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
     runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
     unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
     clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
+    if config.adapter:
+        lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
     speed.apply(unet, config.runtime)
     if config.runtime.compile:
         runtime.compile_quickly()

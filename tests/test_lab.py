@@ -14,7 +14,7 @@ import torch
 from i2vgen import config
 from i2vgen.config import load_config
 from i2vgen.lab import summary, trace
-from i2vgen.lab.taps import taps
+from i2vgen.taps import taps
 
 ROOT = Path(__file__).parents[1]
 TINY = [ROOT / "configs" / "tiny.yaml", "weights=random"]

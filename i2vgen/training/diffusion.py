@@ -14,7 +14,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, pipeline, runtime
+from i2vgen import checkpoint, lora, pipeline, runtime
 from i2vgen.conditioning import Conditions
 from i2vgen.config import RANDOM, Config
 from i2vgen.loss import draw_offset_noise, training_loss
@@ -175,6 +175,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[settings.vae_dtype])
     clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[settings.encoder_dtype])
     unet = fresh_or_held("unet", config, train, device)
+    adapters = adapt(unet, config, train) if train.lora_rank else None
     unet.set_checkpointing(train.checkpointing)
     bucket = buckets(config, train)[0]
     encoding = Encoding(config, train, vae, clip, device)
@@ -188,15 +189,27 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         return rearrange(frames, "b f h w c -> (b h) (f w) c").numpy()
 
     return Part(
-        name="unet",
-        model=unet,
+        name="unet" if adapters is None else "adapter",
+        model=unet if adapters is None else adapters,
         step=DiffusionLoss(unet, pipeline.make_schedule(config)),
         inputs=encoding,
         source=Cached(source, encoding, train.num_clips) if train.cache else source,
-        slow=spatial_names(unet),
+        slow=spatial_names(unet) if adapters is None else frozenset(),
         others={"vae": vae, "clip": clip},
         strip=strip,
+        write=None if adapters is None else adapters.save,
     )
+
+
+def adapt(unet: UNet, config: Config, train: Train) -> lora.Adapters:
+    """New adapters on a UNet that stays as it is."""
+    if "unet" in checkpoint.missing_parts(config.weights):
+        raise ValueError(
+            f"train.lora_rank adapts a trained UNet, but the weights folder {config.weights} holds none"
+        )
+    unet.requires_grad_(False)
+    torch.manual_seed(train.seed)
+    return lora.attach(unet, train.lora_modules, rank=train.lora_rank)
 
 
 def fresh_or_held(name: str, config: Config, train: Train, device: torch.device) -> nn.Module:

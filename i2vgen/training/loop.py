@@ -7,7 +7,8 @@ the step, no state of a generator, and a killed run goes on to the very same num
     OUT/checkpoint-00001000/state.safetensors   weights, average, moments of the optimiser
     OUT/checkpoint-00001000/state.json          step, settings, gradient scaler, losses not yet logged
     OUT/log.jsonl                               one line per `log_every` steps: means since the last line
-    OUT/weights/                                native weights folder, of the average where there is one
+    OUT/weights/                                native weights folder, of the average where there is one;
+                                                OUT/adapter/ where only adapters were trained
     OUT/samples/                                strips, with `sample_every`
 """
 
@@ -61,6 +62,7 @@ class Part:
     others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
     strip: Callable[[], np.ndarray] | None = None  # a sample, uint8 [h w 3], of the weights as they stand
     finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
+    write: Callable[[Path], Path] | None = None  # saves the model in place of a weights folder
 
 
 @dataclass
@@ -137,9 +139,11 @@ def fit(
                 save_strip(folder, state, part, writer)
             if on_step is not None:
                 on_step(state.step, figures)
-    if rank == 0 and part.name in checkpoint.missing_parts(folder / "weights"):
+    place = folder / (part.name if part.write else "weights")
+    gone = not place.is_dir() if part.write else part.name in checkpoint.missing_parts(place)
+    if rank == 0 and gone:
         save_weights(folder, state, part, config, train)  # a run that was killed just before it
-    return folder / "weights"
+    return place
 
 
 def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> Callable[[int], Clips]:
@@ -427,6 +431,8 @@ def sweep(folder: Path) -> None:
 def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
     """OUT/weights: the part as it stands (its average), beside the parts it was trained with."""
     with averaged(part.model, state.ema):
+        if part.write is not None:
+            return part.write(folder / part.name)
         settings = part.finish(config)
         origin = {
             "trained": part.name,

@@ -68,6 +68,9 @@ class Train:
     precision: Literal["auto", "float32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 on CUDA (fp16 before Ampere), float32 elsewhere
     )
+    # Above 0: part=diffusion trains low-rank adapters of this rank on the matching modules, nothing else.
+    lora_rank: int = 0
+    lora_modules: tuple[str, ...] = ("*attention*.to_*",)
     checkpointing: bool = False  # gradient checkpointing of the UNet: less memory, more time
     encode_chunk: int = 64  # frames through the frozen VAE at once
     # Buckets, entry by entry; one entry of either goes with all of the other, none means that of `sample`.
@@ -87,7 +90,7 @@ class Train:
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "num_clips", "workers", "sample_every"):
+        for name in ("warmup", "num_clips", "workers", "sample_every", "lora_rank"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(
             self, "learning_rate", 0 < self.learning_rate < 1, "a number above 0 and below 1 (official 3e-5)"
@@ -119,8 +122,9 @@ class Train:
                 f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is no multiple of "
                 f"the largest batch, {largest}"
             )
-        if self.part != "diffusion" and self.checkpointing:
-            raise ValueError(f"train.checkpointing is for the UNet, but train.part is {self.part}")
+        for name in ("checkpointing", "lora_rank"):
+            if self.part != "diffusion" and getattr(self, name):
+                raise ValueError(f"train.{name} is for the UNet, but train.part is {self.part}")
 
 
 def _check(train: Train, name: str, right: Any, wanted: str) -> None:
