@@ -1,0 +1,185 @@
+"""The measurements of a study: what a variant costs, what it does with the base's weights, what it learns."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from i2vgen import checkpoint, pipeline, runtime, speed
+from i2vgen.config import Config, load_config
+from i2vgen.lab import study as studies
+from i2vgen.lab import summary, trace
+from i2vgen.lab.study import Budget, Run, Study
+from i2vgen.meter import Meter
+from i2vgen.training import data, diffusion, evaluation, evaluation_page, loop
+from i2vgen.training.evaluation import Evaluation, Plan
+
+RESULT, STRIP = "result.json", "strip.png"
+STRIPS = 3  # clips in a run's strip
+BATCH = 8  # clips sampled at once
+
+
+# ---------------------------------------------------------------------------------------------------
+# Cost: counted on `meta`, and timed side by side
+
+
+def cost(study: Study, budget: Budget) -> dict[str, dict]:
+    """variant -> parameters, FLOPs and activation peak of the UNet, seconds of a call and ratio to the base.
+
+    The times are those of this thread, one call of each variant in turn, so that a machine's moods meet all.
+    """
+    configs = {name: cost_config(study, name, budget) for name in study.variants}
+    found, calls = {}, {}
+    for name, config in configs.items():
+        rows = {row.path: row for row in summary.summarise("unet", config, depth=1)}
+        with torch.device("meta"):
+            network = checkpoint.construct("unet", config).eval().requires_grad_(False)
+        with torch.no_grad(), Meter() as meter:
+            summary.unet(network, config, torch.float32)
+        found[name] = {
+            "parameters": rows[""].parameters,
+            "parameters_by_part": {path: row.parameters for path, row in rows.items() if path},
+            "flops": meter.flops,
+            "activation_peak": meter.peak,
+        }
+        calls[name] = one_call(config)
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    for call in calls.values():
+        call()  # warm
+    for turn in range(budget.rounds):
+        order = list(calls) if turn % 2 == 0 else list(reversed(calls))
+        for name in order:
+            begun = time.thread_time()
+            calls[name]()
+            seconds[name].append(time.thread_time() - begun)
+    for name, times in seconds.items():
+        ratios = [mine / base for mine, base in zip(times, seconds[study.base], strict=True)]
+        found[name] |= {"seconds": statistics.median(times), "time_ratio": statistics.median(ratios)}
+    return found
+
+
+def cost_config(study: Study, variant: str, budget: Budget) -> Config:
+    """A variant that only training can make has the settings of its training."""
+    if "trained" in study.measures:
+        config = studies.trained(study, variant, budget, 0)[0]
+    else:
+        config = studies.untrained(study, variant, budget)
+    return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device="cpu"))
+
+
+def one_call(config: Config) -> Callable[[], object]:
+    unet = checkpoint.build("unet", config)
+    checkpoint.fill(unet, checkpoint.random_state(unet, seed=0), dtype=torch.float32)
+    unet.eval().requires_grad_(False)
+    speed.apply(unet, config.runtime)
+    x, (t, *_), conditions = trace.inputs(unet, config, 1)
+    prepared = unet.prepare(conditions, config.sample.frames)
+
+    def call():
+        with torch.no_grad():
+            return unet(x, t, prepared)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------
+# One run in its folder
+
+
+def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
+    """Do a run, or leave it if it is done -> its result. A training that was killed goes on."""
+    result = run.folder / RESULT
+    if finished(study, run, budget):
+        return result
+    run.folder.mkdir(parents=True, exist_ok=True)
+    begun = time.perf_counter()
+    if run.measure == "untrained":
+        config, loss = studies.untrained(study, run.variant, budget), None
+    else:
+        weights, loss = teach(study, run, budget, device)
+        sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
+        config = load_config(None, sample, weights=str(weights))
+    settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
+    config = dataclasses.replace(config, runtime=settings)
+    found = evaluation.evaluate(pipeline.load_parts(config), Plan(clips=budget.clips))
+    evaluation_page.write_report(found, run.folder)
+    save_strip(found, run.folder / STRIP)
+    facts = {
+        "variant": run.variant,
+        "measure": run.measure,
+        "seed": run.seed,
+        "fingerprint": studies.fingerprint(study, run, budget),
+        "scores": found.scores.values,
+        "intervals": found.scores.intervals,
+        "loss": loss,
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+    evaluation_page.write_whole(result, json.dumps(facts, indent=1) + "\n")
+    return result
+
+
+def finished(study: Study, run: Run, budget: Budget) -> bool:
+    """ValueError if the folder holds the result of other settings."""
+    result = run.folder / RESULT
+    if not result.exists():
+        return False
+    held = json.loads(result.read_text())["fingerprint"]
+    if held != studies.fingerprint(study, run, budget):
+        raise ValueError(
+            f"{run.folder} holds the result of another study, budget or base; choose another output="
+        )
+    return True
+
+
+def teach(study: Study, run: Run, budget: Budget, device: str) -> tuple[Path, list[tuple[int, float]]]:
+    """Train a variant's UNet beside the base's VAE and CLIP -> its weights folder, (step, loss) pairs."""
+    config, train = studies.trained(study, run.variant, budget, run.seed)
+    parts = ("vae", "clip") if study.start == "scratch" else checkpoint.PARTS
+    held = {part: dict(checkpoint.read_part(study.weights, part)) for part in parts}
+    # Another architecture may go on from the same parts, so the folder of each says its own settings.
+    start = checkpoint.save(run.folder / "start", held, config, origin=checkpoint.read_origin(study.weights))
+    config = dataclasses.replace(
+        config, weights=str(start), runtime=dataclasses.replace(config.runtime, device=device)
+    )
+    place = torch.device(device)
+    source = data.open_source(config, train)
+    part = diffusion.make(config, train, source, place)
+    weights = loop.fit(part, config, train, source, run.folder / "train", device=place)
+    lines = [json.loads(line) for line in (run.folder / "train" / loop.LOG).read_text().splitlines()]
+    return weights, [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
+
+
+def save_strip(found: Evaluation, path: Path) -> None:
+    """The first clips of the basic set, one below the other."""
+    chosen = [one for one in found.shown if one.item.set == "basic"][:STRIPS]
+    rows = [evaluation_page.strip(one.frames) for one in chosen]
+    picture = Image.new("RGBA", (max(row.width for row in rows), sum(row.height + 3 for row in rows)))
+    top = 0
+    for row in rows:
+        picture.paste(row, (0, top))
+        top += row.height + 3
+    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    picture.save(temporary, "PNG")
+    temporary.replace(path)
+
+
+def devices() -> list[str]:
+    """One worker each: every GPU, or every core that this process may use."""
+    if torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return ["cpu"] * (os.cpu_count() or 1)
+
+
+def work(study: Study, run: Run, budget: Budget, device: str) -> Path:
+    """In a process of its own."""
+    torch.set_num_threads(1)
+    runtime.apply(load_config(None).runtime)
+    return perform(study, run, budget, device)

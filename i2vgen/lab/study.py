@@ -1,0 +1,237 @@
+"""An ablation study: one question, a base, variants of it, and what to measure; read, checked, expanded.
+
+    # The first line of the file is the question that the study asks?
+    measures: [cost, untrained, trained]
+    scores: [motion_accuracy_basic, first_frame_psnr]
+    variants:
+      everything: []                       # the first is what the others are compared with
+      without local tokens: [use.local_tokens=false]
+
+The base is a native weights folder (`weights:`, by default the shipped model) under `settings:`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import yaml
+
+from i2vgen import checkpoint
+from i2vgen.config import (
+    SHIPPED,
+    Config,
+    from_dict,
+    load_config,
+    parse_overrides,
+    read_stored_settings,
+)
+from i2vgen.training.evaluation_scores import SCORES
+from i2vgen.training.settings import SECTION, Train, load_settings
+
+Measure = Literal["cost", "untrained", "trained"]
+MEASURES = ("cost", "untrained", "trained")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is spent. None leaves what the weights or the study say."""
+
+    clips: int  # of `evaluate.py`: each gives three
+    train_steps: int | None
+    seeds: int  # trainings of each variant
+    rounds: int  # of timing, interleaved
+    sample_steps: int | None = None
+    batch: int | None = None
+
+
+BUDGETS = {
+    "smoke": Budget(clips=1, train_steps=2, seeds=1, rounds=1, sample_steps=2, batch=2),
+    "quick": Budget(clips=16, train_steps=800, seeds=2, rounds=5),
+    "full": Budget(clips=64, train_steps=None, seeds=3, rounds=9),
+}
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a file in configs/ablations says."""
+
+    name: str
+    question: str
+    variants: dict[str, tuple[str, ...]]  # name -> settings as on a command line; train.NAME too
+    measures: tuple[Measure, ...] = MEASURES
+    scores: tuple[str, ...] = (
+        "motion_accuracy_basic",
+        "other_motion_accuracy",
+        "first_frame_psnr",
+        "clip_psnr",
+    )
+    weights: str = SHIPPED
+    settings: tuple[str, ...] = ()  # of every variant, before its own
+    train: dict = field(default_factory=dict)  # how trained variants are trained
+    start: Literal["scratch", "weights"] = (
+        "scratch"  # a new UNet beside the base's VAE and CLIP, or the base's
+    )
+
+    @property
+    def base(self) -> str:
+        return next(iter(self.variants))
+
+
+class Run(NamedTuple):
+    """One thing to measure in one folder. `cost` is measured for all variants together and has no runs."""
+
+    variant: str
+    measure: Measure
+    seed: int
+    folder: Path
+
+
+def read(file: str | Path) -> Study:
+    """ValueError names what is wrong with the file, before anything is run."""
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"study {file} does not exist; studies lie in configs/ablations")
+    text = path.read_text()
+    first = text.split("\n", 1)[0]
+    if not re.fullmatch(r"#\s*\S.*\?\s*", first):
+        raise ValueError(f"{file}: the first line must be the question as a comment: # Does ... ?")
+    try:
+        held = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+    known = {f.name for f in dataclasses.fields(Study)} - {"name", "question"}
+    if not isinstance(held, dict) or (wrong := sorted(set(held) - known)):
+        what = f"{wrong[0]!r}" if isinstance(held, dict) else "no settings"
+        raise ValueError(f"{file} holds {what}; a study has {', '.join(sorted(known))}")
+    for name in ("measures", "scores", "settings"):
+        if name in held:
+            held[name] = _texts(held[name], f"{file}: {name}")
+    variants = held.pop("variants", None)
+    if not isinstance(variants, dict) or len(variants) < 2:
+        raise ValueError(f"{file}: variants needs a base and at least one variant of it")
+    variants = {str(name): _texts(words, f"{file}: variant {name!r}") for name, words in variants.items()}
+    study = Study(path.stem, first.lstrip("# ").strip(), variants, **held)
+    _check(study, file)
+    return study
+
+
+def _texts(value, where: str) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise ValueError(
+            f"{where} is {value!r}; give a list of texts, for settings [section.name=value, ...]"
+        )
+    return tuple(value)
+
+
+def _check(study: Study, file: str | Path) -> None:
+    for names, known, what in (
+        (study.measures, MEASURES, "measure"),
+        (study.scores, SCORES, "score"),
+        ((study.start,), ("scratch", "weights"), "start"),
+    ):
+        if wrong := [name for name in names if name not in known]:
+            raise ValueError(f"{file}: there is no {what} {wrong[0]!r}; choose {', '.join(known)}")
+    if not isinstance(study.train, dict):
+        raise ValueError(f"{file}: train is {study.train!r}; give name: value pairs")
+    folders: dict[str, str] = {}
+    for name, words in study.variants.items():
+        if not words and name != study.base:
+            raise ValueError(f"{file}: the variant {name!r} changes nothing; only the first, the base, may")
+        if slug(name) in folders:
+            raise ValueError(
+                f"{file}: the variants {folders[slug(name)]!r} and {name!r} would share the result folder "
+                f"{slug(name)}; rename one"
+            )
+        folders[slug(name)] = name
+    for name in study.variants:
+        try:
+            if "trained" in study.measures:
+                trained(study, name, BUDGETS["smoke"], 0)
+            if "untrained" in study.measures or "cost" in study.measures:
+                untrained(study, name, BUDGETS["smoke"])
+        except ValueError as error:
+            raise ValueError(f"{file}: the variant {name!r}: {error}") from error
+
+
+def slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_") or "variant"
+
+
+# ---------------------------------------------------------------------------------------------------
+# Settings of one variant
+
+
+def words_of(study: Study, variant: str) -> tuple[list[str], list[str]]:
+    """Settings of the model and of the training, as on a command line."""
+    words = [*study.settings, *study.variants[variant]]
+    own = [word for word in words if word.startswith(f"{SECTION}.")]
+    return [word for word in words if word not in own], own
+
+
+def untrained(study: Study, variant: str, budget: Budget) -> Config:
+    """The base's weights under the variant's settings; ValueError if they do not go together."""
+    words, own = words_of(study, variant)
+    if own and "trained" not in study.measures:
+        raise ValueError(f"{own[0]} changes a training, but the study trains nothing")
+    sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
+    return load_config(None, [*sample, *words], weights=study.weights)
+
+
+def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Config, Train]:
+    """The settings of a new model beside the base's VAE and CLIP, and how it is trained."""
+    words, own = words_of(study, variant)
+    settings = _nested_update(read_stored_settings(study.weights), parse_overrides(words)[0])
+    config = from_dict(settings)
+    spent = {"train.seed": seed, "train.batch": budget.batch, "train.steps": budget.train_steps}
+    given = [f"train.{name}={json.dumps(value)}" for name, value in study.train.items()]
+    given += [f"{name}={value}" for name, value in spent.items() if value is not None]
+    train = load_settings(None, [*given, *own, "train.part=diffusion"])[1]
+    if budget.batch and train.cache:  # a handful of clips is all that so few steps see
+        train = dataclasses.replace(train, cache=False)
+    return config, train
+
+
+def _nested_update(base: dict, changes: dict) -> dict:
+    merged = dict(base)
+    for name, value in changes.items():
+        inside = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = _nested_update(merged[name], value) if inside else value
+    return merged
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs
+
+
+def runs(study: Study, budget: Budget, output: Path) -> list[Run]:
+    """Every run of a study, untrained ones first."""
+    found = []
+    for measure, seeds in (("untrained", 1), ("trained", budget.seeds)):
+        if measure in study.measures:
+            for seed in range(seeds):
+                for variant in study.variants:
+                    name = f"seed{seed}" if measure == "trained" else ""
+                    found.append(Run(variant, measure, seed, output / slug(variant) / measure / name))
+    return found
+
+
+def fingerprint(study: Study, run: Run, budget: Budget) -> str:
+    """Changes with all that decides a run's result; a finished run of another fingerprint is refused."""
+    weights = {p.name: p.stat().st_size for p in sorted(Path(study.weights).glob("*.safetensors"))}
+    facts = [
+        run.measure,
+        run.seed,
+        dataclasses.asdict(budget),
+        study.weights,
+        weights,
+        study.start,
+        study.train,
+    ]
+    facts += [study.settings, study.variants[run.variant], checkpoint.read_origin(study.weights)]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,122 @@
+"""Run an ablation study: its variants side by side, and the answer as a table.
+
+    python scripts/ablate.py configs/ablations/STUDY.yaml [budget=smoke|quick|full] output=FOLDER
+
+    python scripts/ablate.py configs/ablations/hierarchical_encoders.yaml budget=smoke output=outputs/smoke
+    python scripts/ablate.py configs/ablations/concat_gain.yaml output=outputs/concat_gain
+
+    budget=    smoke: does it run; quick: within an hour on two cores (default); full: enough to believe
+    output=    a folder per run with settings, log, scores, clips; table.md, results.csv, plots, index.html
+    workers=   runs at once: one per GPU, else one per core
+
+A study that was killed goes on where it was; what is there is not made again. How a study is written stands
+in i2vgen/lab/study.py.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import queue
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from i2vgen import cli
+from i2vgen.lab import measure, report
+from i2vgen.lab import study as studies
+from i2vgen.training import evaluation_page
+
+FLAGS = ("--help",)
+NAMES = ("budget", "output", "workers")
+
+
+def main() -> int:
+    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags or not sys.argv[1:]:
+        print(__doc__)
+        return 0
+    given = dict(word.split("=", 1) for word in words)
+    if wrong := sorted(set(given) - set(NAMES)):
+        known = ", ".join(f"{n}=" for n in NAMES)
+        raise ValueError(f"there is no {wrong[0]}=; known are {known}; settings of variants are the study's")
+    if file is None or not given.get("output"):
+        raise ValueError("give a study and a folder: ablate.py configs/ablations/NAME.yaml output=FOLDER")
+    name = given.get("budget", "quick")
+    if name not in studies.BUDGETS:
+        raise ValueError(f"there is no budget={name}; choose {', '.join(studies.BUDGETS)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
+        )
+    study, budget = studies.read(file), studies.BUDGETS[name]
+    folder = evaluation_page.check_folder("output", Path(given["output"]))
+    todo = studies.runs(study, budget, folder)
+    left = [run for run in todo if not measure.finished(study, run, budget)]
+    print(
+        f"{study.question}\n{len(study.variants)} variants, {len(todo)} runs, of which "
+        f"{len(todo) - len(left)} are done"
+    )
+
+    costs = None
+    if "cost" in study.measures:
+        costs = measure.cost(study, budget)
+        evaluation_page.write_whole(folder / "cost.json", json.dumps(costs, indent=1) + "\n")
+    perform(study, left, budget, places(given, len(left)))
+    page = report.write(study, todo, costs, folder, name)
+    print((folder / "table.md").read_text())
+    print(f"page in {page}")
+    return 0
+
+
+def places(given: dict[str, str], runs: int) -> list[str]:
+    """One device per worker."""
+    found = measure.devices()
+    if "workers" in given:
+        if not given["workers"].isdigit() or given["workers"] == "0":
+            raise ValueError(f"workers is {given['workers']}; give 1 or more")
+        found = [found[i % len(found)] for i in range(int(given["workers"]))]
+    return found[: max(1, runs)]
+
+
+def perform(study, runs, budget, devices: list[str]) -> None:
+    """Every worker takes the next run when it has finished one; the first failure ends the study."""
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    for run in runs:
+        waiting.put(run)
+    failed: list[BaseException] = []
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(len(devices), mp_context=context) as pool,
+        tqdm(total=len(runs), unit="run") as bar,
+    ):
+
+        def serve(device: str) -> None:
+            while not failed:
+                try:
+                    run = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    pool.submit(measure.work, study, run, budget, device).result()
+                except BaseException as error:  # handed on below
+                    failed.append(error)
+                    return
+                bar.set_description(f"{run.variant}, {run.measure}", refresh=False)
+                bar.update()
+
+        threads = [threading.Thread(target=serve, args=(device,)) for device in devices]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failed:
+        raise failed[0]
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
