@@ -40,15 +40,12 @@ def smooth(model, frames, prompt, seed, strength):
     f, total, schedule = model.config.sample.frames, len(frames), model.schedule
     starts = sorted({*range(0, total - f, f // 2), total - f})
     pixels = rearrange(torch.from_numpy(frames).to(model.device), "n h w c -> n c h w") / 127.5 - 1
-    x0 = rearrange(
-        model.vae.encode(pixels, None, chunk=model.config.runtime.vae_chunk), "n c h w -> 1 c n h w"
-    )
+    latents = model.vae.encode(pixels, None, chunk=model.config.runtime.vae_chunk)
+    x0 = rearrange(latents, "n c h w -> 1 c n h w")
     networks = []
     for start in starts:  # each window is conditioned on its own first frame
-        first = Image.fromarray(frames[start])
-        networks.append(
-            pipeline.network(model, *pipeline.encode(model, [first], [prompt], torch.zeros_like(x0[:, :, 0])))
-        )
+        first, mode = Image.fromarray(frames[start]), torch.zeros_like(x0[:, :, 0]).cpu()
+        networks.append(pipeline.network(model, *pipeline.encode(model, [first], [prompt], mode)))
     weight = torch.minimum(torch.arange(1, f + 1), torch.arange(f, 0, -1)).to(x0)[:, None, None]
 
     def predict(x, t):

@@ -2,8 +2,8 @@
 
     python examples/lora_one_motion.py outputs/lora motion=rotate steps=200
 
-Writes OUT/clips (gifs with captions.csv: what a folder of your own would look like), trains OUT/run/adapter and
-samples OUT/before.gif and OUT/after.gif with the same seed. The adapter is peft's kind and a few hundred kB.
+Writes OUT/clips (gifs with captions.csv: what a folder of your own would look like), trains OUT/run/adapter,
+and samples OUT/before.gif and OUT/after.gif with the same seed. The adapter is a few hundred kB, peft's kind.
 """
 
 import argparse
