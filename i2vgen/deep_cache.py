@@ -2,7 +2,7 @@
 
 Neighbouring steps differ little deep inside. Every `interval`-th step runs the whole network and keeps what
 enters its last blocks; the steps between compute the entrance and these blocks, and take the rest from
-there. This changes the numbers, unlike the savings of `speed.py`, so it is off by default and stands in `sample`.
+there. Unlike the savings of `speed.py` this changes the numbers: it is off by default and stands in `sample`.
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class FromDiffusers:
         on_step: OnStep | None = None,
         check_finite: bool = True,
     ) -> Tensor:
-        """Noise x [b c f h w] -> latents [b c f h w]; ValueError for a scheduler of another noise schedule."""
+        """Noise x [b c f h w] -> latents [b c f h w]; ValueError for a scheduler of other noise levels."""
         check_latents(x)
         check(self.scheduler, schedule)
         self.scheduler.set_timesteps(steps, device=x.device)

@@ -79,9 +79,9 @@ def plan(schedule: Schedule, steps: int, spacing: Spacing, final_alpha: FinalAlp
 
 def ahead(before: Step | None, now: Step) -> float:
     """How much of the last change of x0 to add, which makes it the x0 of half of this step."""
-    if before is None or now.next_t is None:
+    if before is None or math.isinf(before.h) or now.next_t is None:
         return 0.0
-    return now.h / (2 * before.h)  # 0 after the step from no signal
+    return now.h / (2 * before.h)
 
 
 @torch.no_grad()
@@ -242,8 +242,8 @@ def euler(
 ) -> Tensor:
     """Noise x [b c f h w] -> latents [b c f h w] by Euler steps of x / alpha over sigma / alpha.
 
-    The slope there is eps (Karras et al. 2022), so this is DDIM in other words, and the base of `heun`. `noise`
-    is not used.
+    The slope there is eps (Karras et al. 2022), so this is DDIM in other words, and the base of `heun`.
+    `noise` is not used.
     """
     planned = plan(schedule, steps, spacing, final_alpha)
     return _over_sigma(predict, x, planned, schedule, False, on_step, check_finite)
