@@ -1,8 +1,9 @@
 """Any scheduler object of diffusers as a sampler of ours; diffusers itself is not needed here.
 
-betas = model.schedule.betas.numpy()
-scheduler = UniPCMultistepScheduler(trained_betas=betas, prediction_type="v_prediction",
-                                    timestep_spacing="trailing")
+scheduler = UniPCMultistepScheduler(
+    trained_betas=model.schedule.betas.numpy(), prediction_type="v_prediction",
+    timestep_spacing="trailing", rescale_betas_zero_snr=True,
+)
 model.generate(["boat.png"], ["a boat"], [1], sampler=schedulers.from_diffusers(scheduler))
 """
 
@@ -46,6 +47,11 @@ class FromDiffusers:
         check_latents(x)
         check(self.scheduler, schedule)
         self.scheduler.set_timesteps(steps, device=x.device)
+        if not torch.as_tensor(getattr(self.scheduler, "sigmas", 0.0)).isfinite().all():
+            raise ValueError(
+                "the scheduler divides by the signal and there is none at its first timestep; make it with "
+                "rescale_betas_zero_snr=True, which leaves a little there"
+            )
         visited = self.scheduler.timesteps.tolist()
         x = at_least_float32(x) * self.scheduler.init_noise_sigma
         extra = {} if noise is None else randomness(self.scheduler, x, noise)
