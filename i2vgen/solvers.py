@@ -2,10 +2,10 @@
 
 All of them step between the discrete noise levels x = alpha x0 + sigma eps of the schedule, with lambda =
 log(alpha / sigma), half the log-SNR, as their clock. Where no signal is left (t = T - 1 at zero terminal SNR)
-lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and the next one has nothing
-to look back on. The last step is of first order too: it crosses the most of lambda, and all that is left of
-it where `final_alpha` is "one". Coefficients are Python floats from float64 tables; the state is in at least
-float32.
+lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and whoever looks back on it
+uses alpha / sigma as the clock, which is 0 there (x / sigma is the integral of x0 over it). The last step is
+of first order: it crosses the most of lambda, and all that is left of it where `final_alpha` is "one".
+Coefficients are Python floats from float64 tables; the state is in at least float32.
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ def plan(schedule: Schedule, steps: int, spacing: Spacing, final_alpha: FinalAlp
 
 def ahead(before: Step | None, now: Step) -> float:
     """How much of the last change of x0 to add, which makes it the x0 of half of this step."""
-    if before is None or math.isinf(before.h) or now.next_t is None:
+    if before is None or now.next_t is None or now.alpha == 0:
         return 0.0
+    if before.alpha == 0:  # by alpha / sigma: (now's way) / (2 before's way)
+        return (1 / now.decay - 1) / 2
     return now.h / (2 * before.h)
 
 
@@ -197,7 +199,7 @@ def unipc(
         slope = weight * (x0 - last) if weight else None
         plain = step.of_x() * x + step.of_x0() * x0
         x = plain if slope is None else plain + step.of_x0() * slope
-        correct = None if math.isinf(step.h) else _corrector(step, before, plain, x0, last, slope is not None)
+        correct = _corrector(step, before, plain, x0, last)
         before, last = step, x0
         watch.step(StepInfo(index, len(planned), step.t, x, x0))
     watch.end()
@@ -205,14 +207,15 @@ def unipc(
 
 
 def _corrector(
-    step: Step, before: Step | None, plain: Tensor, x0: Tensor, last: Tensor | None, looks_back: bool
+    step: Step, before: Step | None, plain: Tensor, x0: Tensor, last: Tensor | None
 ) -> Callable[[Tensor], Tensor]:
     """-> x at the end of a step from the x0 that the network sees there.
 
     With u = (lambda - lambda at the start) / h, x0 is a parabola through u = -`back`, 0 and 1, and the step
-    its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it.
+    its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it, which
+    is the trapezoid rule over alpha / sigma.
     """
-    if not looks_back:
+    if last is None or step.alpha == 0 or before.alpha == 0:
         return lambda seen: plain + 0.5 * step.of_x0() * (seen - x0)
     h, back = step.h, before.h / step.h
     first = 1 - (1 - step.decay) / h  # integral of u
@@ -264,8 +267,8 @@ def heun(
 ) -> Tensor:
     """Noise x [b c f h w] -> latents [b c f h w] by Heun's method (Karras et al. 2022, algorithm 1).
 
-    Every step but the last, and but one from no signal, is taken again with the mean slope of both its ends:
-    two calls per step. `noise` is not used.
+    Every step but the last is taken again with the mean slope of both its ends: two calls per step. From no
+    signal, where sigma / alpha is infinite, that is the mean x0 over alpha / sigma. `noise` is not used.
     """
     planned = plan(schedule, steps, spacing, final_alpha)
     return _over_sigma(predict, x, planned, schedule, True, on_step, check_finite)
@@ -286,9 +289,12 @@ def _over_sigma(
     for index, step in enumerate(planned):
         x0 = _x0(predict, x, step.t, schedule)
         moved = step.of_x() * x + step.of_x0() * x0
-        if twice and step.next_t is not None and step.alpha > 0:
-            eps = (x - step.alpha * x0) / step.sigma
+        if twice and step.next_t is not None:
             end = _x0(predict, moved, step.next_t, schedule)
+        if twice and step.next_t is not None and step.alpha == 0:
+            moved = moved + 0.5 * step.of_x0() * (end - x0)
+        elif twice and step.next_t is not None:
+            eps = (x - step.alpha * x0) / step.sigma
             eps_end = (moved - step.alpha_to * end) / step.sigma_to
             moved = moved + 0.5 * (step.sigma_to - step.sigma * step.alpha_to / step.alpha) * (eps_end - eps)
         x = moved

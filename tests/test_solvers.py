@@ -160,7 +160,7 @@ def test_every_step_count_is_finite_from_no_signal(name, spacing):
             assert calls == 2 * visited
 
 
-def test_heun_calls_twice_but_for_its_ends():
+def test_heun_calls_twice_but_for_its_end():
     calls = []
 
     def predict(x, t):
@@ -168,7 +168,7 @@ def test_heun_calls_twice_but_for_its_ends():
         return 0.5 * x
 
     heun(predict, noise(), released(), steps=5, **TRAILING)
-    assert calls == [999, 799, 599, 599, 399, 399, 199, 199]
+    assert calls == [999, 799, 799, 599, 599, 399, 399, 199, 199]
 
 
 @pytest.mark.parametrize("name", SOLVERS)
