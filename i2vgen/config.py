@@ -392,9 +392,22 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
+    # As near to the exact solution as "exact", in a third of its calls (docs/sampling.md has the table).
     "fast": {
-        "sampler": "dpmpp_2m",
+        "sampler": "unipc",
         "steps": 20,
+        "spacing": "trailing",
+        "final_alpha": "one",
+        "eta": 0.0,
+        "eps_form": "direct",
+        "guidance_interval": [0.3, 1.0],
+        "guidance_rescale": 0.0,
+        "deep_cache": 0,
+    },
+    # As near as 20 steps of the official sampler, in less than half of their calls.
+    "draft": {
+        "sampler": "unipc",
+        "steps": 10,
         "spacing": "trailing",
         "final_alpha": "one",
         "eta": 0.0,
@@ -402,17 +415,6 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_interval": [0.4, 1.0],
         "guidance_rescale": 0.0,
         "deep_cache": 0,
-    },
-    "draft": {
-        "sampler": "dpmpp_2m",
-        "steps": 20,
-        "spacing": "trailing",
-        "final_alpha": "one",
-        "eta": 0.0,
-        "eps_form": "direct",
-        "guidance_interval": [0.4, 1.0],
-        "guidance_rescale": 0.0,
-        "deep_cache": 3,
     },
 }
 

@@ -212,8 +212,8 @@ def _corrector(
     """-> x at the end of a step from the x0 that the network sees there.
 
     With u = (lambda - lambda at the start) / h, x0 is a parabola through u = -`back`, 0 and 1, and the step
-    its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it, which
-    is the trapezoid rule over alpha / sigma.
+    its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it,
+    which is the trapezoid rule over alpha / sigma.
     """
     if last is None or step.alpha == 0 or before.alpha == 0:
         return lambda seen: plain + 0.5 * step.of_x0() * (seen - x0)

@@ -236,10 +236,10 @@ def test_a_preset_stands_where_it_is_given(tmp_path):
         assert (got.steps, got.sampler) == (30, fast["sampler"])
     file.write_text("quality: draft\nsample:\n  steps: 30\n")  # in a file
     got = load_config(file).sample
-    assert (got.steps, got.deep_cache) == (30, QUALITIES["draft"]["deep_cache"])
+    assert (got.steps, got.sampler) == (30, QUALITIES["draft"]["sampler"])
     got = load_config(file, ["quality=exact"]).sample  # one overrides another completely
     assert dataclasses.replace(got, quality="exact") == Sample()
-    assert load_config(file, ["deep_cache=0"]).sample.deep_cache == 0
+    assert load_config(file, ["sampler=ddim"]).sample.sampler == "ddim"
 
 
 def test_the_official_file_takes_a_preset(root):

@@ -21,6 +21,7 @@ from i2vgen.solvers import SOLVERS
 from i2vgen.training.evaluation_scores import psnr
 
 REFERENCE_STEPS = 200
+CACHES = (2, 3)  # of `quality`, beside the presets: what the cache of the deep part would save and cost
 CALLS = (5, 10, 20, 40)  # of `samplers`; with guidance each is one call of both branches
 # euler is ddim in other words, ancestral visits every timestep.
 SAMPLERS = ("ddim", *(name for name in SOLVERS if name != "euler"))
@@ -87,9 +88,11 @@ def settings(config: Config, sweep: str) -> list[tuple[str, Config]]:
     """Name and settings of the rows of "quality" or "samplers"; the reference first."""
     exact = with_quality(config, "exact")
     steps = min(REFERENCE_STEPS, config.schedule.num_timesteps)
-    rows = [(f"ddim, {steps} steps", _sampled(exact, {"steps": steps}))]
+    rows = [(f"reference, {steps} steps", _sampled(exact, {"steps": steps}))]
     if sweep == "quality":
-        return rows + [(name, with_quality(config, name)) for name in QUALITIES]
+        rows += [(name, with_quality(config, name)) for name in QUALITIES]
+        fast = with_quality(config, "fast")
+        return rows + [(f"fast, deep_cache={n}", _sampled(fast, {"deep_cache": n})) for n in CACHES]
     for sampler in SAMPLERS:
         for calls in CALLS:
             steps = (calls + 1) // 2 if sampler == "heun" else calls  # two calls per step but for the last
