@@ -8,14 +8,16 @@ Axes: b batch, f frames, c channels, h w latent rows and columns.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import platform
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,14 +26,41 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, images, lora, runtime, speed, video
+from i2vgen import checkpoint, deep_cache, images, lora, runtime, speed, video
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
+from i2vgen.deep_cache import DeepCache
 from i2vgen.encoders import ClipEncoders
-from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided, guided_pair
+from i2vgen.sampler import (
+    Noise,
+    OnStep,
+    Predict,
+    ancestral,
+    between,
+    ddim,
+    ddim_invert,
+    guided,
+    guided_pair,
+)
 from i2vgen.schedule import Schedule, make_betas, timesteps
+from i2vgen.solvers import SOLVERS
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
+
+
+class Sampler(Protocol):
+    """What `generate` asks of a sampler: noise [b c f h w] to latents [b c f h w], `noise` drawn like x."""
+
+    def __call__(
+        self,
+        predict: Predict,
+        x: Tensor,
+        schedule: Schedule,
+        *,
+        steps: int,
+        noise: Noise,
+        on_step: OnStep | None,
+    ) -> Tensor: ...
 
 
 @dataclass
@@ -100,11 +129,13 @@ class I2VGenXL:
         seeds: Sequence[int],
         *,
         noise: Tensor | None = None,
+        sampler: Sampler | None = None,
         on_step: OnStep | None = None,
     ) -> list[Video]:
         """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only.
 
         `noise` [b c f h w] replaces the initial noise that the seeds would draw, e.g. by that of `invert`.
+        `sampler` replaces the one that the settings name, e.g. by `schedulers.from_diffusers`.
         """
         config = self.config
         if not len(pictures) == len(prompts) == len(seeds):
@@ -114,7 +145,7 @@ class I2VGenXL:
             )
         opened = [open_picture(picture, config) for picture in pictures]
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
-        frames = generate(self, opened, prompts, seeds, noise=noise, on_step=on_step)
+        frames = generate(self, opened, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
         if config.save.grey_last_frame == "drop":
             clips = [video.drop_grey_last_frame(clip) for clip in frames]
         else:
@@ -139,11 +170,12 @@ def generate(
     seeds: Sequence[int | torch.Generator],
     *,
     noise: Tensor | None = None,
+    sampler: Sampler | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
     """RGB pictures, prompts and seeds, b of each -> uint8 frames [b f H W 3]: the whole road.
 
-    `noise` [b c f h w] replaces the initial noise that the seeds would draw.
+    `noise` [b c f h w] replaces the initial noise that the seeds would draw, `sampler` the settings' own.
     """
     config, sample = model.config, model.config.sample
     noises = [runtime.SampleNoise(seed) for seed in seeds]
@@ -160,44 +192,59 @@ def generate(
     def step_noise(x: Tensor) -> Tensor:
         return runtime.draw_all(noises, tuple(x.shape[1:])).to(x)
 
-    if sample.sampler == "ancestral":
-        latents = ancestral(predict, start, model.schedule, noise=step_noise, on_step=on_step)
-    else:
-        latents = ddim(
-            predict,
-            start,
-            model.schedule,
-            steps=sample.steps,
-            spacing=sample.spacing,
-            eta=sample.eta,
-            eps_form=sample.eps_form,
-            final_alpha=sample.final_alpha,
-            noise=step_noise,
-            on_step=on_step,
-        )
+    latents = (sampler or named_sampler(config))(
+        predict, start, model.schedule, steps=sample.steps, noise=step_noise, on_step=on_step
+    )
     return decode(model, latents)
+
+
+def named_sampler(config: Config) -> Sampler:
+    """The sampler that the settings name, with their options."""
+    sample = config.sample
+    if sample.sampler == "ancestral":
+        return lambda *inputs, steps, noise, on_step: ancestral(*inputs, noise=noise, on_step=on_step)
+    if sample.sampler != "ddim":
+        solver = SOLVERS[sample.sampler]
+        return functools.partial(solver, spacing=sample.spacing, final_alpha=sample.final_alpha)
+    return functools.partial(
+        ddim,
+        spacing=sample.spacing,
+        eta=sample.eta,
+        eps_form=sample.eps_form,
+        final_alpha=sample.final_alpha,
+    )
 
 
 def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     """The UNet under guidance as the samplers want it; its conditions are prepared here, once."""
     sample = model.config.sample
+    under = reader(model)
     positive = model.unet.prepare(cond, sample.frames)
     if sample.guidance == 1.0:
-        return lambda x, t: model.unet(x, t, positive)
+        return under(positive)
     negative = model.unet.prepare(uncond, sample.frames)
     both = None  # a network of one's own may prepare something else: it is called once for each branch
     if model.config.runtime.share_prefix and isinstance(positive, Prepared):
         both = join([positive, negative])
+    how = {"precision": sample.guidance_precision, "rescale": sample.guidance_rescale}
     if both is not None:
-        return guided_pair(
-            lambda x, t: model.unet(x, t, both), sample.guidance, precision=sample.guidance_precision
-        )
-    return guided(
-        lambda x, t: model.unet(x, t, positive),
-        lambda x, t: model.unet(x, t, negative),
-        sample.guidance,
-        precision=sample.guidance_precision,
-    )
+        predict = guided_pair(under(both), sample.guidance, **how)
+    else:
+        predict = guided(under(positive), under(negative), sample.guidance, **how)
+    low, high = (part * model.schedule.num_timesteps for part in sample.guidance_interval)
+    if low <= 0 and high >= model.schedule.num_timesteps - 1:
+        return predict
+    return between(low, high, predict, under(positive))
+
+
+def reader(model: I2VGenXL) -> Callable[[Prepared], Predict]:
+    """-> prepared conditions to the UNet under them, with a cache of its deep part if the settings ask."""
+    sample, unet = model.config.sample, model.unet
+    if sample.deep_cache > 1:
+        deep_cache.check(unet)
+        cache = DeepCache(sample.deep_cache, sample.deep_cache_blocks)
+        return lambda prepared: cache.over(unet, prepared)
+    return lambda prepared: lambda x, t: unet(x, t.to(x.device), prepared)
 
 
 @torch.no_grad()
@@ -340,7 +387,7 @@ def refuse_unsampleable(config: Config) -> None:
     sample, schedule = config.sample, make_schedule(config)
     divides = sample.eps_form == "recovered" or config.schedule.prediction == "eps"
     visited = timesteps(schedule.num_timesteps, sample.steps, sample.spacing)
-    if divides and sample.sampler == "ddim" and schedule.abar[visited[0]] == 0:
+    if divides and sample.sampler != "ancestral" and schedule.abar[visited[0]] == 0:
         raise ValueError(
             f"sample.steps={sample.steps} with sample.spacing={sample.spacing} visits t = {visited[0]}, "
             "where no signal is left: sample.eps_form=recovered and schedule.prediction=eps divide by zero "

@@ -1,7 +1,8 @@
 """Samplers: functions from noise to latents with one signature, whatever the network is.
 
-A network enters as `Predict`: a function of x_t [b c f h w] and t int64 [b]. Conditions, guidance and
-number formats are its own affair; the state x here stays in at least float32.
+A network enters as `Predict`: a function of x_t [b c f h w] and t int64 [b], which is on the CPU: whoever
+decides by it waits for no GPU. Conditions, guidance, number formats and where t goes are its own affair; the
+state x here stays in at least float32. DDIM and its relatives are here, faster solvers in `solvers.py`.
 """
 
 from __future__ import annotations
@@ -33,32 +34,67 @@ OnStep = Callable[[StepInfo], None]
 
 
 def guided(
-    cond: Predict, uncond: Predict, scale: float, *, precision: Literal["float32", "network"] = "float32"
+    cond: Predict,
+    uncond: Predict,
+    scale: float,
+    *,
+    precision: Literal["float32", "network"] = "float32",
+    rescale: float = 0.0,
 ) -> Predict:
     """Classifier-free guidance: u + scale (c - u), the conditional pass first. -> Predict
 
     `scale` 1 is the conditional network itself, one pass per step. "float32" combines in at least float32;
-    "network" in the output's own dtype, which is float16 in the official code under autocast.
-    ValueError if `scale` is not finite.
+    "network" in the output's own dtype, which is float16 in the official code under autocast. `rescale` is
+    that of `rescaled`. ValueError if `scale` is not finite.
     """
-    pair = guided_pair(lambda x, t: torch.cat([cond(x, t), uncond(x, t)]), scale, precision=precision)
+    pair = guided_pair(
+        lambda x, t: torch.cat([cond(x, t), uncond(x, t)]), scale, precision=precision, rescale=rescale
+    )
     return cond if scale == 1.0 else pair
 
 
 def guided_pair(
-    both: Predict, scale: float, *, precision: Literal["float32", "network"] = "float32"
+    both: Predict,
+    scale: float,
+    *,
+    precision: Literal["float32", "network"] = "float32",
+    rescale: float = 0.0,
 ) -> Predict:
     """`guided` for a network that gives both predictions at once, c then u: x [b ...] -> [(2 b) ...]."""
     if not math.isfinite(scale):
         raise ValueError(f"guidance scale is {scale}; give a finite number, 1 for no guidance")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance rescale is {rescale}; give a number from 0 (none) to 1")
     if precision not in ("float32", "network"):
         raise ValueError(f"guidance precision is {precision!r}; choose float32 or network")
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
         c, u = both(x, t).chunk(2)
         if precision == "float32":
-            c, u = _at_least_float32(c), _at_least_float32(u)
-        return u + scale * (c - u)
+            c, u = at_least_float32(c), at_least_float32(u)
+        out = u + scale * (c - u)
+        return rescaled(out, c, rescale) if rescale > 0 else out
+
+    return predict
+
+
+def rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
+    """Guided and conditional prediction [b c f h w] -> the guided one with less of its excess contrast.
+
+    Per sample, `share` of the way from its own standard deviation to that of the conditional prediction, in
+    at least float32 (Lin et al. 2023, section 3.4; they use 0.7).
+    """
+    out, cond = at_least_float32(out), at_least_float32(cond)
+    axes = tuple(range(1, out.ndim))
+    ratio = cond.std(axes, keepdim=True) / out.std(axes, keepdim=True)
+    return out * (1 + share * (ratio - 1))
+
+
+def between(low: float, high: float, inside: Predict, outside: Predict) -> Predict:
+    """`inside` where low <= t <= high, `outside` elsewhere. -> Predict"""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return (inside if low <= int(t[0]) <= high else outside)(x, t)
 
     return predict
 
@@ -90,7 +126,7 @@ def ddim(
     at abar = 0 included. No gradients. ValueError for settings outside their range, FloatingPointError when x
     stops being finite (`check_finite`).
     """
-    _check_latents(x)
+    check_latents(x)
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1 (ancestral)")
     if eta > 0 and noise is None:
@@ -99,21 +135,23 @@ def ddim(
         raise ValueError(f"final_alpha is {final_alpha!r}; choose first or one")
     visited = timesteps(schedule.num_timesteps, steps, spacing)
     levels = next_levels(schedule.num_timesteps, steps, spacing)
-    x = _at_least_float32(x)
-    for index, (now, level) in enumerate(zip(visited, levels, strict=True)):
-        t = _timestep(now, x)
-        x0, eps = _estimate(predict, x, t, schedule, eps_form, clamp, percentile)
-        abar = schedule.pick(schedule.abar, t, x)
-        abar_to = schedule.pick(schedule.abar, _timestep(level, x), x)
-        if final_alpha == "one" and index == len(visited) - 1:
-            abar_to = torch.ones_like(abar_to)
-        # The coefficients below are float32 operations on picked values, as in the official code.
-        sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar) * (1 - abar / abar_to))
-        rest = (1 - abar_to - sigma**2).clamp(min=0)  # eta 1 at abar = 0 can round to just below 0
-        x = torch.sqrt(abar_to) * x0 + torch.sqrt(rest) * eps
+    x = at_least_float32(x)
+    # Coefficients of all steps [n 1 1 1 1]: float32 operations on picked values, as in the official code.
+    abar = schedule.pick(schedule.abar, torch.tensor(visited), x)
+    abar_to = schedule.pick(schedule.abar, torch.tensor(levels), x)
+    if final_alpha == "one":
+        abar_to[-1] = 1
+    sigma = eta * torch.sqrt((1 - abar_to) / (1 - abar) * (1 - abar / abar_to))
+    rest = (1 - abar_to - sigma**2).clamp(min=0)  # eta 1 at abar = 0 can round to just below 0
+    of_x0, of_eps = torch.sqrt(abar_to), torch.sqrt(rest)
+    watch = Watch(schedule, on_step, check_finite)
+    for index, now in enumerate(visited):
+        x0, eps = _estimate(predict, x, timestep(now, x), schedule, eps_form, clamp, percentile)
+        x = of_x0[index] * x0 + of_eps[index] * eps
         if eta > 0 and now > 0:
-            x = x + sigma * noise(x)
-        _finish_step(StepInfo(index, len(visited), now, x, x0), schedule, on_step, check_finite)
+            x = x + sigma[index] * noise(x)
+        watch.step(StepInfo(index, len(visited), now, x, x0))
+    watch.end()
     return x
 
 
@@ -133,13 +171,15 @@ def ddim_invert(
     Visits 0, stride, 2 stride, ... upwards and ends on pure eps (`schedule.inversion_timesteps`): for T
     timesteps ceil(T / (T // steps)) network calls. Errors as in `ddim`.
     """
-    _check_latents(x)
+    check_latents(x)
     visited, levels = inversion_timesteps(schedule.num_timesteps, steps)
-    x = _at_least_float32(x)
+    x = at_least_float32(x)
+    watch = Watch(schedule, on_step, check_finite)
     for index, (now, level) in enumerate(zip(visited, levels, strict=True)):
-        t, to = _timestep(now, x), _timestep(level, x)
+        t, to = timestep(now, x), timestep(level, x)
         x, x0 = invert_step(predict, x, t, to, schedule, eps_form=eps_form)
-        _finish_step(StepInfo(index, len(visited), now, x, x0), schedule, on_step, check_finite)
+        watch.step(StepInfo(index, len(visited), now, x, x0))
+    watch.end()
     return x
 
 
@@ -168,16 +208,17 @@ def ancestral(
     follows `schedule.variance`.
     FloatingPointError when x stops being finite (`check_finite`).
     """
-    _check_latents(x)
-    x = _at_least_float32(x)
+    check_latents(x)
+    x = at_least_float32(x)
+    watch = Watch(schedule, on_step, check_finite)
     for index, now in enumerate(reversed(range(schedule.num_timesteps))):
-        t = _timestep(now, x)
-        step = schedule.model_distribution(_call(predict, x, t), x, t)
+        t = timestep(now, x)
+        step = schedule.model_distribution(call(predict, x, t), x, t)
         x = step.mean
         if now > 0:
             x = x + torch.exp(0.5 * step.log_variance) * noise(x)
-        info = StepInfo(index, schedule.num_timesteps, now, x, step.x0)
-        _finish_step(info, schedule, on_step, check_finite)
+        watch.step(StepInfo(index, schedule.num_timesteps, now, x, step.x0))
+    watch.end()
     return x
 
 
@@ -212,15 +253,16 @@ def _estimate(
     percentile: float | None,
 ) -> tuple[Tensor, Tensor]:
     """x [b c f h w], t int64 [b] on the CPU -> (x0, eps), both [b c f h w]; eps follows a limited x0."""
-    out = _call(predict, x, t)
+    out = call(predict, x, t)
     x0 = limit_x0(schedule.to_x0(out, x, t), clamp=clamp, percentile=percentile)
     if eps_form == "direct" and clamp is None and percentile is None:
         return x0, schedule.to_eps(out, x, t)
     return x0, schedule.eps_from_x0(x0, x, t, form=eps_form)
 
 
-def _call(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
-    out = predict(x, t.to(x.device))
+def call(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
+    """x [b c f h w], t int64 [b] -> the network's output [b c f h w]; ValueError for any other shape."""
+    out = predict(x, t)
     if out.shape != x.shape:
         raise ValueError(
             f"the network returned {tuple(out.shape)} for latents {tuple(x.shape)}; want the same"
@@ -228,28 +270,52 @@ def _call(predict: Predict, x: Tensor, t: Tensor) -> Tensor:
     return out
 
 
-def _timestep(t: int, x: Tensor) -> Tensor:
+def timestep(t: int, x: Tensor) -> Tensor:
     """-> int64 [b] on the CPU, where the schedule's tables are: picking with it never waits for the GPU."""
     return torch.full((x.shape[0],), t, dtype=torch.int64)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _check_latents(x: Tensor) -> None:
+def check_latents(x: Tensor) -> None:
     if x.ndim != 5 or not x.is_floating_point():
         raise ValueError(f"latents are {x.dtype} {tuple(x.shape)}; give floats [b c f h w]")
 
 
-def _finish_step(info: StepInfo, schedule: Schedule, on_step: OnStep | None, check_finite: bool) -> None:
-    if check_finite and not bool(torch.isfinite(info.x).all()):
+class Watch:
+    """Tells `on_step` of every step, and raises FloatingPointError when the state stops being finite.
+
+    On a CPU at once. Elsewhere at the end: to ask at every step would keep the host from running ahead.
+    """
+
+    def __init__(self, schedule: Schedule, on_step: OnStep | None, check_finite: bool):
+        self.schedule, self.on_step, self.check_finite = schedule, on_step, check_finite
+        self.waiting: list[tuple[StepInfo, Tensor]] = []  # steps without their latents, and the verdicts
+
+    def step(self, info: StepInfo) -> None:
+        if self.check_finite:
+            finite = torch.isfinite(info.x).all()
+            self.waiting.append((info._replace(x=finite, x0=finite), finite))
+            if finite.device.type == "cpu":
+                self.end()
+        if self.on_step is not None:
+            self.on_step(info)
+
+    def end(self) -> None:
+        waiting, self.waiting = self.waiting, []
+        if not waiting:
+            return
+        for (info, _), finite in zip(waiting, torch.stack([f for _, f in waiting]).tolist(), strict=True):
+            if not finite:
+                raise FloatingPointError(self.message(info))
+
+    def message(self, info: StepInfo) -> str:
         message = f"latents are not finite after step {info.index + 1} of {info.num_steps} (t = {info.t})"
-        if schedule.abar[info.t] == 0:
+        if self.schedule.abar[info.t] == 0:
             message += (
                 "; no signal is left at this t, so eps cannot be recovered from x0 nor x0 from eps: "
                 "use eps_form='direct' with v prediction, or another number of steps"
             )
-        raise FloatingPointError(message)
-    if on_step is not None:
-        on_step(info)
+        return message

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -106,6 +107,17 @@ class Level(nn.Module):
         self.resample = resample
 
 
+class Deep(NamedTuple):
+    """What `deep_cache.py` keeps between calls in place of all but the entrance and the last `outer` blocks.
+
+    `kept` holds what enters those blocks, [b f h w c] for each branch of guidance. Empty, it is filled;
+    filled, it is used, and the deep part is not computed.
+    """
+
+    outer: int  # of the finest level: 1 to as many as it has on the way up
+    kept: list[Tensor]
+
+
 class UNet(nn.Module):
     """Latent video and timestep to the network's prediction; the conditions come prepared (`prepare`).
 
@@ -190,17 +202,18 @@ class UNet(nn.Module):
         for level in reversed(self.up):
             yield from level.blocks
 
-    def forward(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, prepared: Prepared, deep: Deep | None = None) -> Tensor:
         """Latent video x [b c f h w], timestep t [b] (0..999, unscaled) -> prediction [b c f h w].
 
         h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else. Where
         `prepared` holds n contexts for each sample (`conditioning.join`), all n predictions: [(n b) c f h w].
+        `deep` leaves out most of the network where an earlier call has filled it.
         """
         h, w = x.shape[-2:]
         if h % self.factor or w % self.factor:
             raise ValueError(f"latent of {w} x {h} (width x height): both must be multiples of {self.factor}")
         dtype = self.conv_in.weight.dtype
-        embedding = self.time(sinusoid(t, self.base_width, self.use.sinusoid).to(dtype))
+        embedding = self.time(sinusoid(t.to(x.device), self.base_width, self.use.sinusoid).to(dtype))
         if prepared.fps_embedding is not None:
             embedding = embedding + prepared.fps_embedding
 
@@ -213,13 +226,18 @@ class UNet(nn.Module):
 
         # Until a block first reads the context, all contexts of a sample have the same numbers.
         first, begun = self.down[0].blocks[0], None
-        if len(prepared.context) > len(x) and parts_late(first):
+        outs, known = [], [] if deep is None else [*deep.kept]
+        needed = not known or deep.outer > 1
+        if needed and len(prepared.context) > len(x) and parts_late(first):
             begun = first.before_reading(x, embedding)
-        outs = []
-        for branch in self.branches(prepared, len(x)):
+        for i, branch in enumerate(self.branches(prepared, len(x))):
             n = len(branch.context) // len(x)
             start = None if begun is None else [repeated(part, n) for part in begun]
-            outs.append(self.blocks_and_head(repeated(x, n), repeated(embedding, n), branch, start))
+            inputs = repeated(x, n), repeated(embedding, n), branch
+            if known:
+                outs.append(self.outer_blocks_and_head(*inputs, known[i], deep.outer, start))
+            else:
+                outs.append(self.blocks_and_head(*inputs, start, deep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def branches(self, prepared: Prepared, b: int) -> list[Prepared]:
@@ -234,9 +252,15 @@ class UNet(nn.Module):
         return [prepared._replace(context=c, keys=k) for c, k in zip(contexts, keys, strict=True)]
 
     def blocks_and_head(
-        self, x: Tensor, embedding: Tensor, prepared: Prepared, begun: Sequence[Tensor] | None = None
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        prepared: Prepared,
+        begun: Sequence[Tensor] | None = None,
+        deep: Deep | None = None,
     ) -> Tensor:
         """x [b f h w c] behind the entrance -> prediction [b c f h w]; `begun` is of the first block."""
+        outer = None if deep is None else self.up[0].blocks[-deep.outer]
         keys = iter(prepared.keys or ())
 
         def context(block: Block) -> Tensor | Keys:
@@ -257,10 +281,42 @@ class UNet(nn.Module):
             x = block(x, embedding, context(block))
         for level in reversed(self.up):
             for block in level.blocks:
+                if block is outer:
+                    deep.kept.append(x)
                 x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context(block))
             if level.resample is not None:
                 x = level.resample(x)
+        return self.head(x)
 
+    def outer_blocks_and_head(
+        self,
+        x: Tensor,
+        embedding: Tensor,
+        prepared: Prepared,
+        deep: Tensor,
+        outer: int,
+        begun: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """`blocks_and_head`, its last `outer` blocks going on from `deep` [b f h w c] of an earlier call."""
+        readers = [block for block in self.blocks() if block.spatial is not None]
+        contexts = dict.fromkeys(self.blocks(), prepared.context)
+        if prepared.keys is not None:
+            contexts |= zip(readers, prepared.keys, strict=True)
+
+        skips = [x]
+        for block in self.down[0].blocks[: outer - 1]:
+            if begun is None:
+                x = block(x, embedding, contexts[block])
+            else:
+                x, begun = block.read(*begun, contexts[block]), None
+            skips.append(x)
+        x = deep
+        for block in self.up[0].blocks[-outer:]:
+            x = block(torch.cat([x, skips.pop()], dim=-1), embedding, contexts[block])
+        return self.head(x)
+
+    def head(self, x: Tensor) -> Tensor:
+        """[b f h w c] -> prediction [b c f h w]"""
         x = per_frame(self.conv_out, F.silu(per_frame(self.norm_out, x)))
         return rearrange(x, "b f h w c -> b c f h w").contiguous()
 

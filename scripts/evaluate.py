@@ -6,13 +6,15 @@
     python scripts/evaluate.py clips=64 json=outputs/scores.json
     python scripts/evaluate.py weights=outputs/mine/weights steps=20 guidance=3 output=outputs/mine/scores
     python scripts/evaluate.py sweep=conditions output=outputs/conditions
+    python scripts/evaluate.py clips=8 sweep=quality output=outputs/quality
 
     weights=        a native weights folder; without it the shipped small model. Sizes are its own
     clips=          seeds, 64; each gives three clips, see docs/evaluation.md
     first_seed=     the first of them, 0
     json=           all scores with intervals and settings
     output=         a folder for index.html (one page with clips to look at), scores.json, table.md
-    sweep=          guidance, steps, eta: score several values too; conditions: leave out one at a time
+    sweep=          guidance, steps, eta: score several values too; conditions: leave out one at a time;
+                    quality, samplers: presets, or solvers x network calls, against a 200-step reference
     batch=          clips sampled at once, 8; memory and speed only
 
 All settings with their defaults stand in i2vgen/config.py.

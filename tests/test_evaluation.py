@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from i2vgen import checkpoint, pipeline
-from i2vgen.training import evaluation, evaluation_page, evaluation_scores, world
+from i2vgen.config import QUALITIES
+from i2vgen.training import evaluation, evaluation_drift, evaluation_page, evaluation_scores, world
 from i2vgen.training.evaluation import Plan
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
@@ -212,6 +213,45 @@ def test_a_sweep_over_conditions(run, quick, loads, monkeypatch):
     assert "Sweep over conditions" in out and "without concat" in Path("page/table.md").read_text()
 
 
+@pytest.fixture
+def short(monkeypatch):
+    """The reference and every preset in a few steps."""
+    monkeypatch.setattr(evaluation_drift, "REFERENCE_STEPS", 4)
+    for preset in QUALITIES.values():
+        monkeypatch.setitem(preset, "steps", 3)
+    monkeypatch.setattr(evaluation_drift, "CALLS", (2, 4))
+
+
+def test_a_sweep_over_presets(run, quick, loads, short):
+    status, out, err = run(*quick, "clips=1", "steps=4", "sweep=quality", "json=out.json", "output=page")
+    assert status == 0, err
+    found = scores("out.json")
+    reference, exact, fast, draft, cached, _ = found["sweep"]
+    assert [row["name"] for row in found["sweep"]] == [
+        "reference, 4 steps", "exact", "fast", "draft", "fast, deep_cache=2", "fast, deep_cache=3"
+    ]  # fmt: skip
+    # As set is the reference: not made again, and no distance to itself.
+    assert reference["drift_relative"] == found["drift_relative"] == 0 and reference["drift_psnr"] == 99.0
+    assert found["calls"] == reference["calls"] == 8 and found["outer_calls"] == 0
+    assert exact["calls"] == 8  # three asked for are four in the official spacing
+    assert all(row["drift_relative"] > 0 and row["drift_psnr"] < 99 for row in (exact, fast, draft, cached))
+    assert fast["calls"] == draft["calls"] == 5 and fast["outer_calls"] == 0  # 999 and 666 with guidance
+    assert cached["outer_calls"] > 0 and cached["calls"] + cached["outer_calls"] == fast["calls"]
+    table = Path("page/table.md").read_text()
+    head = "| quality | calls | drift | relative | basic | other | objects | first | clip | time |"
+    assert "Sweep over quality" in out and head in table and " outer |" in table
+
+
+def test_a_sweep_over_samplers(run, quick, loads, short):
+    assert run(*quick, "clips=1", "steps=4", "sweep=samplers", "json=out.json")[0] == 0
+    rows = {row["name"]: row for row in scores("out.json")["sweep"]}
+    assert [*rows] == ["reference, 4 steps"] + [
+        f"{name}, {steps} steps"
+        for name in ("ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun")
+        for steps in ((1, 2) if name == "heun" else (2, 4))
+    ]
+
+
 def test_a_row_equal_to_the_settings_is_not_sampled_again(run, quick, loads, monkeypatch):
     asked, real = [], pipeline.generate
     monkeypatch.setattr(
@@ -281,7 +321,10 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
         (["clips=many"], "clips is a whole number"),
         (["first_seed=-1"], "first_seed is -1"),
         (["first_seed=1099511627770", "clips=7"], "2**40"),
-        (["sweep=everything"], "sweep=everything is unknown; use one of guidance, steps, eta, conditions"),
+        (
+            ["sweep=everything"],
+            "sweep=everything is unknown; use one of guidance, steps, eta, conditions, quality",
+        ),
         (["sweep="], "sweep= is empty"),
         (["json=here"], "json=here is a folder"),
         (["json=file/out.json"], "cannot be made"),
@@ -290,6 +333,9 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
         (["seed=3"], "use first_seed="),
         (["prompt=a red square"], "prompt= has no effect here"),
         (["sampler=ancestral", "steps=1000", "sweep=eta"], "sweep=eta has no effect with"),
+        (["sampler=unipc", "sweep=eta"], "sweep=eta has no effect with sample.sampler=unipc"),
+        (["deep_cache=2", "sweep=conditions"], "use deep_cache=0"),
+        (["schedule.prediction=eps", "sweep=samplers"], "divide by zero"),
         (["eps_form=recovered", "spacing=trailing", "sweep=steps"], "divide by zero"),
         (["clip=3"], "clip is a group of settings"),
         (["--quick"], "there is no option --quick"),

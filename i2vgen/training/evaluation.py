@@ -28,8 +28,10 @@ from i2vgen import pipeline
 from i2vgen.conditioning import Conditions, Prepared
 from i2vgen.config import RANDOM, Config, load_config
 from i2vgen.pipeline import I2VGenXL
-from i2vgen.training import world
+from i2vgen.solvers import SOLVERS
+from i2vgen.training import evaluation_drift, world
 from i2vgen.training.data import FIRST_TRAINING_SEED
+from i2vgen.training.evaluation_drift import Drift, Sampled, counting
 from i2vgen.training.evaluation_scores import Item, Made, Scores, comparable, compare, psnr, summarise
 from i2vgen.training.settings import MAX_WORLD_SPEED, Bucket, world_speed
 from i2vgen.training.world import Facts
@@ -37,6 +39,8 @@ from i2vgen.unet import UNet
 
 SWEEPS = {"guidance": (1, 2, 3, 5, 7, 9), "steps": (10, 15, 20, 30, 50), "eta": (0, 0.25, 0.5, 1)}
 CONDITIONS = "conditions"
+COMPARED = ("quality", "samplers")  # their rows are compared with a reference too: evaluation_drift.py
+ALL_SWEEPS = (*SWEEPS, CONDITIONS, *COMPARED)
 SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips on the page
 Missing = Literal["", "concat", "text", "local tokens", "image vector"]
 
@@ -47,7 +51,7 @@ class Plan:
 
     clips: int = 64
     first_seed: int = 0
-    sweep: Literal["", "guidance", "steps", "conditions", "eta"] = ""
+    sweep: Literal["", "guidance", "steps", "conditions", "eta", "quality", "samplers"] = ""
 
     def __post_init__(self):
         if self.clips < 1:
@@ -59,8 +63,8 @@ class Plan:
                 f"first_seed={self.first_seed} with clips={self.clips} reaches the seeds from 2**40 on, "
                 "which trainings draw: scores there would measure memory; use smaller seeds"
             )
-        if self.sweep not in ("", *SWEEPS, CONDITIONS):
-            raise ValueError(f"sweep={self.sweep} is unknown; use one of {', '.join((*SWEEPS, CONDITIONS))}")
+        if self.sweep not in ("", *ALL_SWEEPS):
+            raise ValueError(f"sweep={self.sweep} is unknown; use one of {', '.join(ALL_SWEEPS)}")
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,18 @@ class Evaluation:
     scores: Scores  # as set
     sweep: tuple[tuple[str, Scores], ...]
     shown: tuple[Made, ...]
+    drifts: dict[str, Drift] = dataclasses.field(default_factory=dict)  # row -> of COMPARED; "as set" too
 
     def to_dict(self) -> dict:
-        report = {**self.scores.to_dict(), "settings": self.settings}
+        report = {**self.scores.to_dict(), "settings": self.settings, **self.drift("as set")}
         if self.sweep:
-            report["sweep"] = [{"name": name, **scores.to_dict()} for name, scores in self.sweep]
+            report["sweep"] = [
+                {"name": name, **scores.to_dict(), **self.drift(name)} for name, scores in self.sweep
+            ]
         return report
+
+    def drift(self, row: str) -> dict:
+        return self.drifts[row].to_dict() if row in self.drifts else {}
 
 
 class Variant(NamedTuple):
@@ -105,12 +115,25 @@ def variants(config: Config, sweep: str) -> list[Variant]:
     """The rows of a sweep, checked; ValueError for a sweep that has no effect under these settings."""
     if sweep == CONDITIONS:
         use = config.use
+        if config.sample.deep_cache > 1:
+            raise ValueError(
+                f"sweep={sweep} changes what the UNet reads and sample.deep_cache={config.sample.deep_cache} "
+                "keeps parts of it; use deep_cache=0"
+            )
         there = {"concat": use.concat, "text": use.text, "local tokens": use.local_tokens,
                  "image vector": use.global_tokens}  # fmt: skip
         rows = [Variant(f"without {name}", config, name) for name, is_there in there.items() if is_there]
         return [Variant("everything", config), *rows]
-    if sweep in ("steps", "eta") and config.sample.sampler == "ancestral":
-        raise ValueError(f"sweep={sweep} has no effect with sample.sampler=ancestral; use sampler=ddim")
+    unable = {"steps": ("ancestral",), "eta": ("ancestral", *SOLVERS)}.get(sweep, ())
+    if config.sample.sampler in unable:
+        raise ValueError(
+            f"sweep={sweep} has no effect with sample.sampler={config.sample.sampler}; use sampler=ddim"
+        )
+    if sweep in COMPARED:
+        rows = [Variant(*row) for row in evaluation_drift.settings(config, sweep)]
+        for row in rows:
+            pipeline.refuse_unsampleable(row.config)
+        return rows
     rows = []
     for value in SWEEPS.get(sweep, ()):
         sample = dataclasses.replace(config.sample, **{sweep: value})
@@ -203,17 +226,25 @@ def evaluate(
     start = time.perf_counter()
     settings = record(model, plan, rate)  # the weights' hash before the work, as they were loaded
     known = references(model, todo, rate)
-    made = make(model, todo, rate, keep=True, on_clips=lambda count: tick("as set", count))
+    made, sampled = make(model, todo, rate, keep=True, on_clips=lambda count: tick("as set", count))
     scores = summarise(made, known, time.perf_counter() - start)
-    rows = []
+    rows, of_rows = [], {"as set": sampled}
     for variant in variants(model.config, plan.sweep):
+        name, of_rows[variant.name] = variant.name, sampled
         if as_set(variant, model.config):
-            rows.append((variant.name, scores))
+            rows.append((name, scores))
             continue
-        start, name = time.perf_counter(), variant.name
-        again = make(varied(model, variant), todo, rate, on_clips=lambda count, name=name: tick(name, count))
+        start = time.perf_counter()
+        again, of_rows[name] = make(
+            varied(model, variant), todo, rate, on_clips=lambda count, name=name: tick(name, count)
+        )
         rows.append((name, summarise(again, known, time.perf_counter() - start)))
-    return Evaluation(settings, scores, tuple(rows), tuple(one for one in made if one.frames is not None))
+    drifts = {}
+    if plan.sweep in COMPARED:
+        reference = of_rows[rows[0][0]]
+        drifts = {name: evaluation_drift.drift(one, reference) for name, one in of_rows.items()}
+    shown = tuple(one for one in made if one.frames is not None)
+    return Evaluation(settings, scores, tuple(rows), shown, drifts)
 
 
 def make(
@@ -223,20 +254,22 @@ def make(
     *,
     keep: bool = False,
     on_clips: Callable[[int], None] | None = None,
-) -> list[Made]:
+) -> tuple[list[Made], Sampled]:
     """Sample every item, `runtime.batch` at once, and compare; `keep` holds on to the frames of SHOWN."""
-    made, size, left = [], model.config.runtime.batch, dict(SHOWN)
+    made, size, left, sampled = [], model.config.runtime.batch, dict(SHOWN), Sampled()
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
         truths = [render(item.facts, model.config, rate) for item in batch]
         pictures = [Image.fromarray(truth[0]) for truth in truths]
-        clips = pipeline.generate(model, pictures, [i.caption for i in batch], [i.seed for i in batch])
+        with counting(model.unet, sampled):
+            clips = pipeline.generate(model, pictures, [i.caption for i in batch], [i.seed for i in batch])
         for item, truth, frames in zip(batch, truths, clips.cpu().numpy(), strict=True):
+            sampled.clips.append(frames)
             left[item.set] -= 1
             made.append(compare(item, truth, frames, rate, keep=keep and left[item.set] >= 0))
         if on_clips is not None:
             on_clips(len(batch))
-    return made
+    return made, sampled
 
 
 def render(facts: Facts, config: Config, rate: float) -> np.ndarray:

@@ -29,6 +29,13 @@ LABELS = {
     "vae_psnr": "autoencoder alone, PSNR",
 }
 SHORT = ("basic", "all", "other", "objects", "camera", "identity", "first", "clip", "still", "vae")
+BRIEF = {  # of a sweep over ways of sampling
+    "motion_accuracy_basic": "basic",
+    "other_motion_accuracy": "other",
+    "object_accuracy": "objects",
+    "first_frame_psnr": "first",
+    "clip_psnr": "clip",
+}
 SHARES = (*ACCURACIES, "identity")
 NONE = "-"  # no such clip
 FRAME_HEIGHT, MAX_FRAMES, GAP = 96, 8, 3  # of the strips, in pixels
@@ -81,12 +88,27 @@ def score_table(scores: Scores) -> Table:
 
 def sweep_table(evaluation: Evaluation) -> Table:
     rows = [("as set", evaluation.scores), *evaluation.sweep]
+    if evaluation.drifts:
+        return drift_table(evaluation, rows)
     cells = [
         (name, *(figure(score, scores.values[score]) for score in SCORES), f"{scores.seconds:.0f} s")
         for name, scores in rows
     ]
     title = f"Sweep over {evaluation.settings['sweep']}"
     return Table(title, (evaluation.settings["sweep"], *SHORT, "time"), tuple(cells))
+
+
+def drift_table(evaluation: Evaluation, rows: list[tuple[str, Scores]]) -> Table:
+    """A sweep over ways of sampling: what they cost and how far they lead from the reference."""
+    cells = []
+    for name, scores in rows:
+        drift = evaluation.drifts[name]
+        calls = f"{drift.whole} + {drift.outer} outer" if drift.outer else str(drift.whole)
+        shown = (figure(score, scores.values[score]) for score in BRIEF)
+        far = (f"{drift.psnr:.1f} dB", f"{drift.relative:.3f}")
+        cells.append((name, calls, *far, *shown, f"{scores.seconds:.0f} s"))
+    head = (evaluation.settings["sweep"], "calls", "drift", "relative", *BRIEF.values(), "time")
+    return Table(f"Sweep over {evaluation.settings['sweep']}", head, tuple(cells))
 
 
 def motion_table(scores: Scores) -> Table:
