@@ -56,7 +56,8 @@ def smooth(model, frames, prompt, seed, strength):
             total_weight[:, :, inside] += weight
         return total_v / total_weight
 
-    visited = [t for t in timesteps(schedule.num_timesteps, model.config.sample.steps) if t < strength * 1000]
+    sample, total_t = model.config.sample, schedule.num_timesteps
+    visited = [t for t in timesteps(total_t, sample.steps, sample.spacing) if t < strength * total_t]
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     a = [schedule.abar[t].sqrt().to(x0) for t in visited]

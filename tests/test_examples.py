@@ -17,7 +17,7 @@ from i2vgen.training import world
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-QUICK = ("steps=4", "device=cpu")
+QUICK = ("steps=4", "device=cpu", "save.enlarge=1")
 
 
 def load(name):
