@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from i2vgen import config
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
-from i2vgen.bench.meter import Meter
+from i2vgen.meter import Meter
 from i2vgen.bench.report import Table
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"

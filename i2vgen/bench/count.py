@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from i2vgen import pipeline, speed
-from i2vgen.bench.meter import Meter, Operation
+from i2vgen.meter import Meter, Operation
 from i2vgen.bench.report import Report, Table
 from i2vgen.conditioning import Conditions
 from i2vgen.config import Config

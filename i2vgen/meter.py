@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 
-@torch.library.custom_op("i2vgen_bench::attention", mutates_args=())
+@torch.library.custom_op("i2vgen_meter::attention", mutates_args=())
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """softmax(scale q kᵀ + mask) v as one operation: q [... t d], k [... k d], v [... k e] -> [... t e]"""
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
@@ -32,7 +32,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None)
     return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-ATTENTION = torch.ops.i2vgen_bench.attention.default
+ATTENTION = torch.ops.i2vgen_meter.attention.default
 
 
 # ---------------------------------------------------------------------------------------------------
