@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from i2vgen import config
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
-from i2vgen.meter import Meter
 from i2vgen.bench.report import Table
+from i2vgen.meter import Meter
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 BF16 = 2  # bytes
@@ -78,6 +78,19 @@ def test_convolution_keeps_channels_last(layer):
         assert layer(last).permute(0, 2, 3, 1).is_contiguous()
         assert layer(plain).is_contiguous()
     assert not layer(last).permute(0, 2, 3, 1).is_contiguous()  # what meta says without the meter
+
+
+def test_what_the_meter_says_itself_is_what_a_cpu_gives():
+    """Norms and linear layers on `meta` are answered by the meter: shapes, formats, types."""
+    x = torch.randn(2, 8, 8, 4).permute(0, 3, 1, 2)
+    for layer in (nn.GroupNorm(2, 4), nn.LayerNorm(8), nn.Linear(8, 5)):
+        with torch.no_grad(), Meter() as real:
+            wanted = layer(x)
+        layer, like = layer.to("meta"), x.to("meta")
+        with torch.no_grad(), Meter() as said:
+            got = layer(like)
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert (said.bytes, said.peak, said.operations) == (real.bytes, real.peak, real.operations)
 
 
 def test_attention_is_one_operation():

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from i2vgen import pipeline, speed
-from i2vgen.meter import Meter, Operation
 from i2vgen.bench.report import Report, Table
 from i2vgen.conditioning import Conditions
 from i2vgen.config import Config
+from i2vgen.meter import Meter, Operation
 from i2vgen.unet import UNet
 
 META = torch.device("meta")
