@@ -72,14 +72,14 @@ def amount(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
-def settle(config: Config, plan: str) -> Config:
+def settle(config: Config, plan: str, device: str = "") -> Config:
     """The settings under a plan: its switches where the user left the default.
 
-    On a CPU nothing waits elsewhere, unless asked for by name.
+    On a CPU nothing waits elsewhere, unless asked for by name. `device` is by default that of the settings.
     """
     runtime_, default = config.runtime, Runtime()
     chosen = {k: v for k, v in PLANS[plan].items() if getattr(runtime_, k) == getattr(default, k)}
-    if runtime.device(runtime_).type == "cpu":
+    if (device or runtime.device(runtime_).type) == "cpu":
         chosen.pop("offload", None)
     if runtime_.compile and chosen.get("offload") == "blocks":
         chosen["offload"] = "parts"  # compiled code cannot follow weights that move
@@ -157,7 +157,9 @@ class Ledger:
         storage.store(self.parts["unet"], config.runtime.weight_storage)
         self._clip: dict[int, int] = {}
 
-    def estimate(self, config: Config) -> Estimate:
+    def estimate(self, config: Config, device: str = "") -> Estimate:
+        """What settings of a plan take, on their device or the one named."""
+        device = device or runtime.device(config.runtime).type
         speed.apply(self.parts["unet"], config.runtime)
         plain = runtime.estimate_memory(config, self.parts)
         needs = {
@@ -168,10 +170,12 @@ class Ledger:
         }
         return Estimate(
             config.runtime.memory,
-            tuple(Moment(name, self.weights(part, config), used) for (name, part), used in needs.items()),
+            tuple(
+                Moment(name, self.weights(part, config, device), used) for (name, part), used in needs.items()
+            ),
         )
 
-    def weights(self, part: str, config: Config) -> int:
+    def weights(self, part: str, config: Config, device: str) -> int:
         """Bytes of weights on the device while this part runs."""
         everything = sum(offload.flat_bytes(offload.tensors(module)) for module in self.parts.values())
         if config.runtime.offload == "none":
@@ -186,7 +190,7 @@ class Ledger:
             ]
             here += 2 * max(sizes) - sum(sizes)
         # On a CPU what waits is in the same memory.
-        return here + (everything if runtime.device(config.runtime).type == "cpu" else 0)
+        return here + (everything if device == "cpu" else 0)
 
     def _of_clip(self, config: Config) -> int:
         b = config.runtime.batch
