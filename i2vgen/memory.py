@@ -27,8 +27,8 @@ from i2vgen.unet import UNet
 # Fastest first, each leaner than the one before. `full` is what the other settings say.
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
-    "balanced": {"offload": "parts", "token_chunk": 56_320, "vae_chunk": 1, "batch_guidance": False},
-    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "batch_guidance": False},
+    "balanced": {"offload": "parts", "token_chunk": 56_320, "vae_chunk": 1},
+    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1},
 }
 META = torch.device("meta")
 

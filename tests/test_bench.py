@@ -353,8 +353,8 @@ def test_plans_reach_the_unet(small):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["case=gpu-8k"], "there is no case=gpu-8k; choose count"),
-        (["against=diffusers"], "case= is missing; choose count"),
+        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory"),
+        (["against=diffusers"], "case= is missing; choose count or memory"),
         (["case=count", "against=vgen"], "there is no against=vgen; choose diffusers"),
         (["case=count", "steps=3"], "there is no steps="),
         (["case=count", "case=count"], "case= is given twice"),
