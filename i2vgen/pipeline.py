@@ -29,6 +29,7 @@ from i2vgen import checkpoint, images, memory, runtime, speed, storage, video
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
+from i2vgen.offload import Guest
 from i2vgen.sampler import OnStep, Predict, ancestral, ddim, ddim_invert, guided, guided_pair
 from i2vgen.schedule import Schedule, make_betas, timesteps
 from i2vgen.unet import UNet
@@ -81,7 +82,7 @@ class I2VGenXL:
         self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
         self.parts = {"unet": unet, "vae": vae, "clip": clip}
-        self.waiting = memory.guests(self.parts, config, device)  # parts that wait on the CPU
+        self.waiting: dict[str, Guest] = {}  # parts that wait on the CPU until they are needed
 
     def __call__(
         self,
@@ -352,7 +353,9 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
     if config.runtime.compile:
         runtime.compile_quickly()
         unet.compile()
-    return I2VGenXL(config, unet, vae, clip, device)
+    model = I2VGenXL(config, unet, vae, clip, device)
+    model.waiting = memory.guests(model.parts, config, device)
+    return model
 
 
 def refuse_unsampleable(config: Config) -> None:
