@@ -78,15 +78,15 @@ def test_a_norm_of_parts_survives_a_large_mean():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_chunks_take_less(make_unet, make_inputs, dtype):
     unet = make_unet(dtype=dtype).to("meta")
-    x, t, cond = make_inputs(1, 8, 8, 8, dtype=dtype)
+    x, t, cond = make_inputs(1, 8, 32, 32, dtype=dtype)
     peaks = []
-    for tokens in (0, 128, 16):
+    for tokens in (0, 2048, 1024):
         speed.apply(unet, Runtime(token_chunk=tokens))
         with Meter() as meter:
             given = type(cond)(*(c.to("meta") for c in cond))
             unet(x.to("meta"), t.to("meta"), unet.prepare(given, 8))
         peaks.append(meter.peak)
-    assert peaks[2] < peaks[1] < peaks[0]
+    assert peaks[2] < peaks[1] < 0.8 * peaks[0], peaks
 
 
 @torch.no_grad()
@@ -134,9 +134,9 @@ def test_in_chunks_may_write_into_its_input():
 # --- what waits on the CPU
 
 
-def stream(unet, **more):
+def stream(unet):
     listed = memory.streamable(unet)
-    return offload.Streamed(listed.blocks, torch.device("cpu"), resident=listed.resident, **more)
+    return offload.Streamed(listed.blocks, torch.device("cpu"), resident=listed.resident)
 
 
 @torch.no_grad()
@@ -265,8 +265,8 @@ def test_a_unet_in_eight_bits_drifts_little_and_takes_less(make_unet, make_input
 def test_an_autoencoder_that_overflows_computes_again(road, with_config, picture):
     vae = copy.deepcopy(road.vae)
     with torch.no_grad():
-        vae.decoder.conv_in.weight.mul_(1e6)  # norms undo it later; float16 ends at 65504
-        vae.encoder.conv_in.weight.mul_(1e6)
+        for conv in (vae.encoder.conv_in, vae.decoder.conv_in):  # norms undo it; float16 ends at 65504
+            conv.weight.mul_(1e5).clamp_(-6e4, 6e4)
     wide = pipeline.I2VGenXL(road.config, road.unet, vae.float(), road.clip, road.device)
     wanted = wide(picture, "a boat").frames.astype(int)
     half = pipeline.I2VGenXL(road.config, road.unet, copy.deepcopy(vae).half(), road.clip, road.device)
@@ -367,7 +367,7 @@ def ledger(tiny):
     return memory.Ledger(tiny)
 
 
-def test_weights_are_counted_where_they_are(tiny, ledger):
+def test_weights_are_counted_where_they_are(tiny, tiny_model, ledger):
     sizes = {name: offload.flat_bytes(offload.tensors(part)) for name, part in ledger.parts.items()}
     everything = sum(sizes.values())
     for part in sizes:
@@ -377,9 +377,9 @@ def test_weights_are_counted_where_they_are(tiny, ledger):
         assert ledger.weights(part, away, "cpu") == everything + sizes[part]
     one_by_one = changed(tiny, runtime={"offload": "blocks"})
     assert ledger.weights("vae", one_by_one, "cuda") == sizes["vae"]
-    listed = memory.streamable(ledger.parts["unet"])
-    streamed = offload.Streamed(listed.blocks, torch.device("cpu"), resident=listed.resident)
-    guest = offload.Guest(ledger.parts["unet"], torch.device("cpu"), streamed=streamed)
+    unet = copy.deepcopy(tiny_model.unet)
+    streamed = stream(unet)
+    guest = offload.Guest(unet, torch.device("cpu"), streamed=streamed)
     here = guest.shelf.nbytes + streamed.buffer_bytes
     assert ledger.weights("unet", one_by_one, "cuda") == here < 0.6 * sizes["unet"]
 
