@@ -469,6 +469,13 @@ class Runtime:
     tf32: bool = False  # faster float32 products on recent GPUs, three digits less
     compile: bool = False
     check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
+    # A plan of the savings below (memory.py). auto: the fastest that fits into the free memory; full: none.
+    # What you set yourself to another value than its default stays under every plan.
+    memory: Literal["auto", "full", "balanced", "low"] = "auto"
+    token_chunk: int = 0  # tokens in a layer at once, whole frames or whole pixels; exact; 0: all
+    offload: Literal["none", "parts", "blocks"] = "none"  # what waits on the CPU until it is needed
+    # How the UNet keeps its weights: int8 and float8 take half of float16 and are NOT exact.
+    weight_storage: Literal["native", "int8", "float8"] = "native"
     # Exact savings (speed.py): the same numbers up to rounding.
     share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
     batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
@@ -483,9 +490,15 @@ class Runtime:
             raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
         if self.batch < 1:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
-        if self.feed_forward_chunk < 0:
+        for name in ("feed_forward_chunk", "token_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"runtime.{name} is {getattr(self, name)}; give a number of tokens, 0 for all"
+                )
+        if self.offload == "blocks" and self.compile:
             raise ValueError(
-                f"runtime.feed_forward_chunk is {self.feed_forward_chunk}; give a number of tokens, 0 for all"
+                "runtime.offload=blocks swaps weights while the UNet runs, which runtime.compile cannot "
+                "follow; use runtime.offload=parts or leave compile out"
             )
 
 

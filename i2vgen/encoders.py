@@ -81,6 +81,12 @@ class ClipEncoders(nn.Module):
         """Normalised pixels [b 3 s s] -> image vectors [b v], projected but not normalised."""
         return self.model.visual(pixels.to(self.dtype))
 
+    def blocks(self) -> list[nn.Module]:
+        """The towers' transformer blocks; other kinds of towers have none."""
+        from open_clip.transformer import ResidualAttentionBlock
+
+        return [module for module in self.model.modules() if isinstance(module, ResidualAttentionBlock)]
+
     @property
     def dtype(self) -> torch.dtype:
         return self.model.positional_embedding.dtype

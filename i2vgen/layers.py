@@ -6,11 +6,13 @@ Axes: b batch, f frames, h w latent rows and columns, c channels; n whatever els
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 # The networks were trained with two GroupNorm epsilons: 1e-5 in ResBlocks, temporal convolutions and the
 # head, 1e-6 at the entrance of transformers and everywhere in the autoencoder.
@@ -91,10 +93,63 @@ class GroupNorm(nn.GroupNorm):
         y = super().forward(rearrange(x.flatten(2, -2), "n h w c -> n c h w"))
         return rearrange(y, "n c h w -> n h w c").reshape(x.shape)
 
+    def of_parts(self, x: Tensor, size: int) -> Callable[[Tensor], Tensor]:
+        """x [n f p c] -> the norm of any part [n f p' c] of it, by the statistics of the whole.
+
+        They are taken here from `size` of p at a time, in at least float32: first every piece by itself, then
+        together (Chan, Golub, LeVeque 1979), so that no large numbers cancel.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        pieces = x.split(size, dim=2)
+        found = [self._statistics(piece.to(wide)) for piece in pieces]
+        share = [piece.shape[2] / x.shape[2] for piece in pieces]
+        mean = sum(s * m for s, (_, m) in zip(share, found, strict=True))
+        var = sum(s * (v + (m - mean) ** 2) for s, (v, m) in zip(share, found, strict=True))
+        scale = torch.rsqrt(var + self.eps).repeat_interleave(x.shape[-1] // self.num_groups, dim=-1)
+        shift = -mean.repeat_interleave(x.shape[-1] // self.num_groups, dim=-1) * scale
+        if self.weight is not None:
+            scale, shift = scale * self.weight.to(wide), shift * self.weight.to(wide) + self.bias.to(wide)
+        scale, shift = (rearrange(y, "n c -> n 1 1 c") for y in (scale, shift))
+        return lambda part: torch.addcmul(shift, part.to(wide), scale).to(part.dtype)
+
+    def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[n f p c] -> variance and mean of every group, each [n g]"""
+        return torch.var_mean(x.unflatten(-1, (self.num_groups, -1)), dim=(1, 2, 4), correction=0)
+
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     """Run a module that knows no frames, [n h w c] -> [n h' w' c'], on every frame of x [b f h w c]."""
     return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+
+
+def in_chunks(
+    function: Callable[..., Tensor], size: int, axis: int, *inputs: Tensor, into: Tensor | None = None
+) -> Tensor:
+    """function(*inputs) with at most `size` of an axis at once; all at once for size 0 or with gradients.
+
+    Exact where the function keeps the places of that axis apart. `into` receives the result and may be an
+    input: a part is read before it is written.
+    """
+    n = inputs[0].shape[axis]
+    if not 0 < size < n or torch.is_grad_enabled():
+        return function(*inputs)
+    for i in range(0, n, size):
+        part = function(*(x.narrow(axis, i, min(size, n - i)) for x in inputs))
+        if into is None:
+            into = part.new_empty(*part.shape[:axis], n, *part.shape[axis + 1 :])
+        into.narrow(axis, i, part.shape[axis]).copy_(part)
+        del part  # before the next one is made
+    return into
+
+
+def as_written(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module's parts are of these kinds and nobody listens at them: then chunks are exact."""
+    return all(
+        type_before_parametrizations(part) in kinds
+        and not part._forward_hooks
+        and not part._forward_pre_hooks
+        for part in module.children()
+    )
 
 
 def zero_(module: nn.Module) -> nn.Module:

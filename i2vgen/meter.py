@@ -68,6 +68,31 @@ ARITHMETIC = {
     ATTENTION: _attention,
 }
 
+
+# PyTorch works these out in Python on `meta`, which is most of the time of a count; the answer is simple.
+
+
+def _addmm_result(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _layer_norm_result(x: Tensor, shape: list[int], *rest) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.shape[: x.ndim - len(shape)] + (1,) * len(shape)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, deviation = (x.new_empty(statistics, dtype=wide) for _ in range(2))
+    return x.new_empty(x.shape), mean, deviation
+
+
+def _group_norm_result(x: Tensor, weight, bias, n: int, c, pixels, groups: int, eps) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
+
+
+RESULTS = {
+    aten.addmm.default: _addmm_result,
+    aten.native_layer_norm.default: _layer_norm_result,
+    aten.native_group_norm.default: _group_norm_result,
+}
+
 # One pass over the input for the statistics, one to normalise.
 READS_TWICE = {aten.native_group_norm.default}
 # They claim memory and move nothing.
@@ -148,7 +173,10 @@ class Meter(TorchDispatchMode):
         super().__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
+        if func in RESULTS and args[0].is_meta and not kwargs:
+            result = RESULTS[func](*args)
+        else:
+            result = func(*args, **(kwargs or {}))
         if func is aten.convolution.default:
             result = _keep_channels_last(result, *args[:2])
         inputs = _tensors([*args, *(kwargs or {}).values()])

@@ -7,6 +7,7 @@ Axes: b batch, f frames, c channels, h w latent rows and columns.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,11 +27,12 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, deep_cache, images, lora, runtime, speed, video
+from i2vgen import checkpoint, deep_cache, images, lora, memory, runtime, speed, storage, video
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.deep_cache import DeepCache
 from i2vgen.encoders import ClipEncoders
+from i2vgen.offload import Guest
 from i2vgen.sampler import (
     Noise,
     OnStep,
@@ -109,6 +111,7 @@ class I2VGenXL:
         self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
         self.parts = {"unet": unet, "vae": vae, "clip": clip}
+        self.waiting: dict[str, Guest] = {}  # parts that wait on the CPU until they are needed
 
     def __call__(
         self,
@@ -187,14 +190,18 @@ def generate(
     if start.shape != drawn.shape:
         raise ValueError(f"noise has shape {tuple(start.shape)}; this job needs {tuple(drawn.shape)}")
 
-    predict = network(model, cond, uncond)
-
     def step_noise(x: Tensor) -> Tensor:
         return runtime.draw_all(noises, tuple(x.shape[1:])).to(x)
 
-    latents = (sampler or named_sampler(config))(
-        predict, start, model.schedule, steps=sample.steps, noise=step_noise, on_step=on_step
-    )
+    with memory.here(model.waiting, "unet"):
+        latents = (sampler or named_sampler(config))(
+            network(model, cond, uncond),
+            start,
+            model.schedule,
+            steps=sample.steps,
+            noise=step_noise,
+            on_step=on_step,
+        )
     return decode(model, latents)
 
 
@@ -271,15 +278,18 @@ def invert(
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
     cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
     pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
-    latents = model.vae.encode(pixels, None, chunk=model.config.runtime.vae_chunk)
-    return ddim_invert(
-        network(model, cond, uncond),
-        rearrange(latents, "f c h w -> 1 c f h w"),
-        model.schedule,
-        steps=sample.steps,
-        eps_form=sample.eps_form,
-        on_step=on_step,
-    )
+    with memory.here(model.waiting, "vae"):
+        chunk = model.config.runtime.vae_chunk
+        latents = finite(model.vae, lambda vae: vae.encode(pixels, None, chunk=chunk))
+    with memory.here(model.waiting, "unet"):
+        return ddim_invert(
+            network(model, cond, uncond),
+            rearrange(latents, "f c h w -> 1 c f h w"),
+            model.schedule,
+            steps=sample.steps,
+            eps_form=sample.eps_form,
+            on_step=on_step,
+        )
 
 
 def encode(
@@ -293,18 +303,20 @@ def encode(
     views = [prepare_views(picture, config) for picture in pictures]
     pixels = torch.stack([view.pixels for view in views]).to(device)
     noise = posterior_noise.to(device) if sample.posterior == "sample" else None
-    latent = model.vae.encode(pixels, noise, chunk=1)
+    with memory.here(model.waiting, "vae"):
+        latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
     fps = torch.full((len(pictures),), sample.fps, device=device)
 
     text, vector = (None, None), (None, None)
-    if config.use.text:
-        texts = [*prompts, config.negative_prompt]
-        tokens = model.clip.text(model.clip.tokenize(texts).to(device))
-        text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
-    if config.use.global_tokens:
-        clip_pixels = torch.stack([view.clip_pixels for view in views]).to(device)
-        vector_cond = model.clip.image(clip_pixels)
-        vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
+    with memory.here(model.waiting, "clip"):
+        if config.use.text:
+            texts = [*prompts, config.negative_prompt]
+            tokens = model.clip.text(model.clip.tokenize(texts).to(device))
+            text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
+        if config.use.global_tokens:
+            clip_pixels = torch.stack([view.clip_pixels for view in views]).to(device)
+            vector_cond = model.clip.image(clip_pixels)
+            vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
     return Conditions(text[0], vector[0], latent, fps), Conditions(text[1], vector[1], latent, fps)
 
 
@@ -323,11 +335,27 @@ def prepare_views(picture: Image.Image, config: Config) -> images.Pictures:
 
 def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     """Latents [b c f h w] -> uint8 frames [b f H W 3]."""
-    b = latents.shape[0]
+    b, config, done = latents.shape[0], model.config, []
     frames = rearrange(latents, "b c f h w -> (b f) c h w")
-    pixels = model.vae.decode(frames, chunk=model.config.runtime.vae_chunk)
-    pixels = rearrange(pixels, "(b f) c h w -> b c f h w", b=b)
-    return video.to_uint8(pixels.float(), rounding=model.config.save.rounding)
+    with memory.here(model.waiting, "vae"):
+        for part in frames.split(config.runtime.vae_chunk):
+            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
+            pixels = rearrange(pixels.float(), "n c h w -> c n h w")
+            done.append(video.to_uint8(pixels, rounding=config.save.rounding))
+    return rearrange(torch.cat(done), "(b f) h w c -> b f h w c", b=b)
+
+
+def finite(vae: AutoencoderKL, compute: Callable[[AutoencoderKL], Tensor]) -> Tensor:
+    """`compute` by the autoencoder; in float32 once more where float16 overflows, never a black frame."""
+    out = compute(vae)
+    if vae.dtype != torch.float16 or bool(torch.isfinite(out).all()):
+        return out
+    warnings.warn(
+        "the autoencoder overflows in float16; computed again in float32 (runtime.vae_dtype=bfloat16 or "
+        "float32 do not overflow)",
+        stacklevel=2,
+    )
+    return compute(copy.deepcopy(vae).float())
 
 
 def load(
@@ -345,8 +373,11 @@ def load(
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 
 
-def load_parts(config: Config) -> I2VGenXL:
-    """Check weights and memory first, then load UNet, VAE and CLIP onto the device."""
+def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = None) -> I2VGenXL:
+    """Check weights and memory first, then load UNet, VAE and CLIP onto the device.
+
+    `tell` hears of the memory plan and what it takes before anything is loaded.
+    """
     if not config.weights:
         raise ValueError("no weights given; name a native weights folder with weights=, or weights=random")
     if config.weights == RANDOM:
@@ -362,17 +393,24 @@ def load_parts(config: Config) -> I2VGenXL:
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
-    runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
-    unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
-    vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
-    clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
+    config, estimate = memory.choose(config)
+    if tell is not None:
+        tell(estimate)
+    place = "cpu" if config.runtime.offload != "none" else device
+    unet, vae, clip = (
+        checkpoint.load(part, config, device=place, dtype=memory.dtype(part, config.runtime))
+        for part in checkpoint.PARTS
+    )
     if config.adapter:
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
+    storage.store(unet, config.runtime.weight_storage)
     speed.apply(unet, config.runtime)
     if config.runtime.compile:
         runtime.compile_quickly()
         unet.compile()
-    return I2VGenXL(config, unet, vae, clip, device)
+    model = I2VGenXL(config, unet, vae, clip, device)
+    model.waiting = memory.guests(model.parts, config, device)
+    return model
 
 
 def refuse_unsampleable(config: Config) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -106,7 +105,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(config: Config, parts: dict[str, nn.Module]) -> MemoryEstimate:
-    """From the shapes alone; `parts` may be on `meta`. Counts the widest moment of UNet and VAE decoder.
+    """A formula for the plain modules, for parts that cannot be counted (`memory.py`); they may be on `meta`.
 
     Level-0 tensors dominate the UNet: per token a transformer's feed-forward holds its 8x projection, the
     gate's activation and the product (4x each) beside the residual stream; the first temporal transformer
@@ -149,23 +148,3 @@ def free_memory(where: torch.device) -> int:
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         limits.append(max(0, int(limit.read_text()) - int(used.read_text())))
     return min(limits, default=2**63)
-
-
-def check_memory(config: Config, parts: dict[str, nn.Module]) -> MemoryEstimate:
-    """The estimate; ValueError with a smaller size that would fit if it exceeds the free memory."""
-    estimate, free = estimate_memory(config, parts), free_memory(device(config.runtime))
-    if config.runtime.check_memory and estimate.total > free:
-        room = free - estimate.weights
-        sample, multiple = config.sample, config.size_multiple
-        advice = "use a machine with more memory"
-        if room > 0:
-            scale = math.sqrt(room / (estimate.total - estimate.weights))
-            width, height = (
-                max(multiple, int(s * scale) // multiple * multiple) for s in (sample.width, sample.height)
-            )
-            advice = f"width={width} height={height} or fewer frames may fit"
-        raise ValueError(
-            f"{sample.width} x {sample.height} x {sample.frames} needs about {estimate} and "
-            f"{free / GIB:.1f} GiB are free; {advice} (runtime.check_memory=false runs anyway)"
-        )
-    return estimate

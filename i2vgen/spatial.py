@@ -12,11 +12,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.attention import Attention, Keys
-from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, per_frame, zero_
+from i2vgen.layers import (
+    RES_EPS,
+    TRANSFORMER_EPS,
+    Conv,
+    FeedForward,
+    GroupNorm,
+    as_written,
+    in_chunks,
+    per_frame,
+    zero_,
+)
 
 
 class ResBlock(nn.Module):
     """Two convolutions around the addition of the timestep embedding, and a skip."""
+
+    tokens = 0  # at once, in whole frames; 0: all; see `speed.py`
 
     def __init__(self, width_in: int, width: int, embedding_width: int, *, groups: int, dropout: float):
         super().__init__()
@@ -30,6 +42,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [b f h w c], embedding [b e] -> [b f h w c']"""
+        known = as_written(self, GroupNorm, Conv, nn.Linear, nn.Dropout, nn.Identity)
+        frames = frames_at_once(self.tokens, x) if known else 0
+        return in_chunks(lambda part: self.on_frames(part, embedding), frames, 1, x)
+
+    def on_frames(self, x: Tensor, embedding: Tensor) -> Tensor:
         y = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
         y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
         y = per_frame(self.conv2, self.dropout(F.silu(per_frame(self.norm2, y))))
@@ -38,6 +55,8 @@ class ResBlock(nn.Module):
 
 class SpatialTransformer(nn.Module):
     """Self-attention over a frame's pixels, cross-attention to the context tokens, feed-forward."""
+
+    tokens = 0  # at once, in whole frames; 0: all; see `speed.py`
 
     def __init__(self, width: int, context_width: int, *, head_width: int, groups: int, backend: str):
         super().__init__()
@@ -54,18 +73,29 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], context [b k d] -> [b f h w c]"""
-        return self.read(x, self.before_reading(x), context)
+        return in_chunks(lambda part: self.finish(part, self.begin(part), context), self.frames(x), 1, x)
 
     def before_reading(self, x: Tensor) -> Tensor:
-        """What needs no context: x [b f h w c] -> y [b (f h w) c]"""
-        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
-        y = y + self.self_attention(self.norm1(y))
-        # All frames of a sample see the same context: they are one long sequence of queries.
-        return rearrange(y, "(b f) p c -> b (f p) c", b=len(x))
+        """What needs no context: x [b f h w c] -> y [b f (h w) c]"""
+        return in_chunks(self.begin, self.frames(x), 1, x)
 
     def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
-        """x [b f h w c], y [b (f h w) c], context [b k d] -> [b f h w c]"""
+        """x [b f h w c], y [b f (h w) c], context [b k d] -> [b f h w c]"""
+        return in_chunks(lambda x, y: self.finish(x, y, context), self.frames(x), 1, x, y)
+
+    def frames(self, x: Tensor) -> int:
+        known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, Attention, FeedForward)
+        return frames_at_once(self.tokens, x) if known else 0
+
+    def begin(self, x: Tensor) -> Tensor:
+        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
+        y = y + self.self_attention(self.norm1(y))
+        return rearrange(y, "(b f) p c -> b f p c", b=len(x))
+
+    def finish(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
         _, f, h, w, _ = x.shape
+        # All frames of a sample see the same context: they are one long sequence of queries.
+        y = rearrange(y, "b f p c -> b (f p) c")
         y = y + self.cross_attention(self.norm2(y), context)
         y = y + self.feed_forward(self.norm3(y))
         return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
@@ -74,24 +104,32 @@ class SpatialTransformer(nn.Module):
 class Downsample(nn.Module):
     """Half the rows and columns by a convolution of stride 2."""
 
+    tokens = 0  # at once, in whole frames; 0: all; see `speed.py`
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv(width, width, 3, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return per_frame(self.conv, x)
+        frames = frames_at_once(self.tokens, x) if as_written(self, Conv) else 0
+        return in_chunks(lambda part: per_frame(self.conv, part), frames, 1, x)
 
 
 class Upsample(nn.Module):
     """Twice the rows and columns: nearest neighbour, then a convolution."""
 
     subpixel = False  # the same by four 2 x 2 convolutions before enlarging; see `speed.py`
+    tokens = 0  # of the result at once, in whole frames; 0: all
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        frames = frames_at_once(self.tokens // 4, x) if as_written(self, Conv) else 0
+        return in_chunks(self.on_frames, frames, 1, x)
+
+    def on_frames(self, x: Tensor) -> Tensor:
         if self.subpixel and type(self.conv) is Conv:
             return per_frame(self.before_enlarging, x)
         return per_frame(self.conv, nearest_twice(x))
@@ -115,6 +153,12 @@ class Upsample(nn.Module):
             for j in range(2):
                 out[:, :, i, :, j] = y[:, i, j, i : i + h, j : j + w]
         return out.view(n, 2 * h, 2 * w, -1)
+
+
+def frames_at_once(tokens: int, x: Tensor) -> int:
+    """How many frames of x [b f h w c] are at most so many tokens, but one at least; 0 is all."""
+    b, _, h, w, _ = x.shape
+    return max(1, tokens // (b * h * w)) if tokens else 0
 
 
 def halves(like: Tensor) -> Tensor:

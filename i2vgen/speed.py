@@ -11,8 +11,11 @@ from torch import nn
 from i2vgen.attention import Attention
 from i2vgen.config import Runtime
 from i2vgen.layers import FeedForward
-from i2vgen.spatial import Upsample
+from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.temporal import TemporalConv, TemporalTransformer
 from i2vgen.unet import UNet
+
+LAYERS = (ResBlock, SpatialTransformer, Downsample, Upsample, TemporalConv, TemporalTransformer)
 
 
 def apply(model: nn.Module, runtime: Runtime) -> None:
@@ -24,5 +27,7 @@ def apply(model: nn.Module, runtime: Runtime) -> None:
             module.fused = runtime.fuse_projections
         elif isinstance(module, FeedForward):
             module.in_place, module.chunk = runtime.in_place, runtime.feed_forward_chunk
-        elif isinstance(module, Upsample):
-            module.subpixel = runtime.subpixel_upsampling
+        elif isinstance(module, LAYERS):
+            module.tokens = runtime.token_chunk
+            if isinstance(module, Upsample):
+                module.subpixel = runtime.subpixel_upsampling

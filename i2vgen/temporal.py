@@ -8,16 +8,32 @@ Axes: b batch, f frames, h w latent rows and columns, p = h w flattened, c chann
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.attention import Attention
-from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, zero_
+from i2vgen.layers import (
+    RES_EPS,
+    TRANSFORMER_EPS,
+    Conv,
+    FeedForward,
+    GroupNorm,
+    as_written,
+    in_chunks,
+    zero_,
+)
+
+Norm = Callable[[Tensor], Tensor]
 
 
 class TemporalConv(nn.Module):
     """Four stages of norm, SiLU, convolution over three frames; one residual around all four."""
+
+    tokens = 0  # at once, in whole pixels; 0: all; see `speed.py`
 
     def __init__(self, width: int, *, groups: int, dropout: float):
         super().__init__()
@@ -30,9 +46,21 @@ class TemporalConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b f h w c] -> same. Norm statistics run over frames and pixels together."""
         y = rearrange(x, "b f h w c -> b f (h w) c")
+        pixels = pixels_at_once(self.tokens, y)
+        if pixels and all(type(s) is ConvStage and s.keeps_pixels_apart() for s in self.stages):
+            return self.in_place(y, pixels).view_as(x)
         for stage in self.stages:
             y = stage(y)
         return x + y.view_as(x)
+
+    def in_place(self, x: Tensor, pixels: int) -> Tensor:
+        """x [b f p c] -> same: the first stage makes the result, the others and the sum write into it."""
+        y = None
+        for stage in self.stages:
+            source = x if y is None else y
+            norm = stage.norm.of_parts(source, pixels)
+            y = in_chunks(lambda part, s=stage, n=norm: s.on_pixels(part, n), pixels, 2, source, into=y)
+        return y.add_(x)
 
 
 class ConvStage(nn.Module):
@@ -45,11 +73,19 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f p c] -> same"""
-        return self.conv(self.dropout(F.silu(self.norm(x))))
+        return self.on_pixels(x, self.norm)
+
+    def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
+        return self.conv(self.dropout(F.silu(norm(x))))
+
+    def keeps_pixels_apart(self) -> bool:
+        return as_written(self, GroupNorm, nn.Dropout, Conv) and self.conv.kernel_size[1] == 1
 
 
 class TemporalTransformer(nn.Module):
     """Two self-attentions over the frames of every pixel, each with its own weights, and a feed-forward."""
+
+    tokens = 0  # at once, in whole pixels; 0: all; see `speed.py`
 
     def __init__(
         self,
@@ -77,12 +113,28 @@ class TemporalTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f h w c] -> same. The entrance norm's statistics run over frames and pixels together."""
-        y = self.proj_in(rearrange(self.norm(x), "b f h w c -> b f (h w) c"))
+        y, norm = rearrange(x, "b f h w c -> b f (h w) c"), self.norm
+        known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, Attention, FeedForward)
+        pixels = pixels_at_once(self.tokens, y) if known else 0
+        if pixels:
+            norm = norm.of_parts(y, pixels)
+        return in_chunks(lambda part: self.on_pixels(part, norm), pixels, 2, y).view_as(x)
+
+    def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
+        """x [b f p c] -> same"""
+        y = self.proj_in(norm(x))
         y = y + self.attention1.over_frames(self.norm1(y))
         if self.attention2 is not None:
             y = y + self.attention2.over_frames(self.norm2(y))
         y = y + self.feed_forward(self.norm3(y))
-        return x + self.proj_out(y).view_as(x)
+        return x + self.proj_out(y)
+
+
+def pixels_at_once(tokens: int, x: Tensor) -> int:
+    """How many pixels of x [b f p c] are at most so many tokens; 0, which is all, without or with enough."""
+    b, f, p, _ = x.shape
+    pixels = max(1, tokens // (b * f)) if tokens else 0
+    return pixels if pixels < p and not torch.is_grad_enabled() else 0
 
 
 class FrameEncoder(nn.Module):

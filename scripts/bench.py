@@ -5,6 +5,7 @@ python scripts/bench.py case=NAME [against=diffusers] [json=OUT.json]
 python scripts/bench.py case=count json=outputs/count.json
 
 case=count      FLOPs, bytes, operations and activation peak at the official size, counted without weights
+case=memory     what every memory plan takes on a GPU at the official size, counted part by part
 against=        the other side, diffusers
 json=           all figures; its top level holds the ratios ours / theirs
 """

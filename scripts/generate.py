@@ -11,6 +11,8 @@
     weights=FOLDER      a native weights folder; none given: the small model that comes with the package
     adapter=FOLDER      low-rank adapters on top (`train.lora_rank`, or peft's); adapter_scale=1
     weights=random      seeded random weights: the output is noise, but the whole road is driven
+    memory=low          or balanced, full: how much device memory to take; auto, the default, takes the
+                        fastest plan that fits. The plan and what it takes are printed before the start
     --print-config      print the merged settings as YAML and stop
     --resume            leave out clips that are already there, whole and made with the same settings
 
@@ -53,8 +55,8 @@ def main() -> int:
     batch_size = min(config.runtime.batch, len(todo))
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=batch_size))
     runtime.apply(config.runtime)
-    model = pipeline.load_parts(config)
-    print(f"{describe(config, model)}\nmemory: about {runtime.estimate_memory(config, model.parts)}")
+    model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
+    print(describe(config, model))
 
     size = config.runtime.batch
     for start in range(0, len(todo), size):

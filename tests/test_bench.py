@@ -80,6 +80,19 @@ def test_convolution_keeps_channels_last(layer):
     assert not layer(last).permute(0, 2, 3, 1).is_contiguous()  # what meta says without the meter
 
 
+def test_what_the_meter_says_itself_is_what_a_cpu_gives():
+    """Norms and linear layers on `meta` are answered by the meter: shapes, formats, types."""
+    x = torch.randn(2, 8, 8, 4).permute(0, 3, 1, 2)
+    for layer in (nn.GroupNorm(2, 4), nn.LayerNorm(8), nn.Linear(8, 5)):
+        with torch.no_grad(), Meter() as real:
+            wanted = layer(x)
+        layer, like = layer.to("meta"), x.to("meta")
+        with torch.no_grad(), Meter() as said:
+            got = layer(like)
+        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+        assert (said.bytes, said.peak, said.operations) == (real.bytes, real.peak, real.operations)
+
+
 def test_attention_is_one_operation():
     q, k, v = meta(3, 2, 5, 8), meta(3, 2, 7, 8), meta(3, 2, 7, 8)
     m = measure(F.scaled_dot_product_attention, q, k, v)
@@ -340,8 +353,8 @@ def test_plans_reach_the_unet(small):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["case=gpu-8k"], "there is no case=gpu-8k; choose count"),
-        (["against=diffusers"], "case= is missing; choose count"),
+        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory"),
+        (["against=diffusers"], "case= is missing; choose count or memory"),
         (["case=count", "against=vgen"], "there is no against=vgen; choose diffusers"),
         (["case=count", "steps=3"], "there is no steps="),
         (["case=count", "case=count"], "case= is given twice"),

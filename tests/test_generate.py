@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from i2vgen import checkpoint, config, pipeline, runtime, video
+from i2vgen import checkpoint, config, memory, pipeline, runtime, video
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -59,8 +59,9 @@ def loads(monkeypatch, road):
     """Loading takes the parts that are there; the list tells how often it was asked."""
     asked = []
 
-    def load_parts(settings):
+    def load_parts(settings, tell):
         asked.append(settings)
+        tell("about nothing")
         return pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device)
 
     monkeypatch.setattr(pipeline, "load_parts", load_parts)
@@ -83,7 +84,8 @@ def test_one_clip(run, quick, loads, picture_file, road, name):
     record = f"new/{name.split('.')[0]}.json"
     assert f"new/{name} (3 frames, seed 7), settings in {record}" in out
     assert (
-        "16 x 16 pixels, 3 frames, 2 steps, guidance 9, on cpu in float64" in out and "memory: about" in out
+        "16 x 16 pixels, 3 frames, 2 steps, guidance 9, on cpu in float64" in out
+        and "memory: about nothing" in out
     )
     assert len(loads) == 1 and loads[0].prompt == ("a boat: it sails",)
     assert json.loads(Path(record).read_text())["settings"]["prompt"] == ["a boat: it sails"]
@@ -271,6 +273,10 @@ REFUSED = [
     ([*GOOD, "seed=-1"], "sample.seed is -1"),
     ([*GOOD, "seed=18446744073709551616"], "sample.seed is 18446744073709551616"),
     ([*GOOD, "fps=fast"], "sample.fps is 'fast'"),
+    # memory
+    ([*GOOD, "memory=tiny"], "runtime.memory is 'tiny'"),
+    ([*GOOD, "token_chunk=-1"], "runtime.token_chunk is -1"),
+    ([*GOOD, "offload=blocks", "compile=true"], "runtime.compile cannot follow"),
     # outputs
     ([*GOOD, "output=whole.png/sub/clip.mp4"], "cannot create its folder"),
     ([*GOOD, "output=clip.avi"], ".mp4, .gif and .webp"),
@@ -312,7 +318,7 @@ def said_no(status, out, err, words):
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=[" ".join(r[0])[:60] for r in REFUSED])
 def test_mistakes_cost_one_line_and_no_loading(run, mistakes, monkeypatch, words, message):
-    monkeypatch.setattr(pipeline, "load_parts", lambda settings: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipeline, "load_parts", lambda settings, tell: pytest.fail("the model was loaded"))
     if "image=in.gif" in words:
         Image.new("RGB", (8, 8)).save("in.gif")
     said_no(*run(*QUICK, *words), message)
@@ -338,7 +344,7 @@ def test_mistakes_in_what_comes_first(run, mistakes, monkeypatch, words, message
 
 
 def test_two_clips_may_not_share_a_record(run, mistakes, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_parts", lambda settings: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(pipeline, "load_parts", lambda settings, tell: pytest.fail("the model was loaded"))
     item = {"image": "whole.png", "prompt": "p"}
     for names in (("a.mp4", "a.gif"), ("a.mp4", "a"), ("a.mp4", "folder/../a.mp4")):
         Path("list.jsonl").write_text("\n".join(json.dumps({**item, "output": name}) for name in names))
@@ -361,6 +367,30 @@ def test_a_run_that_breaks_down_says_where(run, quick, loads, mistakes):
     status, _, err = run(*quick, *GOOD, "eps_form=recovered", "spacing=trailing", "output=c.mp4")
     assert status == 2 and "error: latents are not finite after step 1 of 2 (t = 999)" in err
     assert not Path("c.mp4").exists() and not Path("c.json").exists()
+
+
+# --- memory
+
+
+@pytest.mark.filterwarnings("ignore:weights=random")
+def test_a_lean_plan_gives_the_same_frames(run, picture_file, monkeypatch):
+    """Through the door: plan and estimate are told first, and the frames are those of memory=full."""
+    # At this size nothing is long enough to be cut; so the plan cuts finer, and a CPU keeps what a GPU would.
+    monkeypatch.setitem(memory.PLANS, "low", {"offload": "blocks", "token_chunk": 40, "vae_chunk": 1})
+    frames = {}
+    for plan in ("full", "low"):
+        words = [*QUICK, f"image={picture_file}", "prompt=a boat", f"output={plan}", f"memory={plan}"]
+        status, out, err = run(*words, *(["offload=blocks"] if plan == "low" else []))
+        assert status == 0, err
+        frames[plan] = video.load(plan)[0].astype(int)
+        record = json.loads(Path(f"{plan}.json").read_text())["settings"]["runtime"]
+        assert record["memory"] == plan and record["token_chunk"] == (40 if plan == "low" else 0)
+        assert (
+            out.index(f"MiB under memory={plan}, in the ")
+            < out.index("on cpu in float32")
+            < out.index("seed")
+        )
+    assert abs(frames["full"] - frames["low"]).max() <= 1 and frames["full"].std() > 1
 
 
 # --- as a process of its own

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from torch import nn
 
-from i2vgen.bench import count
+from i2vgen.bench import count, memory
 from i2vgen.bench.report import Report
 
 # diffusers' network class -> what was found
-CASES: dict[str, Callable[[type[nn.Module]], Report]] = {"count": count.run}
+CASES: dict[str, Callable[[type[nn.Module]], Report]] = {"count": count.run, "memory": memory.run}

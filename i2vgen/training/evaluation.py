@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import pipeline
+from i2vgen import memory, pipeline
 from i2vgen.conditioning import Conditions, Prepared
 from i2vgen.config import RANDOM, Config, load_config
 from i2vgen.pipeline import I2VGenXL
@@ -207,10 +207,13 @@ def varied(model: I2VGenXL, variant: Variant) -> I2VGenXL:
     if variant.missing:
         silence, first = None, config.clip.text_length if config.use.text else 0
         if variant.missing == "text":
-            silence = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
+            with memory.here(model.waiting, "clip"):
+                silence = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
         local = slice(first, first + (config.unet.local_grid // 4) ** 2)
         unet = Without(unet, variant.missing, silence, local)
-    return I2VGenXL(config, unet, model.vae, model.clip, model.device)
+    under = I2VGenXL(config, unet, model.vae, model.clip, model.device)
+    under.waiting = model.waiting
+    return under
 
 
 # ---------------------------------------------------------------------------------------------------
