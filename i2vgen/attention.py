@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from i2vgen import kernels
+from i2vgen.layers import add_product, untouched
+
 BACKENDS = ("sdpa", "math")
 
 
@@ -67,25 +70,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
         """Sequences x [n t c] attend to context [n k d], or to themselves. -> [n t c]"""
+        return self.dropout(self.to_out(self.inside(x, context)))
+
+    def add_to(self, y: Tensor, *inputs: Tensor | Keys) -> None:
+        """y [... c] += what `forward` makes of `inputs` but for the last bias; see `stream.py`."""
+        add_product(y, self.inside(*inputs), self.to_out)
+
+    @property
+    def last(self) -> nn.Module:
+        return self.to_out
+
+    def inside(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
+        """What the output projection reads: [n t c] -> [n t (m d)]"""
         if context is None:
             q, k, v = (self.heads_first(y) for y in self.project(x))
         else:
             q = self.heads_first(self.to_q(x))
             k, v = context if isinstance(context, Keys) else self.keys(context)
-        y = rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
-        return self.dropout(self.to_out(y))
-
-    def over_frames(self, x: Tensor) -> Tensor:
-        """Every pixel's frames attend to each other: x [b f p c] -> [b f p c].
-
-        The projections run on x as it lies; only the kernel sees frames as tokens, through strided views.
-        """
-        q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
-        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
-        # they return lies as q does, so that a single sample needs no copy on its way back.
-        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
-        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
-        return self.dropout(self.to_out(done[0][None] if len(done) == 1 else torch.stack(done)))
+        return rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
 
     def keys(self, context: Tensor) -> Keys:
         """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""
@@ -95,9 +97,33 @@ class Attention(nn.Module):
         """x [... c] -> q, k, v, each [... c']"""
         layers = (self.to_q, self.to_k, self.to_v)
         # What a researcher put in a layer's place (an adapter, say) is more than its weight: it is called.
-        if self.fused and all(type(layer) is nn.Linear for layer in layers):
+        if self.fused and all(untouched(layer, nn.Linear) for layer in layers):
             return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=-1)
         return tuple(layer(x) for layer in layers)
 
     def heads_first(self, y: Tensor) -> Tensor:
         return rearrange(y, "n t (m d) -> n m t d", m=self.heads)
+
+
+class FrameAttention(Attention):
+    """Every pixel's frames attend to each other: x [b f p c] -> [b f p c].
+
+    The projections run on x as it lies; only attention itself sees frames as tokens, through strided views.
+    """
+
+    kernel = False  # without gradients: short clips by a kernel of their own; see `speed.py`
+
+    def inside(self, x: Tensor) -> Tensor:
+        """[b f p c] -> [b f p (m d)]"""
+        q, k, v = self.project(x)
+        if self.kernel and x.shape[1] <= kernels.MAX_FRAMES and not torch.is_grad_enabled():
+            return kernels.frame_attention(q, k, v, self.heads)
+        q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))
+        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
+        # they return lies as q does, so that a single sample needs no copy on its way back.
+        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
+        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
+        return done[0][None] if len(done) == 1 else torch.stack(done)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.to_out(self.inside(x)))

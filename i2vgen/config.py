@@ -400,6 +400,9 @@ class Runtime:
     fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
     in_place: bool = True  # feed-forwards without copies
+    sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
+    # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: that or an error; plain: not.
+    kernels: Literal["auto", "triton", "plain"] = "auto"
     feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
 
     def __post_init__(self):

@@ -12,7 +12,18 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.attention import Attention, Keys
-from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, per_frame, zero_
+from i2vgen.layers import (
+    RES_EPS,
+    TRANSFORMER_EPS,
+    Conv,
+    FeedForward,
+    GroupNorm,
+    norm_silu,
+    per_frame,
+    untouched,
+    zero_,
+)
+from i2vgen.stream import Stream
 
 
 class ResBlock(nn.Module):
@@ -30,14 +41,18 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [b f h w c], embedding [b e] -> [b f h w c']"""
-        y = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
-        y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
-        y = per_frame(self.conv2, self.dropout(F.silu(per_frame(self.norm2, y))))
-        return per_frame(self.skip, x) + y
+        frames = x.flatten(0, 1)
+        y = self.conv1(norm_silu(self.norm1, frames))
+        y = norm_silu(self.norm2, y, self.embedding(F.silu(embedding)))
+        y = self.conv2(self.dropout(y))
+        return (self.skip(frames) + y).unflatten(0, x.shape[:2])
 
 
 class SpatialTransformer(nn.Module):
     """Self-attention over a frame's pixels, cross-attention to the context tokens, feed-forward."""
+
+    # Without gradients, see `stream.py` and `speed.py`.
+    sum_in_place = kernel = False
 
     def __init__(self, width: int, context_width: int, *, head_width: int, groups: int, backend: str):
         super().__init__()
@@ -54,21 +69,31 @@ class SpatialTransformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], context [b k d] -> [b f h w c]"""
-        return self.read(x, self.before_reading(x), context)
+        return self.finish(x, self.begin(x), context)
 
     def before_reading(self, x: Tensor) -> Tensor:
         """What needs no context: x [b f h w c] -> y [b (f h w) c]"""
-        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
-        y = y + self.self_attention(self.norm1(y))
-        # All frames of a sample see the same context: they are one long sequence of queries.
-        return rearrange(y, "(b f) p c -> b (f p) c", b=len(x))
+        return self.begin(x).settle()
 
     def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], y [b (f h w) c], context [b k d] -> [b f h w c]"""
-        _, f, h, w, _ = x.shape
-        y = y + self.cross_attention(self.norm2(y), context)
-        y = y + self.feed_forward(self.norm3(y))
-        return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
+        return self.finish(x, self.stream(y, own=False), context)
+
+    def begin(self, x: Tensor) -> Stream:
+        y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
+        y = self.stream(y, own=untouched(self.proj_in, nn.Linear))
+        y.add(self.self_attention, y.read(self.norm1))
+        # All frames of a sample see the same context: they are one long sequence of queries.
+        y.x = rearrange(y.x, "(b f) p c -> b (f p) c", b=len(x))
+        return y
+
+    def finish(self, x: Tensor, y: Stream, context: Tensor | Keys) -> Tensor:
+        y.add(self.cross_attention, y.read(self.norm2), context)
+        y.add(self.feed_forward, y.read(self.norm3))
+        return y.onto(x, self.proj_out)
+
+    def stream(self, y: Tensor, *, own: bool) -> Stream:
+        return Stream(y, in_place=self.sum_in_place, kernel=self.kernel, own=own)
 
 
 class Downsample(nn.Module):

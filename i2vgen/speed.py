@@ -8,16 +8,25 @@ from __future__ import annotations
 
 from torch import nn
 
-from i2vgen.attention import Attention
+from i2vgen import kernels
+from i2vgen.attention import Attention, FrameAttention
 from i2vgen.config import Runtime
-from i2vgen.layers import FeedForward
-from i2vgen.spatial import Upsample
+from i2vgen.layers import FeedForward, GroupNorm
+from i2vgen.spatial import SpatialTransformer, Upsample
+from i2vgen.temporal import TemporalTransformer
 from i2vgen.unet import UNet
+
+WITH_KERNELS = (GroupNorm, FeedForward, FrameAttention, SpatialTransformer, TemporalTransformer)
 
 
 def apply(model: nn.Module, runtime: Runtime) -> None:
     """Give every module of a network the form that the settings ask for; `share_prefix` is the pipeline's."""
+    kernel = kernels.choose(runtime.kernels, next(model.parameters()).device)
     for module in model.modules():
+        if isinstance(module, WITH_KERNELS):
+            module.kernel = kernel
+        if isinstance(module, SpatialTransformer | TemporalTransformer):
+            module.sum_in_place = runtime.sum_in_place
         if isinstance(module, UNet):
             module.project_once, module.together = runtime.project_once, runtime.batch_guidance
         elif isinstance(module, Attention):

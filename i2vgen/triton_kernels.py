@@ -44,7 +44,7 @@ def channel_moments(
         new = (tl.minimum(start + ROWS, last) - start).to(WIDE)
         tile_mean = tl.sum(tile, 0) / new
         deviation = tl.where(inside, tile - tile_mean[None, :], 0.0)
-        # Two sets of moments as one (Chan et al. 1983): nothing large is ever subtracted from something large.
+        # Two sets of moments as one (Chan et al. 1983): no difference of large sums.
         delta = tile_mean - mean
         mean += delta * (new / (seen + new))
         square += tl.sum(deviation * deviation, 0) + delta * delta * (seen * new / (seen + new))
@@ -57,7 +57,7 @@ def group_moments(
     means, squares, shift, centre, scale, p, c, runs, run, width, per_shift,
     EPS: tl.constexpr, SHIFTED: tl.constexpr, WIDE: tl.constexpr, RUNS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """[n runs c] twice, shift [m c] -> mean and 1 / deviation of every group of `width` channels, [n groups]."""
+    """[n runs c] twice, shift [m c] -> mean and 1 / deviation of groups of `width` channels, [n groups]."""
     program = tl.program_id(0).to(tl.int64)
     n, group = program // (c // width), program % (c // width)
     channel = group * width + tl.arange(0, WIDTH)
@@ -65,7 +65,7 @@ def group_moments(
     moved = tl.zeros([WIDTH], WIDE)
     if SHIFTED:
         moved = tl.load(shift + (n // per_shift) * c + channel, mask=known, other=0).to(WIDE)
-    size = (p * width).to(WIDE)
+    size = (tl.zeros([], WIDE) + p) * width
     total = tl.zeros([RUNS, WIDTH], WIDE)
     for start in range(0, runs, RUNS):
         part = start + tl.arange(0, RUNS)
