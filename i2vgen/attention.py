@@ -6,32 +6,83 @@ p pixels of a frame (h w flattened), c channels.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from i2vgen import kernels
 from i2vgen.layers import add_product, untouched
 
-BACKENDS = ("sdpa", "math")
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BACKENDS = ("sdpa", "math", "auto", *SDPA_KERNELS, "flash3")
+NEEDS = {  # what a backend that may be missing needs
+    "flash": "a CUDA GPU of compute capability 8.0 or newer with float16 or bfloat16",
+    "cudnn": "a CUDA GPU of compute capability 8.0 or newer with cuDNN 9 and float16 or bfloat16",
+    "efficient": "a CUDA GPU",
+    "flash3": "the package flash_attn_interface (FlashAttention-3), a Hopper GPU, float16 or bfloat16",
+}
+# CUDA counts a kernel's batch in 16 bits on some of its axes; older PyTorch fails beyond.
+MAX_SEQUENCES = 65_535
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for q [n m t d], k and v [n m k d] -> [n m t d]. Strided views are welcome.
 
-    `math` is the oracle: the formula as written, softmax in at least float32. `sdpa` is PyTorch's fused
-    kernel.
+    `math` is the oracle: the formula as written, softmax in at least float32. `sdpa` is the fused kernel of
+    PyTorch's choice, as is `auto` where nothing was measured; `flash`, `cudnn` and `efficient` are one of
+    these by name, `flash3` is FlashAttention-3.
     """
-    if backend == "sdpa":
+    if len(q) > MAX_SEQUENCES:
+        out = torch.empty_like(q)
+        pieces = (x.split(MAX_SEQUENCES) for x in (out, q, k, v))
+        for part, *inputs in zip(*pieces, strict=True):
+            part.copy_(attend(*inputs, backend))
+        return out
+    if backend in ("sdpa", "auto"):
         return F.scaled_dot_product_attention(q, k, v)
+    if backend in SDPA_KERNELS:
+        with sdpa_kernel(SDPA_KERNELS[backend]):
+            return F.scaled_dot_product_attention(q, k, v)
+    if backend == "flash3":
+        return flash3(q, k, v)
     if backend == "math":
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         wide = torch.promote_types(scores.dtype, torch.float32)
         return scores.softmax(-1, dtype=wide).to(v.dtype) @ v
     raise ValueError(f"attention backend {backend!r} does not exist; known are {', '.join(BACKENDS)}")
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(rearrange(x, "n m t d -> n t m d") for x in (q, k, v)))
+    out = out[0] if isinstance(out, tuple) else out  # some versions return the softmax's sums too
+    return rearrange(out, "n t m d -> n m t d")
+
+
+def works(backend: str, like: Tensor) -> bool:
+    """Whether a backend is there for tensors like this one: it is tried."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PyTorch says why not, kernel by kernel
+        try:
+            attend(like, like, like, backend)
+        except (RuntimeError, ImportError):
+            return False
+    return True
+
+
+def for_any_heads(backend: str) -> str:
+    """A backend for heads of very few channels or very many, which the kernels by name do not take."""
+    return "math" if backend == "math" else "sdpa"
 
 
 class Keys(NamedTuple):

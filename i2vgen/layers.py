@@ -71,12 +71,12 @@ class FeedForward(nn.Module):
         if torch.is_grad_enabled() or not (self.in_place or self.kernel):
             value, gate = self.proj_in(x).chunk(2, dim=-1)
             return self.proj_out(value * F.gelu(gate))
-        done = [self.proj_out(self.gated(part)) for part in self.parts(x)]
+        done = [self.proj_out(self.gated(part)) for part in self.parts(x.contiguous())]
         return (done[0] if len(done) == 1 else torch.cat(done)).view_as(x)
 
     def add_to(self, y: Tensor, x: Tensor) -> None:
         """y [n ... c] += what `forward` makes of x [n ... c] but for the last bias; see `stream.py`."""
-        for part, into in zip(self.parts(x), self.parts(y), strict=True):
+        for part, into in zip(self.parts(x.contiguous()), self.parts(y), strict=True):
             add_product(into, self.gated(part), self.proj_out)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -135,7 +135,7 @@ def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 def add_product(y: Tensor, x: Tensor, linear: nn.Linear) -> None:
     """y [... c] += x [... k] times the layer's matrix, inside the product; the bias is left out."""
-    y.view(-1, y.shape[-1]).addmm_(x.view(-1, x.shape[-1]), linear.weight.t())
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), linear.weight.t())
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:

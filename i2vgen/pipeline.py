@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, images, runtime, speed, video
+from i2vgen import checkpoint, compiled, images, machine, runtime, speed, video
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.encoders import ClipEncoders
@@ -180,6 +180,11 @@ def generate(
 
 def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     """The UNet under guidance as the samplers want it; its conditions are prepared here, once."""
+    predict = guided_network(model, cond, uncond)
+    return compiled.Recorded(predict) if model.config.runtime.cuda_graph else predict
+
+
+def guided_network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     sample = model.config.sample
     positive = model.unet.prepare(cond, sample.frames)
     if sample.guidance == 1.0:
@@ -313,14 +318,16 @@ def load_parts(config: Config) -> I2VGenXL:
         )
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
     device = runtime.device(config.runtime)
+    machine.refuse_missing(config, device)
     runtime.check_memory(config, {part: checkpoint.build(part, config) for part in checkpoint.PARTS})
     unet = checkpoint.load("unet", config, device=device, dtype=runtime.dtype(config.runtime))
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
     clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[config.runtime.encoder_dtype])
     speed.apply(unet, config.runtime)
+    if config.runtime.attention == "auto" and device.type == "cuda":
+        machine.choose_attention(unet, config)
     if config.runtime.compile:
-        runtime.compile_quickly()
-        unet.compile()
+        compiled.compile_blocks(unet)
     return I2VGenXL(config, unet, vae, clip, device)
 
 

@@ -144,8 +144,11 @@ class Upsample(nn.Module):
 
 def halves(like: Tensor) -> Tensor:
     """[9 16]: the nine weights of a 3 x 3 kernel -> four 2 x 2 kernels, for even and odd rows and columns."""
-    even, odd = [[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]  # three rows of the kernel -> two
-    rows = torch.tensor([even, odd], dtype=like.dtype, device=like.device)
+    # Kernel row r goes to row u of two: 0 1 1 for even output rows, 0 0 1 for odd ones. Made on the device,
+    # since a CUDA graph may not wait for the CPU.
+    i, r, u = (torch.arange(size, device=like.device) for size in (2, 3, 2))
+    rows = ((1 + r - i[:, None]) // 2)[..., None] == u
+    rows = rows.to(like.dtype)
     return torch.einsum("iru, jsv -> rsijuv", rows, rows).reshape(9, 16)
 
 

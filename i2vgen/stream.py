@@ -42,7 +42,7 @@ class Stream:
             self.x, self.own = self.settle() + part(*inputs), True
             return
         if not self.own:
-            self.x, self.own = self.x.clone(), True
+            self.x, self.own = self.x.clone(memory_format=torch.contiguous_format), True
         part.add_to(self.x, *inputs)
         bias = part.last.bias.to(torch.promote_types(self.x.dtype, torch.float32))
         self.owed = bias if self.owed is None else self.owed + bias
