@@ -24,12 +24,12 @@ QUERIES = 256  # are compared with the formula: enough to see a wrong kernel, fe
 
 
 def refuse_missing(config: Config, device: torch.device) -> None:
-    """ValueError for an attention, a kernel or a graph that this device has not, before anything is loaded."""
+    """ValueError for what this device has not, before anything is loaded."""
     name, width, dtype = config.runtime.attention, config.unet.head_width, runtime.dtype(config.runtime)
     if name in NEEDS and not works(name, torch.zeros(1, 1, 16, width, dtype=dtype, device=device)):
         raise ValueError(
-            f"runtime.attention is {name}, which does not work with {dtype} and heads of {width} on {device}: "
-            f"it needs {NEEDS[name]}; runtime.attention=auto takes what is there"
+            f"runtime.attention is {name}, which does not work with {dtype} and heads of {width} on "
+            f"{device}: it needs {NEEDS[name]}; runtime.attention=auto takes what is there"
         )
     kernels.choose(config.runtime.kernels, device)
     if config.runtime.cuda_graph and device.type != "cuda":

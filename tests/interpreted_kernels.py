@@ -1,8 +1,10 @@
 """The Triton kernels, number by number on the CPU: `test_kernels.py` runs this with TRITON_INTERPRET=1."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from triton.runtime import interpreter
 
 from i2vgen import config, kernels, speed, triton_kernels
 
@@ -24,6 +26,20 @@ def plain(monkeypatch):
             return operation(*inputs)
 
     return run
+
+
+@pytest.fixture
+def _rounded_bfloat16(monkeypatch):
+    """The interpreter cuts a float32 where a GPU rounds it."""
+    cut = interpreter._convert_float
+
+    def convert(numbers, source, target, mode):
+        if str(target) != "bf16":
+            return cut(numbers, source, target, mode)
+        rounded = torch.from_numpy(np.ascontiguousarray(numbers)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert)
 
 
 def test_the_interpreter_is_on():
@@ -108,6 +124,7 @@ def test_frame_attention(b, f, p, heads, d, plain):
             assert not torch.allclose(got, plain(kernels.frame_attention, k, q, v, heads), **EXACT)
 
 
+@pytest.mark.usefixtures("_rounded_bfloat16")
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_precision_is_no_worse_than_plain(dtype, plain):
     """Against float64 numbers from the same half-precision inputs."""
@@ -131,7 +148,7 @@ def test_half_precision_is_no_worse_than_plain(dtype, plain):
 @pytest.mark.parametrize("together", [True, False])
 def test_a_unet_by_kernels_gives_the_plain_numbers(make_unet, make_inputs, together):
     unet = make_unet()
-    x, t, conditions = make_inputs(2, 3, 4, 6)
+    x, t, conditions = make_inputs(2, 3, 2, 2)
     plain = unet(x, t, unet.prepare(conditions, 3))
     speed.apply(unet, config.Runtime(kernels="triton", sum_in_place=together))
     fast = unet(x, t, unet.prepare(conditions, 3))
@@ -142,10 +159,10 @@ def test_a_unet_by_kernels_gives_the_plain_numbers(make_unet, make_inputs, toget
 @torch.no_grad()
 def test_tanh_gelu_would_show(make_unet, make_inputs, monkeypatch):
     unet = make_unet()
-    x, t, conditions = make_inputs(1, 3)
+    x, t, conditions = make_inputs(1, 2, 2, 2)
     speed.apply(unet, config.Runtime(kernels="triton"))
-    fast = unet(x, t, unet.prepare(conditions, 3))
+    fast = unet(x, t, unet.prepare(conditions, 2))
     speed.apply(unet, config.Runtime(kernels="plain", in_place=False))
     right = F.gelu
     monkeypatch.setattr(F, "gelu", lambda x: right(x, approximate="tanh"))
-    assert not torch.allclose(unet(x, t, unet.prepare(conditions, 3)), fast, **EXACT)
+    assert not torch.allclose(unet(x, t, unet.prepare(conditions, 2)), fast, **EXACT)
