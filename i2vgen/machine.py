@@ -85,7 +85,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
         if not works(name, q[:1, :, :QUERIES]):
             continue
         got = attend(q[:1], k[:1], v[:1], name)[:, :1, :QUERIES]
-        if (got - wanted).norm() <= torch.finfo(q.dtype).eps * wanted.norm():
+        if (got - wanted).norm() <= 4 * torch.finfo(q.dtype).eps * wanted.norm():
             times[name] = seconds(lambda name=name: attend(q, k, v, name), q.device)
     return min(times, key=times.get, default="sdpa")
 
