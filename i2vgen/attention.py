@@ -6,29 +6,83 @@ p pixels of a frame (h w flattened), c channels.
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = ("sdpa", "math")
+from i2vgen import kernels
+from i2vgen.layers import add_product, untouched
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+BACKENDS = ("sdpa", "math", "auto", *SDPA_KERNELS, "flash3")
+NEEDS = {  # what a backend that may be missing needs
+    "flash": "a CUDA GPU of compute capability 8.0 or newer with float16 or bfloat16",
+    "cudnn": "a CUDA GPU of compute capability 8.0 or newer with cuDNN 9 and float16 or bfloat16",
+    "efficient": "a CUDA GPU",
+    "flash3": "the package flash_attn_interface (FlashAttention-3), a Hopper GPU, float16 or bfloat16",
+}
+# CUDA counts a kernel's batch in 16 bits on some of its axes; older PyTorch fails beyond.
+MAX_SEQUENCES = 65_535
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     """softmax(q kᵀ / sqrt(d)) v for q [n m t d], k and v [n m k d] -> [n m t d]. Strided views are welcome.
 
-    `math` is the oracle: the formula as written, softmax in at least float32. `sdpa` is PyTorch's fused
-    kernel.
+    `math` is the oracle: the formula as written, softmax in at least float32. `sdpa` is the fused kernel of
+    PyTorch's choice, as is `auto` where nothing was measured; `flash`, `cudnn` and `efficient` are one of
+    these by name, `flash3` is FlashAttention-3.
     """
-    if backend == "sdpa":
+    if len(q) > MAX_SEQUENCES:
+        out = torch.empty_like(q)
+        pieces = (x.split(MAX_SEQUENCES) for x in (out, q, k, v))
+        for part, *inputs in zip(*pieces, strict=True):
+            part.copy_(attend(*inputs, backend))
+        return out
+    if backend in ("sdpa", "auto"):
         return F.scaled_dot_product_attention(q, k, v)
+    if backend in SDPA_KERNELS:
+        with sdpa_kernel(SDPA_KERNELS[backend]):
+            return F.scaled_dot_product_attention(q, k, v)
+    if backend == "flash3":
+        return flash3(q, k, v)
     if backend == "math":
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         wide = torch.promote_types(scores.dtype, torch.float32)
         return scores.softmax(-1, dtype=wide).to(v.dtype) @ v
     raise ValueError(f"attention backend {backend!r} does not exist; known are {', '.join(BACKENDS)}")
+
+
+def flash3(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn_interface import flash_attn_func
+
+    out = flash_attn_func(*(rearrange(x, "n m t d -> n t m d") for x in (q, k, v)))
+    out = out[0] if isinstance(out, tuple) else out  # some versions return the softmax's sums too
+    return rearrange(out, "n t m d -> n m t d")
+
+
+def works(backend: str, like: Tensor) -> bool:
+    """Whether a backend is there for tensors like this one: it is tried."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PyTorch says why not, kernel by kernel
+        try:
+            attend(like, like, like, backend)
+        except (RuntimeError, ImportError):
+            return False
+    return True
+
+
+def for_any_heads(backend: str) -> str:
+    """A backend for heads of very few channels or very many, which the kernels by name do not take."""
+    return "math" if backend == "math" else "sdpa"
 
 
 class Keys(NamedTuple):
@@ -67,28 +121,24 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
         """Sequences x [n t c] attend to context [n k d], or to themselves. -> [n t c]"""
+        return self.dropout(self.to_out(self.inside(x, context)))
+
+    def add_to(self, y: Tensor, *inputs: Tensor | Keys) -> None:
+        """y [... c] += what `forward` makes of `inputs` but for the last bias; see `stream.py`."""
+        add_product(y, self.inside(*inputs), self.to_out)
+
+    @property
+    def last(self) -> nn.Module:
+        return self.to_out
+
+    def inside(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
+        """What the output projection reads: [n t c] -> [n t (m d)]"""
         if context is None:
             q, k, v = (self.heads_first(y) for y in self.project(x))
         else:
             q = self.heads_first(self.to_q(x))
             k, v = context if isinstance(context, Keys) else self.keys(context)
-        y = rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
-        return self.dropout(self.to_out(y))
-
-    def over_frames(self, x: Tensor) -> Tensor:
-        """Every pixel's frames attend to each other: x [b f p c] -> [b f p c].
-
-        The projections run on x as it lies; only the kernel sees frames as tokens, through strided views.
-        """
-        q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in self.project(x))
-        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
-        # they return lies as q does, so that a single sample needs no copy on its way back.
-        # `unbind`, not an index: its gradient is one stack instead of a zero-filled batch for every sample.
-        samples = (
-            attend(*sample, self.backend) for sample in zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
-        )
-        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
-        return self.dropout(self.to_out(done[0][None] if len(done) == 1 else torch.stack(done)))
+        return rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
 
     def keys(self, context: Tensor) -> Keys:
         """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""
@@ -98,9 +148,35 @@ class Attention(nn.Module):
         """x [... c] -> q, k, v, each [... c']"""
         layers = (self.to_q, self.to_k, self.to_v)
         # What a researcher put in a layer's place (an adapter, say) is more than its weight: it is called.
-        if self.fused and all(type(layer) is nn.Linear for layer in layers):
+        if self.fused and all(untouched(layer, nn.Linear) for layer in layers):
             return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=-1)
         return tuple(layer(x) for layer in layers)
 
     def heads_first(self, y: Tensor) -> Tensor:
         return rearrange(y, "n t (m d) -> n m t d", m=self.heads)
+
+
+class FrameAttention(Attention):
+    """Every pixel's frames attend to each other: x [b f p c] -> [b f p c].
+
+    The projections run on x as it lies; only attention itself sees frames as tokens, through strided views.
+    """
+
+    kernel = False  # without gradients: short clips by a kernel of their own; see `speed.py`
+
+    def inside(self, x: Tensor) -> Tensor:
+        """[b f p c] -> [b f p (m d)]"""
+        q, k, v = self.project(x)
+        if self.kernel and x.shape[1] <= kernels.MAX_FRAMES and not torch.is_grad_enabled():
+            return kernels.frame_attention(q, k, v, self.heads)
+        q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))
+        # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
+        # they return lies as q does, so that a single sample needs no copy on its way back.
+        # `unbind`, not an index: its gradient is one stack instead of a zero-filled batch for every sample.
+        samples = zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
+        samples = (attend(*sample, self.backend) for sample in samples)
+        done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
+        return done[0][None] if len(done) == 1 else torch.stack(done)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.to_out(self.inside(x)))

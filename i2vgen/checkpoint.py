@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from i2vgen import config as settings
+from i2vgen.attention import for_any_heads
 from i2vgen.config import SETTINGS_FILE, Config, Use
 from i2vgen.encoders import ClipEncoders
 from i2vgen.safefile import Entry, write_safetensors
@@ -48,7 +49,7 @@ def construct(part: str, config: Config) -> nn.Module:
     if part == "unet":
         return UNet(config.unet, config.use, backend=config.runtime.attention)
     if part == "vae":
-        return AutoencoderKL(config.vae, backend=config.runtime.attention)
+        return AutoencoderKL(config.vae, backend=for_any_heads(config.runtime.attention))
     if part == "clip":
         return ClipEncoders(config.clip)
     raise ValueError(f"there is no part {part!r}; a model has {', '.join(PARTS)}")

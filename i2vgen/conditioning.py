@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from i2vgen import config
-from i2vgen.attention import Keys
+from i2vgen.attention import Keys, for_any_heads
 from i2vgen.layers import Conv, Mlp, per_frame, sinusoid, zero_
 from i2vgen.temporal import FrameEncoder
 
@@ -156,7 +156,7 @@ class ConcatBranch(nn.Module):
                 heads=unet.concat_heads,
                 head_width=unet.concat_head_width,
                 dropout=unet.concat_dropout,
-                backend=backend,
+                backend=for_any_heads(backend),
             )
             if use.concat_temporal
             else None

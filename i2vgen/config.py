@@ -141,6 +141,10 @@ class UNet:
     def widths(self) -> tuple[int, ...]:
         return tuple(self.base_width * multiplier for multiplier in self.width_multipliers)
 
+    def context_tokens(self, text_length: int) -> int:
+        """Of cross-attention, with all of them on."""
+        return text_length + (self.local_grid // 4) ** 2 + self.num_global_tokens
+
     @property
     def embedding_width(self) -> int:
         return 4 * self.base_width
@@ -463,11 +467,14 @@ class Runtime:
     vae_dtype: Literal["float64", "float32", "bfloat16", "float16"] = (
         "float32"  # float16 can overflow to black
     )
-    attention: Literal["sdpa", "math"] = "sdpa"
+    # auto: on CUDA the fastest, measured at start, elsewhere sdpa; sdpa: PyTorch's choice; math: the formula
+    # as written; flash, cudnn, efficient, flash3: that kernel or an error.
+    attention: Literal["auto", "sdpa", "math", "flash", "cudnn", "efficient", "flash3"] = "auto"
     vae_chunk: int = 2  # frames decoded at once; memory only, any value gives the same frames
     batch: int = 1  # clips sampled at once; memory and speed only
     tf32: bool = False  # faster float32 products on recent GPUs, three digits less
-    compile: bool = False
+    compile: bool = False  # torch.compile for each kind of the UNet's blocks
+    cuda_graph: bool = False  # record a guidance step once per video and play it again: small sizes on CUDA
     check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
     # A plan of the savings below (memory.py). auto: the fastest that fits into the free memory; full: none.
     # What you set yourself to another value than its default stays under every plan.
@@ -483,6 +490,9 @@ class Runtime:
     fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
     in_place: bool = True  # feed-forwards without copies
+    sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
+    # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
+    kernels: Literal["auto", "triton", "plain"] = "auto"
     feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
 
     def __post_init__(self):

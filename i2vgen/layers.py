@@ -14,6 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from i2vgen import kernels
+
 # The networks were trained with two GroupNorm epsilons: 1e-5 in ResBlocks, temporal convolutions and the
 # head, 1e-6 at the entrance of transformers and everywhere in the autoencoder.
 RES_EPS = 1e-5
@@ -53,7 +55,9 @@ class Mlp(nn.Module):
 class FeedForward(nn.Module):
     """GEGLU: one Linear to 2 x 4 x width, value half times GELU (erf) of the gate half, Linear back."""
 
-    in_place = False  # without gradients: two products, the gate in place; see `speed.py`
+    # Without gradients, see `speed.py`:
+    in_place = False  # two products, the gate in place
+    kernel = False  # or one product, the gate by one kernel
     chunk = 0  # tokens at once; 0: all
 
     def __init__(self, width: int):
@@ -61,21 +65,37 @@ class FeedForward(nn.Module):
         self.proj_in = nn.Linear(width, 8 * width)
         self.proj_out = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.in_place and not torch.is_grad_enabled() and type(self.proj_in) is nn.Linear:
-            return self.without_copies(x)
-        value, gate = self.proj_in(x).chunk(2, dim=-1)
-        return self.proj_out(value * F.gelu(gate))
+    @property
+    def last(self) -> nn.Module:
+        return self.proj_out
 
-    def without_copies(self, x: Tensor) -> Tensor:
-        """The same numbers; at most `chunk` tokens are eight times as wide at a time, and none is copied."""
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, biases = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
-        done = []
-        for part in tokens.split(self.chunk or len(tokens)):
-            gate = torch.ops.aten.gelu_(F.linear(part, weights[1], biases[1]))
-            done.append(self.proj_out(gate.mul_(F.linear(part, weights[0], biases[0]))))
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() or not (self.in_place or self.kernel):
+            value, gate = self.proj_in(x).chunk(2, dim=-1)
+            return self.proj_out(value * F.gelu(gate))
+        done = [self.proj_out(self.gated(part)) for part in self.parts(x.contiguous())]
         return (done[0] if len(done) == 1 else torch.cat(done)).view_as(x)
+
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """y [n ... c] += what `forward` makes of x [n ... c] but for the last bias; see `stream.py`."""
+        for part, into in zip(self.parts(x.contiguous()), self.parts(y), strict=True):
+            add_product(into, self.gated(part), self.proj_out)
+
+    def parts(self, x: Tensor) -> tuple[Tensor, ...]:
+        """At most `chunk` tokens are eight times as wide at a time."""
+        tokens = x.view(-1, x.shape[-1])
+        return tokens.split(self.chunk or len(tokens))
+
+    def gated(self, x: Tensor) -> Tensor:
+        """[n c] -> [n 4c] without copies"""
+        if self.kernel:
+            return kernels.geglu(self.proj_in(x))
+        if not (self.in_place and untouched(self.proj_in, nn.Linear)):
+            value, gate = self.proj_in(x).chunk(2, dim=-1)
+            return value * F.gelu(gate)
+        weights, biases = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
+        gate = torch.ops.aten.gelu_(F.linear(x, weights[1], biases[1]))
+        return gate.mul_(F.linear(x, weights[0], biases[0]))
 
 
 class Conv(nn.Conv2d):
@@ -89,9 +109,16 @@ class Conv(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """Group norm on channels-last tensors [n ... c]: one set of statistics per n and group."""
 
+    kernel = False  # without gradients: one operation, with SiLU where that follows; see `speed.py`
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.kernel and not torch.is_grad_enabled():
+            return self.by_kernel(x, silu=False)
         y = super().forward(rearrange(x.flatten(2, -2), "n h w c -> n c h w"))
         return rearrange(y, "n c h w -> n h w c").reshape(x.shape)
+
+    def by_kernel(self, x: Tensor, *, silu: bool, shift: Tensor | None = None) -> Tensor:
+        return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu, shift)
 
     def of_parts(self, x: Tensor, size: int) -> Callable[[Tensor], Tensor]:
         """x [n f p c] -> the norm of any part [n f p' c] of it, by the statistics of the whole.
@@ -115,6 +142,25 @@ class GroupNorm(nn.GroupNorm):
     def _statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[n f p c] -> variance and mean of every group, each [n g]"""
         return torch.var_mean(x.unflatten(-1, (self.num_groups, -1)), dim=(1, 2, 4), correction=0)
+
+
+def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """SiLU(norm(x + shift)): x [n ... c], shift [m c], each row of it for n / m neighbours -> like x"""
+    if untouched(norm, GroupNorm) and norm.kernel and not torch.is_grad_enabled():
+        return norm.by_kernel(x, silu=True, shift=shift)
+    return F.silu(norm(x if shift is None else kernels.shifted(x, shift)))
+
+
+def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module does what its kind was written to do, and nobody listens at it."""
+    if type(module) not in kinds or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def add_product(y: Tensor, x: Tensor, linear: nn.Linear) -> None:
+    """y [... c] += x [... k] times the layer's matrix, inside the product; the bias is left out."""
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), linear.weight.t())
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:

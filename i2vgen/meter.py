@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from i2vgen import kernels  # noqa: F401 (its operators are counted below)
+
 aten = torch.ops.aten
 
 
@@ -58,14 +60,20 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> int:
     return 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
+def _frame_attention(out: Tensor, q: Tensor, *rest) -> int:
+    return 4 * q.numel() * q.shape[1]  # [b f p c]: every value meets f keys and f weights
+
+
 # What is not here is bound by memory: a fused operation with a matrix product inside needs its line.
 ARITHMETIC = {
     aten.mm.default: _mm,
     aten.bmm.default: _mm,
     aten.addmm.default: _addmm,
+    aten.addmm_.default: _addmm,
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,
     ATTENTION: _attention,
+    torch.ops.i2vgen.frame_attention.default: _frame_attention,
 }
 
 
@@ -94,7 +102,7 @@ RESULTS = {
 }
 
 # One pass over the input for the statistics, one to normalise.
-READS_TWICE = {aten.native_group_norm.default}
+READS_TWICE = {aten.native_group_norm.default, torch.ops.i2vgen.group_norm.default}
 # They claim memory and move nothing.
 RESERVES = {
     aten.empty.memory_format,
@@ -126,8 +134,8 @@ class Meter(TorchDispatchMode):
     - `peak`: the largest sum of bytes of tensors alive at once, exact to the storage. Counted are tensors
       made inside; weights are made before and do not count. Make inputs and caches inside, then `restart`.
 
-    Attention is one operation, whatever PyTorch would split it into on this device; a convolution keeps
-    the channels-last format that `meta` would lose. Workspaces inside a kernel are not seen.
+    Attention is one operation, whatever PyTorch would split it into on this device; convolution and group
+    norm keep the channels-last format that `meta` would lose. Workspaces inside a kernel are not seen.
     """
 
     def __init__(self):
@@ -179,6 +187,8 @@ class Meter(TorchDispatchMode):
             result = func(*args, **(kwargs or {}))
         if func is aten.convolution.default:
             result = _keep_channels_last(result, *args[:2])
+        if func is aten.native_group_norm.default:
+            result = (_keep_channels_last(result[0], args[0]), *result[1:])
         inputs = _tensors([*args, *(kwargs or {}).values()])
         outputs = _tensors([result])
         known = {_storage(x) for x in inputs}
@@ -234,13 +244,13 @@ def _plain_attention(
     return attention(query, key, value, attn_mask, scale)
 
 
-def _keep_channels_last(out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+def _keep_channels_last(out: Tensor, *inputs: Tensor) -> Tensor:
     """The result in the format that the CPU's and CUDA's kernels give: channels last if one input is."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(out.ndim)
     if not out.is_meta or last is None:
         return out
     # A tensor of one channel or of one pixel lies in both formats; PyTorch then takes the plain one.
-    chosen = any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in (x, weight))
+    chosen = any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in inputs)
     return out.contiguous(memory_format=last) if chosen else out
 
 

@@ -27,7 +27,19 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, deep_cache, images, lora, memory, runtime, speed, storage, video
+from i2vgen import (
+    checkpoint,
+    compiled,
+    deep_cache,
+    images,
+    lora,
+    machine,
+    memory,
+    runtime,
+    speed,
+    storage,
+    video,
+)
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import RANDOM, SHIPPED, Config, load_config
 from i2vgen.deep_cache import DeepCache
@@ -224,6 +236,11 @@ def named_sampler(config: Config) -> Sampler:
 
 def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     """The UNet under guidance as the samplers want it; its conditions are prepared here, once."""
+    predict = guided_network(model, cond, uncond)
+    return compiled.Recorded(predict) if model.config.runtime.cuda_graph else predict
+
+
+def guided_network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     sample = model.config.sample
     under = reader(model)
     positive = model.unet.prepare(cond, sample.frames)
@@ -393,6 +410,7 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
+    machine.refuse_missing(config, device)
     config, estimate = memory.choose(config)
     if tell is not None:
         tell(estimate)
@@ -404,10 +422,11 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
     if config.adapter:
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
     storage.store(unet, config.runtime.weight_storage)
-    speed.apply(unet, config.runtime)
+    speed.apply(unet, config.runtime, device)
+    if config.runtime.attention == "auto" and device.type == "cuda":
+        machine.choose_attention(unet, config, device)
     if config.runtime.compile:
-        runtime.compile_quickly()
-        unet.compile()
+        compiled.compile_blocks(unet)
     model = I2VGenXL(config, unet, vae, clip, device)
     model.waiting = memory.guests(model.parts, config, device)
     return model

@@ -20,9 +20,12 @@ from i2vgen.layers import (
     GroupNorm,
     as_written,
     in_chunks,
+    norm_silu,
     per_frame,
+    untouched,
     zero_,
 )
+from i2vgen.stream import Stream
 
 
 class ResBlock(nn.Module):
@@ -47,16 +50,19 @@ class ResBlock(nn.Module):
         return in_chunks(lambda part: self.on_frames(part, embedding), frames, 1, x)
 
     def on_frames(self, x: Tensor, embedding: Tensor) -> Tensor:
-        y = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
-        y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
-        y = per_frame(self.conv2, self.dropout(F.silu(per_frame(self.norm2, y))))
-        return per_frame(self.skip, x) + y
+        frames = x.flatten(0, 1)
+        y = self.conv1(norm_silu(self.norm1, frames))
+        y = norm_silu(self.norm2, y, self.embedding(F.silu(embedding)))
+        y = self.conv2(self.dropout(y))
+        return (self.skip(frames) + y).unflatten(0, x.shape[:2])
 
 
 class SpatialTransformer(nn.Module):
     """Self-attention over a frame's pixels, cross-attention to the context tokens, feed-forward."""
 
     tokens = 0  # at once, in whole frames; 0: all; see `speed.py`
+    # Without gradients, see `stream.py` and `speed.py`.
+    sum_in_place = kernel = False
 
     def __init__(self, width: int, context_width: int, *, head_width: int, groups: int, backend: str):
         super().__init__()
@@ -77,28 +83,39 @@ class SpatialTransformer(nn.Module):
 
     def before_reading(self, x: Tensor) -> Tensor:
         """What needs no context: x [b f h w c] -> y [b f (h w) c]"""
-        return in_chunks(self.begin, self.frames(x), 1, x)
+
+        def begun(part: Tensor) -> Tensor:
+            return rearrange(self.begin(part).settle(), "b (f p) c -> b f p c", f=part.shape[1])
+
+        return in_chunks(begun, self.frames(x), 1, x)
 
     def read(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
         """x [b f h w c], y [b f (h w) c], context [b k d] -> [b f h w c]"""
-        return in_chunks(lambda x, y: self.finish(x, y, context), self.frames(x), 1, x, y)
+
+        def reading(x: Tensor, y: Tensor) -> Tensor:
+            return self.finish(x, self.stream(y.flatten(1, 2), own=False), context)
+
+        return in_chunks(reading, self.frames(x), 1, x, y)
 
     def frames(self, x: Tensor) -> int:
         known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, Attention, FeedForward)
         return frames_at_once(self.tokens, x) if known else 0
 
-    def begin(self, x: Tensor) -> Tensor:
+    def begin(self, x: Tensor) -> Stream:
         y = rearrange(self.proj_in(per_frame(self.norm, x)), "b f h w c -> (b f) (h w) c")
-        y = y + self.self_attention(self.norm1(y))
-        return rearrange(y, "(b f) p c -> b f p c", b=len(x))
-
-    def finish(self, x: Tensor, y: Tensor, context: Tensor | Keys) -> Tensor:
-        _, f, h, w, _ = x.shape
+        y = self.stream(y, own=untouched(self.proj_in, nn.Linear))
+        y.add(self.self_attention, y.read(self.norm1))
         # All frames of a sample see the same context: they are one long sequence of queries.
-        y = rearrange(y, "b f p c -> b (f p) c")
-        y = y + self.cross_attention(self.norm2(y), context)
-        y = y + self.feed_forward(self.norm3(y))
-        return x + rearrange(self.proj_out(y), "b (f h w) c -> b f h w c", f=f, h=h, w=w)
+        y.x = rearrange(y.x, "(b f) p c -> b (f p) c", b=len(x))
+        return y
+
+    def finish(self, x: Tensor, y: Stream, context: Tensor | Keys) -> Tensor:
+        y.add(self.cross_attention, y.read(self.norm2), context)
+        y.add(self.feed_forward, y.read(self.norm3))
+        return y.onto(x, self.proj_out)
+
+    def stream(self, y: Tensor, *, own: bool) -> Stream:
+        return Stream(y, in_place=self.sum_in_place, kernel=self.kernel, own=own)
 
 
 class Downsample(nn.Module):
@@ -163,8 +180,11 @@ def frames_at_once(tokens: int, x: Tensor) -> int:
 
 def halves(like: Tensor) -> Tensor:
     """[9 16]: the nine weights of a 3 x 3 kernel -> four 2 x 2 kernels, for even and odd rows and columns."""
-    even, odd = [[1, 0], [0, 1], [0, 1]], [[1, 0], [1, 0], [0, 1]]  # three rows of the kernel -> two
-    rows = torch.tensor([even, odd], dtype=like.dtype, device=like.device)
+    # Kernel row r goes to row u of two: 0 1 1 for even output rows, 0 0 1 for odd ones. Made on the device,
+    # since a CUDA graph may not wait for the CPU.
+    i, r, u = (torch.arange(size, device=like.device) for size in (2, 3, 2))
+    rows = ((1 + r - i[:, None]) // 2)[..., None] == u
+    rows = rows.to(like.dtype)
     return torch.einsum("iru, jsv -> rsijuv", rows, rows).reshape(9, 16)
 
 

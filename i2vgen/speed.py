@@ -6,28 +6,39 @@ know a faster form. A module that a researcher changed or replaced knows none an
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from i2vgen.attention import Attention
+from i2vgen import kernels
+from i2vgen.attention import Attention, FrameAttention
 from i2vgen.config import Runtime
-from i2vgen.layers import FeedForward
+from i2vgen.layers import FeedForward, GroupNorm
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 from i2vgen.unet import UNet
 
-LAYERS = (ResBlock, SpatialTransformer, Downsample, Upsample, TemporalConv, TemporalTransformer)
+WITH_KERNELS = (GroupNorm, FeedForward, FrameAttention, SpatialTransformer, TemporalTransformer)
+IN_CHUNKS = (ResBlock, SpatialTransformer, Downsample, Upsample, TemporalConv, TemporalTransformer)
 
 
-def apply(model: nn.Module, runtime: Runtime) -> None:
-    """Give every module of a network the form that the settings ask for; `share_prefix` is the pipeline's."""
+def apply(model: nn.Module, runtime: Runtime, device: torch.device | None = None) -> None:
+    """Give every module of a network the form that the settings ask for; `share_prefix` is the pipeline's.
+
+    `device`: where it will compute, if its weights still wait elsewhere.
+    """
+    kernel = kernels.choose(runtime.kernels, device or next(model.parameters()).device)
     for module in model.modules():
+        if isinstance(module, WITH_KERNELS):
+            module.kernel = kernel
+        if isinstance(module, SpatialTransformer | TemporalTransformer):
+            module.sum_in_place = runtime.sum_in_place
         if isinstance(module, UNet):
             module.project_once, module.together = runtime.project_once, runtime.batch_guidance
         elif isinstance(module, Attention):
             module.fused = runtime.fuse_projections
         elif isinstance(module, FeedForward):
             module.in_place, module.chunk = runtime.in_place, runtime.feed_forward_chunk
-        elif isinstance(module, LAYERS):
+        elif isinstance(module, IN_CHUNKS):
             module.tokens = runtime.token_chunk
             if isinstance(module, Upsample):
                 module.subpixel = runtime.subpixel_upsampling

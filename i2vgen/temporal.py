@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.attention import Attention
+from i2vgen.attention import FrameAttention
 from i2vgen.layers import (
     RES_EPS,
     TRANSFORMER_EPS,
@@ -24,8 +24,11 @@ from i2vgen.layers import (
     GroupNorm,
     as_written,
     in_chunks,
+    norm_silu,
+    untouched,
     zero_,
 )
+from i2vgen.stream import Stream
 
 Norm = Callable[[Tensor], Tensor]
 
@@ -73,9 +76,10 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f p c] -> same"""
-        return self.on_pixels(x, self.norm)
+        return self.conv(self.dropout(norm_silu(self.norm, x)))
 
     def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
+        """`forward` of a part of the pixels, under the norm of all of them."""
         return self.conv(self.dropout(F.silu(norm(x))))
 
     def keeps_pixels_apart(self) -> bool:
@@ -86,6 +90,8 @@ class TemporalTransformer(nn.Module):
     """Two self-attentions over the frames of every pixel, each with its own weights, and a feed-forward."""
 
     tokens = 0  # at once, in whole pixels; 0: all; see `speed.py`
+    # Without gradients, see `stream.py` and `speed.py`.
+    sum_in_place = kernel = False
 
     def __init__(
         self,
@@ -102,10 +108,10 @@ class TemporalTransformer(nn.Module):
         self.norm = GroupNorm(groups, width, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Linear(width, inner)
         self.norm1 = nn.LayerNorm(inner)
-        self.attention1 = Attention(inner, inner, heads, head_width, backend=backend)
+        self.attention1 = FrameAttention(inner, inner, heads, head_width, backend=backend)
         self.norm2 = nn.LayerNorm(inner) if second_attention else None
         self.attention2 = (
-            Attention(inner, inner, heads, head_width, backend=backend) if second_attention else None
+            FrameAttention(inner, inner, heads, head_width, backend=backend) if second_attention else None
         )
         self.norm3 = nn.LayerNorm(inner)
         self.feed_forward = FeedForward(inner)
@@ -114,7 +120,7 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b f h w c] -> same. The entrance norm's statistics run over frames and pixels together."""
         y, norm = rearrange(x, "b f h w c -> b f (h w) c"), self.norm
-        known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, Attention, FeedForward)
+        known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, FrameAttention, FeedForward)
         pixels = pixels_at_once(self.tokens, y) if known else 0
         if pixels:
             norm = norm.of_parts(y, pixels)
@@ -122,12 +128,13 @@ class TemporalTransformer(nn.Module):
 
     def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
         """x [b f p c] -> same"""
-        y = self.proj_in(norm(x))
-        y = y + self.attention1.over_frames(self.norm1(y))
+        own = untouched(self.proj_in, nn.Linear)
+        y = Stream(self.proj_in(norm(x)), in_place=self.sum_in_place, kernel=self.kernel, own=own)
+        y.add(self.attention1, y.read(self.norm1))
         if self.attention2 is not None:
-            y = y + self.attention2.over_frames(self.norm2(y))
-        y = y + self.feed_forward(self.norm3(y))
-        return x + self.proj_out(y)
+            y.add(self.attention2, y.read(self.norm2))
+        y.add(self.feed_forward, y.read(self.norm3))
+        return y.onto(x, self.proj_out)
 
 
 def pixels_at_once(tokens: int, x: Tensor) -> int:
@@ -162,12 +169,12 @@ class FrameEncoderLayer(nn.Module):
     def __init__(self, width: int, *, heads: int, head_width: int, dropout: float, backend: str):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.attention = Attention(width, width, heads, head_width, dropout=dropout, backend=backend)
+        self.attention = FrameAttention(width, width, heads, head_width, dropout=dropout, backend=backend)
         self.linear1 = nn.Linear(width, 4 * width)
         self.dropout = nn.Dropout(dropout)
         self.linear2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f p c] -> same"""
-        x = x + self.attention.over_frames(self.norm(x))
+        x = x + self.attention(self.norm(x))
         return x + self.linear2(self.dropout(F.gelu(self.linear1(x))))

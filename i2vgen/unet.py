@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -21,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from i2vgen import config
 from i2vgen.attention import Attention, Keys
 from i2vgen.conditioning import Conditions, ConditionStem, Prepared
-from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid
+from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, norm_silu, per_frame, sinusoid, untouched
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 
@@ -317,8 +316,8 @@ class UNet(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[b f h w c] -> prediction [b c f h w]"""
-        x = per_frame(self.conv_out, F.silu(per_frame(self.norm_out, x)))
-        return rearrange(x, "b f h w c -> b c f h w").contiguous()
+        b, frames = len(x), self.conv_out(norm_silu(self.norm_out, x.flatten(0, 1)))
+        return rearrange(frames, "(b f) h w c -> b c f h w", b=b).contiguous()
 
     def set_checkpointing(self, on: bool) -> None:
         """Trade time for memory in training: keep each part's input, recompute its inside in the backward."""
@@ -329,10 +328,7 @@ class UNet(nn.Module):
 
 def parts_late(block: nn.Module) -> bool:
     """Whether a block can be begun without its context: as it is written here, and nobody listens at it."""
-    if type(block) is not Block or type(block.spatial) is not SpatialTransformer:
-        return False
-    inside = (block, block.spatial)
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in inside)
+    return untouched(block, Block) and untouched(block.spatial, SpatialTransformer)
 
 
 def repeated(x: Tensor, n: int) -> Tensor:

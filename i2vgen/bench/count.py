@@ -42,12 +42,14 @@ OFF = {
     "fuse_projections": False,
     "subpixel_upsampling": False,
     "in_place": False,
+    "sum_in_place": False,
 }
 PLANS = {
     "plain": OFF,  # the modules as they are written, one call for each branch
     "fast": {},  # the default
     "batched": {"batch_guidance": True},
     "low": {"feed_forward_chunk": 14_080},
+    "fused": {"kernels": "triton"},  # what `auto` is on CUDA
 }
 
 # Ratio, ours / theirs -> the figure and our plan; None as long as there is no such plan.

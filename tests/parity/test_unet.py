@@ -139,12 +139,12 @@ def _later_latents(patch):
 
 
 def _norm_before_small_feed_forward(self, x):
-    x = x + self.attention.over_frames(self.norm(x))
+    x = x + self.attention(self.norm(x))
     return x + self.linear2(F.gelu(self.linear1(F.layer_norm(x, x.shape[-1:]))))
 
 
 def _gated_small_feed_forward(self, x):
-    x = x + self.attention.over_frames(self.norm(x))
+    x = x + self.attention(self.norm(x))
     return x + self.linear2(F.silu(self.linear1(x)))
 
 
