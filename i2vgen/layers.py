@@ -6,6 +6,7 @@ Axes: b batch, f frames, h w latent rows and columns, c channels; n whatever els
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 # head, 1e-6 at the entrance of transformers and everywhere in the autoencoder.
 RES_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
+
+# Where a convolution on a CPU is better one matrix product; measured on AVX-512 with 64 to 1280 channels.
+FEW_PIXELS = 512
+MANY_CHANNELS = 256
 
 
 def sinusoid(value: Tensor, width: int, formula: str = "pow") -> Tensor:
@@ -79,9 +84,26 @@ class FeedForward(nn.Module):
 class Conv(nn.Conv2d):
     """A 2-D convolution on channels-last tensors: [n h w c] -> [n h' w' c']."""
 
+    product = False  # on a CPU over few pixels: one matrix product; see `speed.py`
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.product and self.product_pays(x):
+            return self.as_product(x)
         y = super().forward(rearrange(x, "n h w c -> n c h w"))  # a view: PyTorch's channels_last format
         return rearrange(y, "n c h w -> n h w c").contiguous()  # a no-op where the kernel kept the format
+
+    def product_pays(self, x: Tensor, enlarged: int = 1) -> bool:
+        """Where weights are many and pixels few a CPU's kernel spends its time on laying out the weights."""
+        pixels = math.prod(x.shape[:3]) * enlarged // math.prod(self.stride)
+        return x.device.type == "cpu" and pixels <= FEW_PIXELS and self.in_channels >= MANY_CHANNELS
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """The same: every window of x as a row, times the weights (a view if they lie channels last)."""
+        (up, left), (rows, columns) = self.padding, self.kernel_size
+        x = F.pad(x, (0, 0, left, left, up, up))
+        windows = x.unfold(1, rows, self.stride[0]).unfold(2, columns, self.stride[1])
+        windows = rearrange(windows, "n h w c i j -> n h w (i j c)")
+        return F.linear(windows, rearrange(self.weight, "o c i j -> o (i j c)"), self.bias)
 
 
 class GroupNorm(nn.GroupNorm):
@@ -92,7 +114,20 @@ class GroupNorm(nn.GroupNorm):
         return rearrange(y, "n c h w -> n h w c").reshape(x.shape)
 
 
-def per_frame(module: nn.Module, x: Tensor) -> Tensor:
+def norm_silu(norm: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+    """SiLU of the norm of x; in place where no gradient needs the norm's result and nobody listens at it."""
+    y = norm(x)
+    if in_place and not torch.is_grad_enabled() and type(norm) is GroupNorm and unheard(norm):
+        return F.silu(y, inplace=True)
+    return F.silu(y)
+
+
+def unheard(*modules: nn.Module) -> bool:
+    """Whether no hook sees what goes into or comes out of these modules."""
+    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Run a module that knows no frames, [n h w c] -> [n h' w' c'], on every frame of x [b f h w c]."""
     return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 

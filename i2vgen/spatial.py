@@ -12,11 +12,13 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.attention import Attention, Keys
-from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, per_frame, zero_
+from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, norm_silu, per_frame, zero_
 
 
 class ResBlock(nn.Module):
     """Two convolutions around the addition of the timestep embedding, and a skip."""
+
+    in_place = False  # without gradients: SiLU over the norm's result; see `speed.py`
 
     def __init__(self, width_in: int, width: int, embedding_width: int, *, groups: int, dropout: float):
         super().__init__()
@@ -30,10 +32,13 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [b f h w c], embedding [b e] -> [b f h w c']"""
-        y = per_frame(self.conv1, F.silu(per_frame(self.norm1, x)))
+        y = per_frame(self.conv1, self.active(self.norm1, x))
         y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
-        y = per_frame(self.conv2, self.dropout(F.silu(per_frame(self.norm2, y))))
+        y = per_frame(self.conv2, self.dropout(self.active(self.norm2, y)))
         return per_frame(self.skip, x) + y
+
+    def active(self, norm: nn.Module, x: Tensor) -> Tensor:
+        return per_frame(lambda frames: norm_silu(norm, frames, self.in_place), x)
 
 
 class SpatialTransformer(nn.Module):
@@ -92,9 +97,13 @@ class Upsample(nn.Module):
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.subpixel and type(self.conv) is Conv:
+        if self.subpixel and type(self.conv) is Conv and not self.few_pixels(x):
             return per_frame(self.before_enlarging, x)
         return per_frame(self.conv, nearest_twice(x))
+
+    def few_pixels(self, x: Tensor) -> bool:
+        """Whether the larger convolution as one matrix product costs less than folding its weights."""
+        return self.conv.product and self.conv.product_pays(x.flatten(0, 1), enlarged=4)
 
     def before_enlarging(self, x: Tensor) -> Tensor:
         """[n h w c] -> [n 2h 2w c']

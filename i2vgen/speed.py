@@ -6,12 +6,14 @@ know a faster form. A module that a researcher changed or replaced knows none an
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from i2vgen.attention import Attention
+from i2vgen.attention import Attention, lay_side_by_side
 from i2vgen.config import Runtime
-from i2vgen.layers import FeedForward
-from i2vgen.spatial import Upsample
+from i2vgen.layers import Conv, FeedForward
+from i2vgen.spatial import ResBlock, Upsample
+from i2vgen.temporal import ConvStage
 from i2vgen.unet import UNet
 
 
@@ -24,5 +26,29 @@ def apply(model: nn.Module, runtime: Runtime) -> None:
             module.fused = runtime.fuse_projections
         elif isinstance(module, FeedForward):
             module.in_place, module.chunk = runtime.in_place, runtime.feed_forward_chunk
+        elif isinstance(module, ResBlock | ConvStage):
+            module.in_place = runtime.in_place
         elif isinstance(module, Upsample):
             module.subpixel = runtime.subpixel_upsampling
+        elif isinstance(module, Conv):
+            module.product = runtime.convolution_products
+    if runtime.weight_layout:
+        lay_out(model, side_by_side=runtime.fuse_projections)
+
+
+def lay_out(model: nn.Module, *, side_by_side: bool) -> None:
+    """Put weights into memory as the kernels read them: the same numbers in another order, no byte more.
+
+    A convolution's with channels last, and those of q, k and v side by side. Changing them in place later
+    is heard as ever; weights that are replaced lie as their owner made them, and are copied in every call.
+    """
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif side_by_side and isinstance(module, Attention):
+            layers = (module.to_q, module.to_k, module.to_v)
+            if (
+                all(type(layer) is nn.Linear for layer in layers)
+                and len({y.in_features for y in layers}) == 1
+            ):
+                lay_side_by_side(layers)

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.attention import Attention
-from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, zero_
+from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm, norm_silu, zero_
 
 
 class TemporalConv(nn.Module):
@@ -36,6 +36,8 @@ class TemporalConv(nn.Module):
 
 
 class ConvStage(nn.Module):
+    in_place = False  # without gradients: SiLU over the norm's result; see `speed.py`
+
     def __init__(self, width: int, *, groups: int, dropout: float):
         super().__init__()
         self.norm = GroupNorm(groups, width, eps=RES_EPS)
@@ -45,7 +47,7 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f p c] -> same"""
-        return self.conv(self.dropout(F.silu(self.norm(x))))
+        return self.conv(self.dropout(norm_silu(self.norm, x, self.in_place)))
 
 
 class TemporalTransformer(nn.Module):

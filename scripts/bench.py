@@ -1,12 +1,18 @@
-"""What a guidance step costs here and in diffusers, both with the same settings.
+"""What a guidance step costs here and in diffusers, both with the same settings and the same random weights.
 
-python scripts/bench.py case=NAME [against=diffusers] [json=OUT.json]
+python scripts/bench.py case=NAME [mode=infer|train] [full=true] [against=diffusers] [json=OUT.json]
 
 python scripts/bench.py case=count json=outputs/count.json
+python scripts/bench.py case=cpu-small json=outputs/small.json
 
 case=count      FLOPs, bytes, operations and activation peak at the official size, counted without weights
+case=cpu-small  timed on one thread of a CPU: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
+case=cpu-mid    half the official widths, 8x16x16
+case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16: 10 GB of memory
+mode=train      forward, backward and optimiser step instead, with and without gradient checkpointing
+full=true       whole 50-step loops of both sides, and diffusers compiled: minutes more
 against=        the other side, diffusers
-json=           all figures; its top level holds the ratios ours / theirs
+json=           all figures; its top level holds the ratios
 """
 
 from __future__ import annotations
@@ -16,10 +22,13 @@ from pathlib import Path
 
 from i2vgen import cli
 from i2vgen.bench.cases import CASES
+from i2vgen.bench.peer import MODES, Options, Peer
+from weights_conversion import unet_diffusers
 
 FLAGS = ("--help",)
 AGAINST = ("diffusers",)
-NAMES = ("case", "against", "json")
+NAMES = ("case", "mode", "full", "against", "json")
+SWITCH = ("true", "false")
 
 
 def main() -> int:
@@ -34,14 +43,24 @@ def main() -> int:
         raise ValueError(f"case= is missing; choose {_known(CASES)}")
     case = choose("case", given["case"], CASES)
     choose("against", given.get("against", "diffusers"), AGAINST)
+    options = options_of(case, given)
     out = check_file(Path(given["json"])) if "json" in given else None
 
-    report = CASES[case](diffusers_network())
+    report = CASES[case](diffusers_side(), options)
     print("\n\n".join(map(str, report.tables)))
     if out is not None:
         report.write(out)
         print(f"\nfigures in {out}")
     return 0
+
+
+def options_of(case: str, given: dict[str, str]) -> Options:
+    """What a case does not know is refused before any work."""
+    mode = choose("mode", given.get("mode", "infer"), MODES)
+    full = choose("full", given.get("full", "false"), SWITCH) == "true"
+    if case == "count" and (mode, full) != ("infer", False):
+        raise ValueError("case=count only counts one guidance step; leave mode= and full= out")
+    return Options(mode, full)
 
 
 def take(words: list[str]) -> dict[str, str]:
@@ -77,14 +96,15 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def diffusers_network() -> type:
+def diffusers_side() -> Peer:
     try:
+        import diffusers
         from diffusers import I2VGenXLUNet
     except ImportError as error:
         raise ValueError(
             f"against=diffusers needs the package diffusers ({error}): python -m pip install -e '.[test]'"
         ) from None
-    return I2VGenXLUNet
+    return Peer(I2VGenXLUNet, unet_diffusers.to_theirs, diffusers.__version__)
 
 
 if __name__ == "__main__":
