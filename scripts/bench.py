@@ -1,14 +1,19 @@
 """What a guidance step costs here and in diffusers, both with the same settings and the same random weights.
 
-python scripts/bench.py case=NAME [mode=infer|train] [full=true] [against=diffusers] [json=OUT.json]
+python scripts/bench.py case=NAME [mode=infer|train] [full=true] [parts=A,B] [dry=true] [json=OUT.json]
 
 python scripts/bench.py case=count json=outputs/count.json
 python scripts/bench.py case=cpu-small json=outputs/small.json
+python scripts/bench.py case=gpu-704p parts=ceilings,step,loop full=true json=outputs/gpu.json
 
 case=count      FLOPs, bytes, operations and activation peak at the official size, counted without weights
 case=cpu-small  timed on one thread of a CPU: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
 case=cpu-mid    half the official widths, 8x16x16
 case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16: 10 GB of memory
+case=gpu-256p   on one GPU, bfloat16, 448 x 256 pixels, 16 frames; in parts, ten minutes at most
+case=gpu-704p   the same at 1280 x 704
+parts=          of a gpu case, some of ceilings,micro,exactness,step,loop,vae,compiled,graph,trace
+dry=true        a gpu case small and on the CPU: shows that every part runs
 mode=train      forward, backward and optimiser step instead, with and without gradient checkpointing
 full=true       whole 50-step loops of both sides, and diffusers compiled: minutes more
 against=        the other side, diffusers
@@ -17,17 +22,19 @@ json=           all figures; its top level holds the ratios
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from i2vgen import cli
-from i2vgen.bench.cases import CASES
+from i2vgen.bench.cases import CASES, check
 from i2vgen.bench.peer import MODES, Options, Peer
+from i2vgen.bench.report import Report
 from weights_conversion import unet_diffusers
 
 FLAGS = ("--help",)
 AGAINST = ("diffusers",)
-NAMES = ("case", "mode", "full", "against", "json")
+NAMES = ("case", "mode", "full", "parts", "dry", "against", "json")
 SWITCH = ("true", "false")
 
 
@@ -43,8 +50,8 @@ def main() -> int:
         raise ValueError(f"case= is missing; choose {_known(CASES)}")
     case = choose("case", given["case"], CASES)
     choose("against", given.get("against", "diffusers"), AGAINST)
-    options = options_of(case, given)
     out = check_file(Path(given["json"])) if "json" in given else None
+    options = options_of(case, given, out)
 
     report = CASES[case](diffusers_side(), options)
     print("\n\n".join(map(str, report.tables)))
@@ -54,13 +61,18 @@ def main() -> int:
     return 0
 
 
-def options_of(case: str, given: dict[str, str]) -> Options:
-    """What a case does not know is refused before any work."""
-    mode = choose("mode", given.get("mode", "infer"), MODES)
-    full = choose("full", given.get("full", "false"), SWITCH) == "true"
-    if case == "count" and (mode, full) != ("infer", False):
-        raise ValueError("case=count only counts one guidance step; leave mode= and full= out")
-    return Options(mode, full)
+def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
+    """What a case cannot do is refused before any work."""
+    options = Options(
+        mode=choose("mode", given.get("mode", "infer"), MODES),
+        full=choose("full", given.get("full", "false"), SWITCH) == "true",
+        parts=tuple(given["parts"].split(",")) if "parts" in given else (),
+        dry=choose("dry", given.get("dry", "false"), SWITCH) == "true",
+    )
+    check(case, options)
+    # After every part: a run that is cut off leaves what it found.
+    keep = None if out is None else (lambda found: Report(found, ()).write(out))
+    return dataclasses.replace(options, save=keep)
 
 
 def take(words: list[str]) -> dict[str, str]:

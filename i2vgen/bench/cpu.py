@@ -45,7 +45,7 @@ CASES = {
 }
 
 
-def settings(case: Case, size: Size) -> Config:
+def config_of(case: Case, size: Size) -> Config:
     frames, rows, columns = size
     return Config(
         unet=config.UNet(base_width=case.base_width, head_width=case.head_width),
@@ -54,21 +54,30 @@ def settings(case: Case, size: Size) -> Config:
     )
 
 
+def check(name: str, options: Options) -> None:
+    """ValueError before anything is built."""
+    if options.parts or options.dry:
+        raise ValueError(f"case={name} has no parts= and no dry=; they belong to the gpu cases")
+    if options.mode == "train" and CASES[name].train_size is None:
+        raise ValueError(f"case={name} mode=train needs 40 GB for both sides; use cpu-small or cpu-mid")
+    if options.mode == "train" and options.full:
+        raise ValueError("full=true runs whole loops of sampling; leave it out with mode=train")
+
+
 def run(name: str, peer: Peer, options: Options) -> Report:
     return measure(CASES[name], name, peer, options)
 
 
 def measure(case: Case, name: str, peer: Peer, options: Options) -> Report:
     torch.set_num_threads(1)
-    if options.mode == "train" and case.train_size is None:
-        raise ValueError(f"case={name} mode=train needs 40 GB for both sides; use cpu-small or cpu-mid")
     if options.mode == "train":
-        return train.report(settings(case, case.train_size), peer, CPU, name)
+        return train.report(config_of(case, case.train_size), peer, CPU, name)
     product = matrix_product_rate()
-    found = [step(settings(case, size), peer, product) for size in case.sizes]
+    found = [step(config_of(case, size), peer, product) for size in case.sizes]
     ratio, sizes = memory_of(case, peer)
-    whole = loop.measure(settings(case, case.sizes[0]), peer, CPU, DTYPE, full=options.full)
-    compiled = compiled_ratio(settings(case, case.sizes[0]), peer) if options.full else None
+    both = pair.make_pair(config_of(case, case.sizes[0]), CPU, DTYPE)
+    whole = loop.measure(both, peer, modes.EAGER["batched"], full=options.full)
+    compiled = compiled_ratio(config_of(case, case.sizes[0]), peer) if options.full else None
     top = {
         "speedup_eager": min(one["speedup_eager"] for one in found),
         "speedup_best_exact": min(one["speedup_best_exact"] for one in found),
@@ -101,7 +110,7 @@ def step(settings: Config, peer: Peer, product: float) -> dict:
     ways = {THEIRS: pair.their_step(theirs, inputs, settings.sample.guidance)}
     expected = pair.predictions(theirs, ways[THEIRS], swap=True)
     errors = {}
-    for mode, model in both.all_ours(modes.EAGER | modes.CPU).items():
+    for mode, model in both.all_ours(modes.CPU | modes.PACKED).items():
         ways[mode] = pair.our_step(model, inputs)
         errors[mode] = pair.distance(pair.predictions(model.unet, ways[mode]), expected)
     del expected
@@ -110,9 +119,9 @@ def step(settings: Config, peer: Peer, product: float) -> dict:
 
 
 def summary(settings: Config, peer: Peer, times: Times, errors: dict[str, float], product: float) -> dict:
-    eager, exact = times.best(list(modes.EAGER)), times.best([*modes.EAGER, *modes.CPU])
+    eager, exact = times.best(list(modes.CPU)), times.best([*modes.CPU, *modes.PACKED])
     their_work = count.count_theirs(peer.network, settings).flops
-    our_work = count.count_ours(modes.EAGER[eager], settings).flops
+    our_work = count.count_ours(modes.CPU[eager], settings).flops
     rows, columns = settings.latent_size
     return {
         "size": [settings.sample.frames, rows, columns],
@@ -142,9 +151,9 @@ def memory_of(case: Case, peer: Peer) -> tuple[float | None, dict | None]:
     """Growth of a process, ours / theirs, and both in bytes."""
     if case.memory_size is None or not memory.measurable():
         return None, None
-    config = settings(case, case.memory_size)
+    config = config_of(case, case.memory_size)
     found = {THEIRS: memory.growth_of_theirs(config, peer)}
-    found |= {mode: memory.growth_of_ours(config, changed) for mode, changed in modes.EAGER.items()}
+    found |= {mode: memory.growth_of_ours(config, changed) for mode, changed in modes.CPU.items()}
     return round(found["default"] / found[THEIRS], 3), {"size": list(case.memory_size)} | found
 
 
@@ -154,12 +163,12 @@ def compiled_ratio(settings: Config, peer: Peer) -> float:
     inputs, theirs = both.inputs(), both.theirs(peer)
     theirs.compile()
     ways: dict[str, Callable] = {"compiled": pair.their_step(theirs, inputs, settings.sample.guidance)}
-    for mode, model in both.all_ours(modes.EAGER | modes.CPU).items():
+    for mode, model in both.all_ours(modes.CPU | modes.PACKED).items():
         ways[mode] = pair.our_step(model, inputs)
     times = interleaved(ways, rounds=ROUNDS)
     torch._dynamo.reset()
     gc.collect()
-    return round(times.ratio("compiled", times.best([*modes.EAGER, *modes.CPU])), 3)
+    return round(times.ratio("compiled", times.best([*modes.CPU, *modes.PACKED])), 3)
 
 
 def _steps(one: dict, name: str) -> Table:

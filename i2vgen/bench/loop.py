@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import median
 
 import torch
 from torch import Tensor
 
 from i2vgen import checkpoint, pipeline
-from i2vgen.bench import modes, pair
+from i2vgen.bench import pair
 from i2vgen.bench.peer import Peer
 from i2vgen.bench.timing import Clock, clock_of
-from i2vgen.config import Config
 from i2vgen.sampler import Predict, ddim
 
 STEPS = 50
@@ -31,21 +30,16 @@ class Timed:
         return kept[0]
 
 
-def measure(
-    settings: Config,
-    peer: Peer,
-    device: torch.device,
-    dtype: torch.dtype,
-    *,
-    full: bool,
-    mode: str = "batched",
-) -> dict:
-    """-> the figures for the top of a report; `full` runs all 50 steps of both sides, else a few of ours."""
-    both, clock = pair.make_pair(settings, device, dtype), clock_of(device)
+def measure(both: pair.Pair, peer: Peer, changed: Mapping[str, object], *, full: bool) -> dict:
+    """-> the figures for the top of a report; `full` runs all 50 steps of both sides, else a few of ours.
+
+    `changed` are our settings of `runtime`.
+    """
+    settings, device, clock = both.config, both.device, clock_of(both.device)
     inputs = both.inputs()
     vae = checkpoint.build("vae", settings)
-    checkpoint.fill(vae, checkpoint.random_state(vae, seed=1), device=device, dtype=dtype)
-    model = both.ours((modes.EAGER | modes.CPU | modes.GPU)[mode], vae=vae.eval().requires_grad_(False))
+    checkpoint.fill(vae, checkpoint.random_state(vae, seed=1), device=device, dtype=both.dtype)
+    model = both.ours(changed, vae=vae.eval().requires_grad_(False))
     steps = STEPS if full else FEW
 
     latents: list[Tensor] = []

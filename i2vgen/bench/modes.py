@@ -1,28 +1,24 @@
-"""Our ways to take a guidance step, as settings of `runtime`. A case picks the rows that its device can do.
+"""Our ways to take a guidance step, as settings of `runtime`. A new one is a row here.
 
-All are exact: the same numbers up to rounding. A new one is a row here.
+All are exact: the same numbers up to rounding.
 """
 
 from __future__ import annotations
 
 Settings = dict[str, object]
 
-# The modules as they are, with the exact savings that need nothing but memory.
+# PyTorch's own operations, one after the other.
 EAGER: dict[str, Settings] = {
     "default": {},
     "batched": {"batch_guidance": True},
 }
-# On a CPU: weights laid out anew for its kernels.
-CPU: dict[str, Settings] = {}
+# What a CPU can do besides: feed-forwards in pieces that its caches hold.
+CPU = EAGER | {"batched, in pieces": {"batch_guidance": True, "feed_forward_chunk": 1024}}
+# On a CPU with weights packed for its kernels: more memory, private functions of PyTorch.
+PACKED: dict[str, Settings] = {}
 # On a GPU.
-GPU: dict[str, Settings] = {
-    "compiled": {"batch_guidance": True, "compile": True},
+COMPILED: dict[str, Settings] = {
+    "compiled": {"compile": True},
+    "batched, compiled": {"batch_guidance": True, "compile": True},
 }
-# What the one-layout modules do without any saving, one call for each branch.
-PLAIN: Settings = {
-    "share_prefix": False,
-    "project_once": False,
-    "fuse_projections": False,
-    "subpixel_upsampling": False,
-    "in_place": False,
-}
+GRAPH: dict[str, Settings] = {}

@@ -17,7 +17,6 @@ from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
 from i2vgen.conditioning import Conditions
 from i2vgen.config import Config, Use
-from i2vgen.unet import UNet
 
 # Where the two read the paper differently, theirs: else the outputs could not be compared.
 THEIR_USE = Use(concat_gain=1.0, sinusoid="exp", frame_planes="network")
@@ -160,7 +159,7 @@ def their_network(unet: nn.Module, inputs: Inputs, guidance: float) -> Callable[
 
 
 def their_planes(latent: Tensor, frames: int) -> Tensor:
-    """[b c h w] -> [b c f h w]: the image latent, then planes of the frame's position, as its pipeline has it."""
+    """[b c h w] -> [b c f h w]: the image latent, then planes of the frames' positions: its pipeline's."""
     planes = [latent] + [torch.full_like(latent, (k + 1) / (frames - 1)) for k in range(frames - 1)]
     return torch.stack(planes, dim=2)
 

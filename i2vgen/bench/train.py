@@ -1,7 +1,7 @@
 """Mode `train`: forward, backward and an AdamW step on one batch, ours against diffusers' class.
 
 Both have the same weights and learn the same: to predict v. Each is timed with and without gradient
-checkpointing. The peak of memory is that of the first step: activations, gradients and the optimiser's moments.
+checkpointing. The peak of memory is that of the first step: activations, gradients, moments of the optimiser.
 """
 
 from __future__ import annotations
