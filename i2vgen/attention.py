@@ -52,6 +52,8 @@ def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
 
 def joined(weights: Sequence[Tensor]) -> Tensor:
     """Matrices of one width on top of each other: a view where they lie so already and no gradient flows."""
+    if torch.compiler.is_compiling():  # it does not see where tensors lie
+        return torch.cat(list(weights))
     first, end = weights[0], weights[0].storage_offset()
     for weight in weights:
         apart = weight.storage_offset() != end or not weight.is_contiguous() or weight.requires_grad

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,9 +43,9 @@ class Run:
     found: dict
     drawn: pair.Pair | None = None
 
-    @property
-    def clock(self):
-        return clock_of(self.device)
+    def times(self, ways: Mapping[str, Callable[[], object]]) -> Times:
+        rounds, warmups = (2, 0) if self.options.dry else (ROUNDS, WARMUPS)
+        return interleaved(ways, clock=clock_of(self.device), rounds=rounds, warmups=warmups)
 
     def pair(self, dtype: torch.dtype | None = None, settings: Config | None = None) -> pair.Pair:
         """Both sides' weights and inputs; the random numbers, a minute's work, are drawn once."""
@@ -144,12 +144,7 @@ def ceilings(state: Run) -> dict:
     a, b = (torch.randn(n, n, device=state.device, dtype=state.dtype) for _ in range(2))
     source = torch.randn(length, device=state.device)
     target = torch.empty_like(source)
-    times = interleaved(
-        {"product": lambda: a @ b, "copy": lambda: target.copy_(source)},
-        clock=state.clock,
-        rounds=ROUNDS,
-        warmups=WARMUPS,
-    )
+    times = state.times({"product": lambda: a @ b, "copy": lambda: target.copy_(source)})
     moved = 2 * source.numel() * source.element_size()
     return {
         "product_tflops": 2 * n**3 / times.median("product") / 1e12,
@@ -197,13 +192,11 @@ def step(state: Run) -> dict:
     ways = {mode: pair.our_step(model, inputs) for mode, model in models.items()}
     plain = {THEIRS: pair.their_step(theirs, inputs, guidance)}
     peaks = {name: _peak(call, state) for name, call in (plain | ways).items()}
-    times = interleaved(plain | ways, clock=state.clock, rounds=ROUNDS, warmups=WARMUPS)
+    times = state.times(plain | ways)
     for parameter in theirs.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
-    last = interleaved(
-        {THEIRS_LAST: plain[THEIRS], **ways}, clock=state.clock, rounds=ROUNDS, warmups=WARMUPS
-    )
+    last = state.times({THEIRS_LAST: plain[THEIRS], **ways})
     return _timed(times) | {"channels_last": _timed(last), "peaks": peaks, "work": _work(state, ways)}
 
 
@@ -248,7 +241,7 @@ def vae(state: Run) -> dict:
             return model.decode(latents.to(state.dtype), chunk=chunk)
 
         peak = _peak(decode, state)
-        times = interleaved({"decode": decode}, clock=state.clock, rounds=3)
+        times = state.times({"decode": decode})
         found[f"chunk {chunk}"] = {"seconds": times.median("decode"), **peak}
     return found
 
@@ -265,7 +258,7 @@ def compiled(state: Run) -> dict:
         ways[mode] = pair.our_step(model, inputs)
     with _stance(state):
         waited = _first_calls(ways)
-        times = interleaved(ways, clock=state.clock, rounds=ROUNDS, warmups=WARMUPS)
+        times = state.times(ways)
     return _timed(times) | {"first_call_seconds": waited}
 
 
@@ -289,7 +282,7 @@ def graph(state: Run) -> dict:
     for mode, model in both.all_ours(modes.EAGER | modes.GRAPH).items():
         ways[mode] = pair.our_step(model, inputs)
     waited = _first_calls(ways)
-    times = interleaved(ways, clock=state.clock, rounds=ROUNDS, warmups=WARMUPS)
+    times = state.times(ways)
     return _timed(times) | {"first_call_seconds": waited}
 
 

@@ -13,7 +13,10 @@ EAGER: dict[str, Settings] = {
     "batched": {"batch_guidance": True},
 }
 # What a CPU can do besides: feed-forwards in pieces that its caches hold.
-CPU = EAGER | {"batched, in pieces": {"batch_guidance": True, "feed_forward_chunk": 1024}}
+CPU = EAGER | {
+    "in pieces": {"feed_forward_chunk": 1024},
+    "batched, in pieces": {"batch_guidance": True, "feed_forward_chunk": 1024},
+}
 # On a CPU with weights packed for its kernels: more memory, private functions of PyTorch.
 PACKED: dict[str, Settings] = {}
 # On a GPU.
