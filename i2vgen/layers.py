@@ -6,7 +6,6 @@ Axes: b batch, f frames, h w latent rows and columns, c channels; n whatever els
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -109,25 +108,35 @@ class Conv(nn.Conv2d):
 class GroupNorm(nn.GroupNorm):
     """Group norm on channels-last tensors [n ... c]: one set of statistics per n and group."""
 
+    in_place = False  # without gradients: a SiLU that follows writes over the result; see `speed.py`
+
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(rearrange(x.flatten(2, -2), "n h w c -> n c h w"))
         return rearrange(y, "n c h w -> n h w c").reshape(x.shape)
 
 
-def norm_silu(norm: nn.Module, x: Tensor, in_place: bool) -> Tensor:
-    """SiLU of the norm of x; in place where no gradient needs the norm's result and nobody listens at it."""
-    y = norm(x)
-    if in_place and not torch.is_grad_enabled() and type(norm) is GroupNorm and unheard(norm):
+def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """SiLU(norm(x + shift)): x [n ... c], shift [m c], each row of it for n / m neighbours -> like x"""
+    y = norm(x if shift is None else shifted(x, shift))
+    if untouched(norm, GroupNorm) and norm.in_place and not torch.is_grad_enabled():
         return F.silu(y, inplace=True)
     return F.silu(y)
 
 
-def unheard(*modules: nn.Module) -> bool:
-    """Whether no hook sees what goes into or comes out of these modules."""
-    return not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+def shifted(x: Tensor, shift: Tensor) -> Tensor:
+    """x [n ... c] + shift [m c], each row of it for n / m neighbours"""
+    rows = x.unflatten(0, (len(shift), -1))
+    return (rows + shift.view(len(shift), *[1] * (x.ndim - 1), -1)).view(x.shape)
 
 
-def per_frame(module: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module does what its kind was written to do, and nobody listens at it."""
+    if type(module) not in kinds or "forward" in vars(module):
+        return False
+    return not (module._forward_hooks or module._forward_pre_hooks)
+
+
+def per_frame(module: nn.Module, x: Tensor) -> Tensor:
     """Run a module that knows no frames, [n h w c] -> [n h' w' c'], on every frame of x [b f h w c]."""
     return module(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 

@@ -18,8 +18,6 @@ from i2vgen.layers import RES_EPS, TRANSFORMER_EPS, Conv, FeedForward, GroupNorm
 class ResBlock(nn.Module):
     """Two convolutions around the addition of the timestep embedding, and a skip."""
 
-    in_place = False  # without gradients: SiLU over the norm's result; see `speed.py`
-
     def __init__(self, width_in: int, width: int, embedding_width: int, *, groups: int, dropout: float):
         super().__init__()
         self.norm1 = GroupNorm(groups, width_in, eps=RES_EPS)
@@ -32,13 +30,11 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """x [b f h w c], embedding [b e] -> [b f h w c']"""
-        y = per_frame(self.conv1, self.active(self.norm1, x))
-        y = y + rearrange(self.embedding(F.silu(embedding)), "b c -> b 1 1 1 c")
-        y = per_frame(self.conv2, self.dropout(self.active(self.norm2, y)))
-        return per_frame(self.skip, x) + y
-
-    def active(self, norm: nn.Module, x: Tensor) -> Tensor:
-        return per_frame(lambda frames: norm_silu(norm, frames, self.in_place), x)
+        frames = x.flatten(0, 1)
+        y = self.conv1(norm_silu(self.norm1, frames))
+        y = norm_silu(self.norm2, y, self.embedding(F.silu(embedding)))
+        y = self.conv2(self.dropout(y))
+        return (self.skip(frames) + y).unflatten(0, x.shape[:2])
 
 
 class SpatialTransformer(nn.Module):

@@ -11,9 +11,8 @@ from torch import nn
 
 from i2vgen.attention import Attention, lay_side_by_side
 from i2vgen.config import Runtime
-from i2vgen.layers import Conv, FeedForward
-from i2vgen.spatial import ResBlock, Upsample
-from i2vgen.temporal import ConvStage
+from i2vgen.layers import Conv, FeedForward, GroupNorm
+from i2vgen.spatial import Upsample
 from i2vgen.unet import UNet
 
 
@@ -26,7 +25,7 @@ def apply(model: nn.Module, runtime: Runtime) -> None:
             module.fused = runtime.fuse_projections
         elif isinstance(module, FeedForward):
             module.in_place, module.chunk = runtime.in_place, runtime.feed_forward_chunk
-        elif isinstance(module, ResBlock | ConvStage):
+        elif isinstance(module, GroupNorm):
             module.in_place = runtime.in_place
         elif isinstance(module, Upsample):
             module.subpixel = runtime.subpixel_upsampling

@@ -36,8 +36,6 @@ class TemporalConv(nn.Module):
 
 
 class ConvStage(nn.Module):
-    in_place = False  # without gradients: SiLU over the norm's result; see `speed.py`
-
     def __init__(self, width: int, *, groups: int, dropout: float):
         super().__init__()
         self.norm = GroupNorm(groups, width, eps=RES_EPS)
@@ -47,7 +45,7 @@ class ConvStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [b f p c] -> same"""
-        return self.conv(self.dropout(norm_silu(self.norm, x, self.in_place)))
+        return self.conv(self.dropout(norm_silu(self.norm, x)))
 
 
 class TemporalTransformer(nn.Module):

@@ -95,7 +95,6 @@ def test_every_mode_is_made_of_settings():
 # --------------------------------------------------------------------------------------------- cpu-*
 
 
-@pytest.mark.reference
 @pytest.fixture(scope="module")
 def measured(peer):
     return cpu.measure(Small, "cpu-toy", peer, Options()).values
