@@ -15,7 +15,7 @@ case=gpu-704p   the same at 1280 x 704
 parts=          of a gpu case, some of ceilings,micro,exactness,step,loop,vae,compiled,graph,trace
 dry=true        a gpu case small and on the CPU: shows that every part runs
 mode=train      forward, backward and optimiser step instead, with and without gradient checkpointing
-full=true       whole 50-step loops of both sides, and diffusers compiled: minutes more
+full=true       whole 50-step loops, and both sides compiled: minutes more
 against=        the other side, diffusers
 json=           all figures; its top level holds the ratios
 """

@@ -17,11 +17,9 @@ CPU = EAGER | {
     "in pieces": {"feed_forward_chunk": 1024},
     "batched, in pieces": {"batch_guidance": True, "feed_forward_chunk": 1024},
 }
-# On a CPU with weights packed for its kernels: more memory, private functions of PyTorch.
-PACKED: dict[str, Settings] = {}
-# On a GPU.
 COMPILED: dict[str, Settings] = {
     "compiled": {"compile": True},
     "batched, compiled": {"batch_guidance": True, "compile": True},
 }
+# On a GPU, played back from a recording.
 GRAPH: dict[str, Settings] = {}
