@@ -7,6 +7,7 @@ p pixels of a frame (h w flattened), c channels.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,6 +96,27 @@ class Keys(NamedTuple):
         return [Keys(k, v) for k, v in zip(self.k.split(n), self.v.split(n), strict=True)]
 
 
+def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
+    """Put the weights of layers of one input width into one storage, so that `joined` copies nothing."""
+    sizes = [len(layer.weight) for layer in layers]
+    together = joined([layer.weight.data for layer in layers])  # a view where they lie so already
+    for layer, part in zip(layers, together.split(sizes), strict=True):
+        layer.weight.data = part
+
+
+def joined(weights: Sequence[Tensor]) -> Tensor:
+    """Matrices of one width on top of each other: a view where they lie so already and no gradient flows."""
+    if torch.compiler.is_compiling():  # it does not see where tensors lie
+        return torch.cat(list(weights))
+    first, end = weights[0], weights[0].storage_offset()
+    for weight in weights:
+        apart = weight.storage_offset() != end or not weight.is_contiguous() or weight.requires_grad
+        if apart or weight.untyped_storage()._cdata != first.untyped_storage()._cdata:
+            return torch.cat(list(weights))
+        end += weight.numel()
+    return first.detach().as_strided((sum(map(len, weights)), first.shape[1]), first.stride())
+
+
 class Attention(nn.Module):
     """Multi-head attention: projections without bias, output projection with one; no mask, no positions."""
 
@@ -149,7 +171,7 @@ class Attention(nn.Module):
         layers = (self.to_q, self.to_k, self.to_v)
         # What a researcher put in a layer's place (an adapter, say) is more than its weight: it is called.
         if self.fused and all(untouched(layer, nn.Linear) for layer in layers):
-            return F.linear(x, torch.cat([layer.weight for layer in layers])).chunk(3, dim=-1)
+            return F.linear(x, joined([layer.weight for layer in layers])).chunk(3, dim=-1)
         return tuple(layer(x) for layer in layers)
 
     def heads_first(self, y: Tensor) -> Tensor:

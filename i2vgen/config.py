@@ -489,10 +489,12 @@ class Runtime:
     project_once: bool = True  # keys and values of the context once per video instead of once per step
     fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
-    in_place: bool = True  # feed-forwards without copies
+    in_place: bool = True  # feed-forwards and SiLU without copies
     sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
     # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
     kernels: Literal["auto", "triton", "plain"] = "auto"
+    weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
+    convolution_products: bool = True  # on a CPU, a convolution over few pixels as one matrix product
     feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
 
     def __post_init__(self):

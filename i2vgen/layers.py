@@ -21,6 +21,10 @@ from i2vgen import kernels
 RES_EPS = 1e-5
 TRANSFORMER_EPS = 1e-6
 
+# Where a convolution on a CPU is better one matrix product; measured on AVX-512 with 64 to 1280 channels.
+FEW_PIXELS = 512
+MANY_CHANNELS = 256
+
 
 def sinusoid(value: Tensor, width: int, formula: str = "pow") -> Tensor:
     """Sinusoidal features of value [b], float32 whatever the network's dtype. -> [b width]
@@ -101,15 +105,33 @@ class FeedForward(nn.Module):
 class Conv(nn.Conv2d):
     """A 2-D convolution on channels-last tensors: [n h w c] -> [n h' w' c']."""
 
+    product = False  # on a CPU over few pixels: one matrix product; see `speed.py`
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.product and self.product_pays(x):
+            return self.as_product(x)
         y = super().forward(rearrange(x, "n h w c -> n c h w"))  # a view: PyTorch's channels_last format
         return rearrange(y, "n c h w -> n h w c").contiguous()  # a no-op where the kernel kept the format
+
+    def product_pays(self, x: Tensor, enlarged: int = 1) -> bool:
+        """Where weights are many and pixels few a CPU's kernel spends its time on laying out the weights."""
+        pixels = math.prod(x.shape[:3]) * enlarged // math.prod(self.stride)
+        return x.device.type == "cpu" and pixels <= FEW_PIXELS and self.in_channels >= MANY_CHANNELS
+
+    def as_product(self, x: Tensor) -> Tensor:
+        """The same: every window of x as a row, times the weights (a view if they lie channels last)."""
+        (up, left), (rows, columns) = self.padding, self.kernel_size
+        x = F.pad(x, (0, 0, left, left, up, up))
+        windows = x.unfold(1, rows, self.stride[0]).unfold(2, columns, self.stride[1])
+        windows = rearrange(windows, "n h w c i j -> n h w (i j c)")
+        return F.linear(windows, rearrange(self.weight, "o c i j -> o (i j c)"), self.bias)
 
 
 class GroupNorm(nn.GroupNorm):
     """Group norm on channels-last tensors [n ... c]: one set of statistics per n and group."""
 
-    kernel = False  # without gradients: one operation, with SiLU where that follows; see `speed.py`
+    # Without gradients, see `speed.py`: one operation, with SiLU where that follows; SiLU over the result.
+    kernel = in_place = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.kernel and not torch.is_grad_enabled():
@@ -146,9 +168,10 @@ class GroupNorm(nn.GroupNorm):
 
 def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
     """SiLU(norm(x + shift)): x [n ... c], shift [m c], each row of it for n / m neighbours -> like x"""
-    if untouched(norm, GroupNorm) and norm.kernel and not torch.is_grad_enabled():
+    known = untouched(norm, GroupNorm) and not torch.is_grad_enabled()
+    if known and norm.kernel:
         return norm.by_kernel(x, silu=True, shift=shift)
-    return F.silu(norm(x if shift is None else kernels.shifted(x, shift)))
+    return F.silu(norm(x if shift is None else kernels.shifted(x, shift)), inplace=known and norm.in_place)
 
 
 def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:

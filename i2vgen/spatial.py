@@ -147,9 +147,13 @@ class Upsample(nn.Module):
         return in_chunks(self.on_frames, frames, 1, x)
 
     def on_frames(self, x: Tensor) -> Tensor:
-        if self.subpixel and type(self.conv) is Conv:
+        if self.subpixel and type(self.conv) is Conv and not self.few_pixels(x):
             return per_frame(self.before_enlarging, x)
         return per_frame(self.conv, nearest_twice(x))
+
+    def few_pixels(self, x: Tensor) -> bool:
+        """Whether the larger convolution as one matrix product costs less than folding its weights."""
+        return self.conv.product and self.conv.product_pays(x.flatten(0, 1), enlarged=4)
 
     def before_enlarging(self, x: Tensor) -> Tensor:
         """[n h w c] -> [n 2h 2w c']

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from i2vgen import kernels
-from i2vgen.attention import Attention, FrameAttention
+from i2vgen.attention import Attention, FrameAttention, lay_side_by_side
 from i2vgen.config import Runtime
-from i2vgen.layers import FeedForward, GroupNorm
+from i2vgen.layers import Conv, FeedForward, GroupNorm
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 from i2vgen.unet import UNet
@@ -42,3 +42,27 @@ def apply(model: nn.Module, runtime: Runtime, device: torch.device | None = None
             module.tokens = runtime.token_chunk
             if isinstance(module, Upsample):
                 module.subpixel = runtime.subpixel_upsampling
+        elif isinstance(module, GroupNorm):
+            module.in_place = runtime.in_place
+        elif isinstance(module, Conv):
+            module.product = runtime.convolution_products
+    if runtime.weight_layout:
+        lay_out(model, side_by_side=runtime.fuse_projections)
+
+
+def lay_out(model: nn.Module, *, side_by_side: bool) -> None:
+    """Put weights into memory as the kernels read them: the same numbers in another order, no byte more.
+
+    A convolution's with channels last, and those of q, k and v side by side. Changing them in place later
+    is heard as ever; weights that are replaced lie as their owner made them, and are copied in every call.
+    """
+    for module in model.modules():
+        if isinstance(module, Conv):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif side_by_side and isinstance(module, Attention):
+            layers = (module.to_q, module.to_k, module.to_v)
+            if (
+                all(type(layer) is nn.Linear for layer in layers)
+                and len({y.in_features for y in layers}) == 1
+            ):
+                lay_side_by_side(layers)

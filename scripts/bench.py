@@ -1,26 +1,42 @@
-"""What a guidance step costs here and in diffusers, both with the same settings.
+"""What a guidance step costs here and in diffusers, both with the same settings and the same random weights.
 
-python scripts/bench.py case=NAME [against=diffusers] [json=OUT.json]
+python scripts/bench.py case=NAME [mode=infer|train] [full=true] [parts=A,B] [dry=true] [json=OUT.json]
 
 python scripts/bench.py case=count json=outputs/count.json
+python scripts/bench.py case=cpu-small json=outputs/small.json
+python scripts/bench.py case=gpu-704p parts=ceilings,step,loop full=true json=outputs/gpu.json
 
 case=count      FLOPs, bytes, operations and activation peak at the official size, counted without weights
 case=memory     what every memory plan takes on a GPU at the official size, counted part by part
+case=cpu-small  timed on one thread of a CPU: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
+case=cpu-mid    half the official widths, 8x16x16
+case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16: 10 GB of memory
+case=gpu-256p   on one GPU, bfloat16, 448 x 256 pixels, 16 frames; in parts, ten minutes at most
+case=gpu-704p   the same at 1280 x 704
+parts=          of a gpu case, some of ceilings,micro,exactness,step,loop,vae,compiled,graph,trace
+dry=true        a gpu case small and on the CPU: shows that every part runs
+mode=train      forward, backward and optimiser step instead, with and without gradient checkpointing
+full=true       whole 50-step loops, and both sides compiled: minutes more
 against=        the other side, diffusers
-json=           all figures; its top level holds the ratios ours / theirs
+json=           all figures; its top level holds the ratios
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 from i2vgen import cli
-from i2vgen.bench.cases import CASES
+from i2vgen.bench.cases import CASES, check
+from i2vgen.bench.peer import MODES, Options, Peer
+from i2vgen.bench.report import Report
+from weights_conversion import unet_diffusers
 
 FLAGS = ("--help",)
 AGAINST = ("diffusers",)
-NAMES = ("case", "against", "json")
+NAMES = ("case", "mode", "full", "parts", "dry", "against", "json")
+SWITCH = ("true", "false")
 
 
 def main() -> int:
@@ -36,13 +52,28 @@ def main() -> int:
     case = choose("case", given["case"], CASES)
     choose("against", given.get("against", "diffusers"), AGAINST)
     out = check_file(Path(given["json"])) if "json" in given else None
+    options = options_of(case, given, out)
 
-    report = CASES[case](diffusers_network())
+    report = CASES[case](diffusers_side(), options)
     print("\n\n".join(map(str, report.tables)))
     if out is not None:
         report.write(out)
         print(f"\nfigures in {out}")
     return 0
+
+
+def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
+    """What a case cannot do is refused before any work."""
+    options = Options(
+        mode=choose("mode", given.get("mode", "infer"), MODES),
+        full=choose("full", given.get("full", "false"), SWITCH) == "true",
+        parts=tuple(given["parts"].split(",")) if "parts" in given else (),
+        dry=choose("dry", given.get("dry", "false"), SWITCH) == "true",
+    )
+    check(case, options)
+    # After every part: a run that is cut off leaves what it found.
+    keep = None if out is None else (lambda found: Report(found, ()).write(out))
+    return dataclasses.replace(options, save=keep)
 
 
 def take(words: list[str]) -> dict[str, str]:
@@ -78,14 +109,15 @@ def check_file(path: Path) -> Path:
     return path
 
 
-def diffusers_network() -> type:
+def diffusers_side() -> Peer:
     try:
+        import diffusers
         from diffusers import I2VGenXLUNet
     except ImportError as error:
         raise ValueError(
             f"against=diffusers needs the package diffusers ({error}): python -m pip install -e '.[test]'"
         ) from None
-    return I2VGenXLUNet
+    return Peer(I2VGenXLUNet, unet_diffusers.to_theirs, diffusers.__version__)
 
 
 if __name__ == "__main__":

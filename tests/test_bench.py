@@ -353,8 +353,13 @@ def test_plans_reach_the_unet(small):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory"),
-        (["against=diffusers"], "case= is missing; choose count or memory"),
+        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory or cpu-small or"),
+        (["against=diffusers"], "case= is missing; choose count or"),
+        (["case=cpu-small", "mode=test"], "there is no mode=test; choose infer or train"),
+        (["case=cpu-small", "full=yes"], "there is no full=yes; choose true or false"),
+        (["case=gpu-256p", "dry=true", "parts=step,"], "there is no part ''"),
+        (["case=cpu-full", "mode=train"], "use cpu-small or cpu-mid"),
+        (["case=count", "full=true"], "only counts"),
         (["case=count", "against=vgen"], "there is no against=vgen; choose diffusers"),
         (["case=count", "steps=3"], "there is no steps="),
         (["case=count", "case=count"], "case= is given twice"),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from i2vgen import attention, compiled, config, machine, pipeline, speed
 from i2vgen.attention import Attention, FrameAttention, attend
 from i2vgen.bench.count import META, inputs
-from i2vgen.bench.meter import Meter
 from i2vgen.conditioning import join
+from i2vgen.meter import Meter
 from i2vgen.unet import UNet
 
 CPU = torch.device("cpu")
@@ -111,7 +111,11 @@ def test_every_attention_gets_its_kind(make_unet, small, monkeypatch):
         clip=config.Clip(embed_dim=12, text=dict(config.Clip().text) | {"width": 16, "heads": 2}),
         sample=config.Sample(width=64, height=32, frames=3),
     )
-    assert list(machine.choose_attention(unet, cfg, torch.device("cpu")).values()) == ["flash", "cudnn", "efficient"]
+    assert list(machine.choose_attention(unet, cfg, torch.device("cpu")).values()) == [
+        "flash",
+        "cudnn",
+        "efficient",
+    ]
     assert seen[0] == ((6, 4, 32, 8), (6, 4, 32, 8))
     assert seen[1] == ((2, 4, 96, 8), (2, 4, 77 + 4 + 4, 8))
     assert seen[2] == ((32, 4, 3, 8), (32, 4, 3, 8))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
 
 from i2vgen import config
+from weights_conversion import rules
 from weights_conversion.rules import Place, Row, Table, expand
 from weights_conversion.unet_vgen import (
     CONCAT,
@@ -41,6 +44,11 @@ def rows(unet: config.UNet) -> list[Row]:
     if unet.concat_layers != 1:
         raise ValueError(f"unet.concat_layers is {unet.concat_layers}; diffusers' class knows one layer only")
     return expand(places(unet))
+
+
+def to_theirs(unet: config.UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our whole state dict as diffusers' class loads it."""
+    return rules.to_theirs(rows(unet), state)
 
 
 def places(unet: config.UNet) -> Iterator[Place]:

@@ -1,4 +1,4 @@
-"""The cases of the benchmark by name. A new one is a function here."""
+"""The cases of the benchmark by name. A new one is a function of the other side and of what was asked for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,34 @@ from collections.abc import Callable
 
 from torch import nn
 
-from i2vgen.bench import count, memory
+from i2vgen.bench import count, cpu, gpu, plans
+from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report
 
-# diffusers' network class -> what was found
-CASES: dict[str, Callable[[type[nn.Module]], Report]] = {"count": count.run, "memory": memory.run}
+Case = Callable[[Peer, Options], Report]
+COUNTED = {"count": count.run, "memory": plans.run}
+
+
+def _named(run: Callable[[str, Peer, Options], Report], name: str) -> Case:
+    return lambda peer, options: run(name, peer, options)
+
+
+def _counted(run: Callable[[type[nn.Module]], Report]) -> Case:
+    return lambda peer, options: run(peer.network)
+
+
+CASES: dict[str, Case] = {
+    **{name: _counted(run) for name, run in COUNTED.items()},
+    **{name: _named(cpu.run, name) for name in cpu.CASES},
+    **{name: _named(gpu.run, name) for name in gpu.SIZES},
+}
+
+
+def check(name: str, options: Options) -> None:
+    """ValueError for what a case cannot do, before anything is loaded or built."""
+    if name in COUNTED and options != Options():
+        raise ValueError(f"case={name} only counts: leave mode=, full=, parts= and dry= out")
+    if name in cpu.CASES:
+        cpu.check(name, options)
+    if name in gpu.SIZES:
+        gpu.check(name, options)

@@ -1,45 +1,72 @@
-"""Case `memory`: what every memory plan takes at the official size, part by part, counted on `meta`."""
+"""How much a process grows while it takes one guidance step, each side in a fresh process of its own."""
 
 from __future__ import annotations
 
-import dataclasses
+import ctypes
+import gc
+import multiprocessing
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
-from torch import nn
+import torch
 
-from i2vgen import memory
-from i2vgen.bench.report import Report, Table
-from i2vgen.config import Config, Runtime
-from i2vgen.runtime import GIB
+from i2vgen.bench import pair
+from i2vgen.bench.peer import Peer
+from i2vgen.config import Config
 
-# bfloat16 where the default on a GPU is half precision, float32 where the official code computes so.
-HALF = {"dtype": "bfloat16"}
-ALL_HALF = {**HALF, "encoder_dtype": "bfloat16", "vae_dtype": "bfloat16"}
-DTYPES = {"UNet bfloat16, VAE and CLIP float32": HALF, "all bfloat16": ALL_HALF}
-
-
-def run(network: type[nn.Module], config: Config | None = None) -> Report:
-    """`network` is the other side's, which has no plans and is not counted here."""
-    config = config or Config()
-    tables, values = [], {}
-    for title, dtypes in DTYPES.items():
-        found = plans(config, dtypes)
-        values[title] = {plan: dataclasses.asdict(estimate) for plan, estimate in found.items()}
-        values[title] |= {f"{plan}_gib": estimate.total / GIB for plan, estimate in found.items()}
-        tables.append(table(f"{title}: GiB on the device, weights + activations", found))
-    return Report(values, tuple(tables))
+STATUS = Path("/proc/self/status")
 
 
-def plans(config: Config, dtypes: dict[str, str]) -> dict[str, memory.Estimate]:
-    # As on a GPU: what waits on the CPU takes nothing. The device itself is never asked.
-    config = dataclasses.replace(config, runtime=dataclasses.replace(Runtime(), **dtypes))
-    ledger = memory.Ledger(config)
-    return {plan: ledger.estimate(memory.settle(config, plan, "cuda"), "cuda") for plan in memory.PLANS}
+def measurable() -> bool:
+    """Linux tells a process' size and its largest size so far."""
+    return STATUS.exists()
 
 
-def table(title: str, found: dict[str, memory.Estimate]) -> Table:
-    rows = []
-    for plan, estimate in found.items():
-        cells = (f"{m.weights / GIB:.2f} + {m.activations / GIB:.2f}" for m in estimate.moments)
-        rows.append((plan, *cells, f"{estimate.total / GIB:.2f}"))
-    first = next(iter(found.values()))
-    return Table(title, ("", *(m.name for m in first.moments), "peak"), tuple(rows))
+def growth_of_ours(config: Config, settings: Mapping[str, object]) -> int:
+    """Bytes, one thread, float32 on the CPU."""
+    return in_a_process(_ours, config, dict(settings))
+
+
+def growth_of_theirs(config: Config, peer: Peer) -> int:
+    return in_a_process(_theirs, config, peer)
+
+
+def in_a_process(measure: Callable[..., int], *arguments) -> int:
+    """`measure` must be a function of a module: the new process imports it."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(measure, arguments)
+
+
+def _ours(config: Config, settings: Mapping[str, object]) -> int:
+    torch.set_num_threads(1)
+    both = pair.make_pair(config, torch.device("cpu"), torch.float32)
+    return growth(pair.our_step(both.ours(settings), both.inputs()))
+
+
+def _theirs(config: Config, peer: Peer) -> int:
+    torch.set_num_threads(1)
+    both = pair.make_pair(config, torch.device("cpu"), torch.float32)
+    return growth(pair.their_step(both.theirs(peer), both.inputs(), config.sample.guidance))
+
+
+def growth(step: Callable[[], object]) -> int:
+    """Bytes: the largest size while the first step runs, less the size before it."""
+    _give_back()
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far starts again from here
+    step()
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def _give_back() -> None:
+    """What building the model left free inside the process would be filled first, and not seen."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # another C library than glibc
+        return
+
+
+def _kilobytes(name: str) -> int:
+    return int(re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE).group(1))
