@@ -61,6 +61,11 @@ class Use:
     sinusoid: Literal["pow", "exp"] = "pow"
     # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
     frame_planes: Literal["float32", "network"] = "float32"
+    # "half": every level has half the rows and columns of the one above it. "margin", the refiners': one row
+    # more above and below, cut off again on the way up. It fixes which heights fit, see `UNet.margin`.
+    resampling: Literal["half", "margin"] = "half"
+    # What the decoder's first two blocks do to backbone and skip before joining them; "sr600" is SR600's.
+    skip_filter: Literal["none", "sr600"] = "none"
 
     def __post_init__(self):
         if not (self.text or self.global_tokens or self.local_tokens):
@@ -72,6 +77,9 @@ class Use:
             raise ValueError(f"use.concat_gain is {self.concat_gain}; give a finite number (official 2.0)")
 
 
+# The other two networks that carry the name; their key sets nest in the released model's.
+V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: the picture's vector and fps
+REFINER_USE = Use(global_tokens=False, local_tokens=False, concat=False, fps=False, resampling="margin")
 # Switches of `Use` that decide which parameters exist; the others only change arithmetic.
 STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
 
@@ -146,6 +154,14 @@ class UNet:
     def factor(self) -> int:
         """How often the latent must be divisible: once by two per downsampling."""
         return 2 ** (len(self.width_multipliers) - 1)
+
+    def margin(self, use: Use) -> int:
+        """What latent rows must leave when divided by `factor`; columns always leave nothing.
+
+        With `use.resampling=margin` n rows become n / 2 + 1 on the way down and 2 n - 2 on the way up, which
+        meet again at every level if and only if n = 2 modulo `factor`.
+        """
+        return 2 % self.factor if use.resampling == "margin" else 0
 
 
 @dataclass(frozen=True)
@@ -462,14 +478,16 @@ class Config:
                 "unconditional branch would have no context token; use sample.negative_image=zeros"
             )
         multiple = self.size_multiple
-        for name in ("width", "height"):
+        for name, rest in (("width", 0), ("height", self.height_rest)):
             size = getattr(sample, name)
-            if size < multiple or size % multiple:
-                low, high = size // multiple * multiple, -(-size // multiple) * multiple
-                legal = [s for s in (low, high) if s >= multiple] or [multiple]
+            if size < multiple or size % multiple != rest:
+                low = (size - rest) // multiple * multiple + rest
+                high = low if low == size else low + multiple
+                legal = [s for s in (low, high) if s >= multiple] or [multiple + rest]
+                more = f" and {rest} more (use.resampling=margin)" if rest else ""
                 raise ValueError(
                     f"sample.{name} is {size} pixels; vae.factor x unet.factor = {vae.factor} x "
-                    f"{unet.factor} needs a multiple of {multiple}: the nearest is "
+                    f"{unet.factor} needs a multiple of {multiple}{more}: the nearest is "
                     f"{' or '.join(map(str, dict.fromkeys(legal)))}"
                 )
         if not 1 <= sample.steps <= self.schedule.num_timesteps:
@@ -486,6 +504,11 @@ class Config:
     @property
     def size_multiple(self) -> int:
         return self.vae.factor * self.unet.factor
+
+    @property
+    def height_rest(self) -> int:
+        """What a height must leave when divided by `size_multiple`, see `UNet.margin`."""
+        return self.vae.factor * self.unet.margin(self.use)
 
     @property
     def latent_size(self) -> tuple[int, int]:
