@@ -233,7 +233,7 @@ def inversion(golden: Golden, uncond: Predict, z0: Tensor, *, total: int, steps:
 
 
 def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Both pipelines' latents with the small UNet, with the weights of `refiner_unet_tiny` beside the file."""
+    """Both pipelines' latents with the small UNet, its weights in `refiner_unet_tiny` beside the file."""
     weights = refiner.beside(golden, golden.meta["weights"].removeprefix("those of "))
     if weights.meta["config"] != golden.meta["config"]:
         raise ValueError(f"{golden.path} was made with another network than {weights.path} holds")
