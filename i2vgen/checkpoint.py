@@ -209,9 +209,9 @@ def save(
         for part, listed in entries.items():
             _write_part(temporary, part, listed, config, shard_bytes, tick)
         stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
-        # The job and the machine are not the weights' business; their usual negative prompt is.
+        # The job and the machine are not the weights' business; their usual texts are.
         for name in (*settings.LITERALS, "runtime"):
-            if name != "negative_prompt":
+            if name not in settings.KEPT_TEXTS:
                 stored.pop(name, None)
         _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
         _write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})

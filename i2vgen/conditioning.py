@@ -29,8 +29,8 @@ class Conditions(NamedTuple):
 
     text: Tensor | None  # [b k d] penultimate CLIP text tokens
     image_vector: Tensor | None  # [b v] pooled CLIP image vector, not normalised; None leaves its tokens out
-    image_latent: Tensor  # [b c h w] scaled VAE latent of the first frame
-    fps: Tensor  # [b] the motion asked for, in frames per second
+    image_latent: Tensor | None  # [b c h w] scaled VAE latent of the first frame
+    fps: Tensor | None  # [b] the motion asked for, in frames per second
 
 
 class Prepared(NamedTuple):
@@ -90,7 +90,7 @@ class ConditionStem(nn.Module):
     def prepare(self, conditions: Conditions, frames: int, dtype: torch.dtype) -> Prepared:
         """Everything that stays the same over a video's steps, cast to `dtype` at this door."""
         text, vector, latent, fps = conditions
-        latent = latent.to(dtype)
+        latent = latent.to(dtype) if self.use.local_tokens or self.use.concat else None
         context = []
         if self.use.text:
             context.append(text.to(dtype))

@@ -31,6 +31,18 @@ NEGATIVE_PROMPT = (
     "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
     "disconnected limbs, Ugly faces, incomplete arms"
 )
+# The texts of MS-Vid2Vid-XL: what is added behind a refine prompt, and its unconditional branch.
+REFINE_SUFFIX = (
+    ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
+    "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extreme meticulous "
+    "detailing, skin pore detailing, hyper sharpness, perfect without deformations, Unreal Engine 5, "
+    "4k render"
+)
+REFINE_NEGATIVE_PROMPT = (
+    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, "
+    "extra digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, "
+    "monochrome, horror, geometry, mutation, disgusting"
+)
 MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
@@ -64,6 +76,11 @@ class Use:
     sinusoid: Literal["pow", "exp"] = "pow"
     # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
     frame_planes: Literal["float32", "network"] = "float32"
+    # "half": every level has half the rows and columns of the one above it. "margin", the refiners': one row
+    # more above and below, cut off again on the way up. It fixes which heights fit, see `UNet.margin`.
+    resampling: Literal["half", "margin"] = "half"
+    # What the decoder's first two blocks do to backbone and skip before joining them; "sr600" is SR600's.
+    skip_filter: Literal["none", "sr600"] = "none"
 
     def __post_init__(self):
         if not (self.text or self.global_tokens or self.local_tokens):
@@ -75,6 +92,9 @@ class Use:
             raise ValueError(f"use.concat_gain is {self.concat_gain}; give a finite number (official 2.0)")
 
 
+# The other two networks that carry the name; their key sets nest in the released model's.
+V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: the picture's vector and fps
+REFINER_USE = Use(global_tokens=False, local_tokens=False, concat=False, fps=False, resampling="margin")
 # Switches of `Use` that decide which parameters exist; the others only change arithmetic.
 STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
 
@@ -153,6 +173,14 @@ class UNet:
     def factor(self) -> int:
         """How often the latent must be divisible: once by two per downsampling."""
         return 2 ** (len(self.width_multipliers) - 1)
+
+    def margin(self, use: Use) -> int:
+        """What latent rows must leave when divided by `factor`; columns always leave nothing.
+
+        With `use.resampling=margin` n rows become n / 2 + 1 on the way down and 2 n - 2 on the way up, which
+        meet again at every level if and only if n = 2 modulo `factor`.
+        """
+        return 2 % self.factor if use.resampling == "margin" else 0
 
 
 @dataclass(frozen=True)
@@ -288,11 +316,13 @@ class Clip:
 class Schedule:
     """The diffusion process the weights were trained for."""
 
-    kind: Literal["cosine", "linear", "linear_sd", "quadratic"] = "cosine"
+    # logsnr_cosine is the refiners' table, which their own sampler reads
+    kind: Literal["cosine", "linear", "linear_sd", "quadratic", "logsnr_cosine"] = "cosine"
     num_timesteps: int = 1000
     cosine_s: float = 0.008
     init_beta: Optional[float] = None  # noqa: UP045
     last_beta: Optional[float] = None  # noqa: UP045
+    logsnr_shift: tuple[float, float] = (2.0, 4.0)  # of logsnr_cosine, at its clean and at its noisy end
     zero_terminal_snr: bool = True
     prediction: Literal["v", "eps", "x0", "previous"] = "v"
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
@@ -302,6 +332,8 @@ class Schedule:
             raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 2")
         if not 0 <= self.cosine_s < 1:
             raise ValueError(f"schedule.cosine_s is {self.cosine_s}; give 0 to below 1 (official 0.008)")
+        if len(self.logsnr_shift) != 2 or not all(0 < shift < math.inf for shift in self.logsnr_shift):
+            raise ValueError(f"schedule.logsnr_shift is {self.logsnr_shift}; give two positive numbers")
         if self.kind == "linear_sd" and (self.init_beta is None or self.last_beta is None):
             raise ValueError(
                 "schedule.kind is linear_sd, which has no default betas; give schedule.init_beta and "
@@ -329,6 +361,9 @@ class Sample:
     sampler: Literal["ddim", "ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun"] = "ddim"
     guidance: float = 9.0  # 1.0 = one pass without the negative prompt
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
+    noise_offset: float = (
+        0.0  # times one more normal number per channel and frame, added to the noise; v1: 0.1
+    )
     seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is made once per seed
     # "official" may make more calls than asked (30 asked: 31); the other three make exactly `steps`
     spacing: Literal["official", "leading", "trailing", "linspace"] = "official"
@@ -379,6 +414,8 @@ class Sample:
             )
         if self.deep_cache < 0:
             raise ValueError(f"sample.deep_cache is {self.deep_cache}; give an interval in steps, 0 for off")
+        if not 0 <= self.noise_offset < math.inf:
+            raise ValueError(f"sample.noise_offset is {self.noise_offset}; give 0 (none) or more (v1: 0.1)")
         if not self.seed:
             raise ValueError("sample.seed is empty; give at least one seed")
         for seed in self.seed:
@@ -424,6 +461,60 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "deep_cache": 0,
     },
 }
+
+
+@dataclass(frozen=True)
+class Refine:
+    """The second stage: a finished clip, noised and denoised again at a larger size under its own prompt.
+
+    It runs where `refine_weights` are given. The defaults are MS-Vid2Vid-XL's in their clean form; what the
+    official code does otherwise is named. A folder of converted refiner weights brings its own values.
+    """
+
+    width: int = 1280  # the result lies inside width x height pixels
+    height: int = 720
+    fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect; official: stretch
+    antialias: bool = True  # of clips that are made smaller; official: false
+    frames: int = 0  # so many of the clip's first frames, 0 all of them; official: 32
+    repeat_frames: int = 1  # every frame so often; SR600, made for 32 frames, doubles clips of 16
+    window: int = 32  # frames at once; longer clips in windows that overlap and are blended
+    overlap: int = 8
+    noise_level: int = (
+        600  # of the table's 1000: how far the clip is noised. 100 keeps, 999 invents; SR600: 700
+    )
+    start: Literal["noise", "inversion"] = "noise"  # add noise, or invert by DDIM (SR600)
+    inversion_table: Literal["refiner", "cosine"] = "refiner"  # official: another than the sampler's, cosine
+    solver: Literal["dpmpp_2m_sde", "heun"] = "dpmpp_2m_sde"
+    steps: int = 30  # official for heun: 50, each but the last of two network calls
+    spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    eta: float = 1.0  # fresh noise per step of dpmpp_2m_sde, 0 none
+    guidance: float = 7.5  # 1.0 = one pass without the negative prompt; SR600: 9
+    rescale: float = 0.2  # share of the guided prediction's deviation that is taken back; SR600: 0.3
+    # official: fractional levels under rounded timesteps, and a step too many at a few counts
+    grid: Literal["clean", "official"] = "clean"
+    # official: the start is scaled by s instead of 1 / alpha, which shows the network a clip 3 % too faint
+    start_scale: Literal["clean", "official"] = "clean"
+    skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: as the weights' use.skip_filter says
+    posterior: Literal["sample", "mode"] = "sample"  # of the clip's latents
+    fps: Literal["input", "save"] = "input"  # of the file; official: always 8, see save.fps
+
+    def __post_init__(self):
+        for name in ("width", "height", "repeat_frames", "window", "noise_level", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"refine.{name} is {getattr(self, name)}; give at least 1")
+        if self.frames < 0:
+            raise ValueError(f"refine.frames is {self.frames}; give a number of frames, 0 for all")
+        if self.window > MAX_FRAMES:
+            raise ValueError(f"refine.window is {self.window}; give at most {MAX_FRAMES} (trained on 32)")
+        if not 0 <= self.overlap < self.window:
+            raise ValueError(
+                f"refine.overlap is {self.overlap} and refine.window {self.window}; give less than the window"
+            )
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"refine.guidance is {self.guidance}; give a finite number (official 7.5)")
+        for name in ("eta", "rescale"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"refine.{name} is {getattr(self, name)}; give a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -522,6 +613,7 @@ class Config:
     clip: Clip = field(default_factory=Clip)
     schedule: Schedule = field(default_factory=Schedule)
     sample: Sample = field(default_factory=Sample)
+    refine: Refine = field(default_factory=Refine)
     preprocess: Preprocess = field(default_factory=Preprocess)
     save: Save = field(default_factory=Save)
     runtime: Runtime = field(default_factory=Runtime)
@@ -535,6 +627,11 @@ class Config:
     items: str = (
         ""  # a JSONL file of {"image", "prompt", "seed", "output"} records instead of image= and prompt=
     )
+    refine_weights: str = ""  # a refiner's native weights folder: the second stage runs
+    refine_prompt: str = ""  # a short text for the second stage; none given: the prompt
+    refine_suffix: str = REFINE_SUFFIX
+    refine_negative_prompt: str = REFINE_NEGATIVE_PROMPT
+    video: str = ""  # a video file: the second stage alone
 
     def __post_init__(self):
         unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
@@ -570,14 +667,17 @@ class Config:
                 f"way up: give 1 to {unet.blocks_per_level + 1}"
             )
         multiple = self.size_multiple
-        for name in ("width", "height"):
+        for name, rest in (("width", 0), ("height", self.height_rest)):
             size = getattr(sample, name)
-            if size < multiple or size % multiple:
-                low, high = size // multiple * multiple, -(-size // multiple) * multiple
-                legal = [s for s in (low, high) if s >= multiple] or [multiple]
+            smallest = rest or multiple
+            if size < smallest or size % multiple != rest:
+                low = (size - rest) // multiple * multiple + rest
+                high = low if low == size else low + multiple
+                legal = [s for s in (low, high) if s >= smallest] or [smallest]
+                more = f" and {rest} more (use.resampling=margin)" if rest else ""
                 raise ValueError(
                     f"sample.{name} is {size} pixels; vae.factor x unet.factor = {vae.factor} x "
-                    f"{unet.factor} needs a multiple of {multiple}: the nearest is "
+                    f"{unet.factor} needs a multiple of {multiple}{more}: the nearest is "
                     f"{' or '.join(map(str, dict.fromkeys(legal)))}"
                 )
         if not 1 <= sample.steps <= self.schedule.num_timesteps:
@@ -596,6 +696,11 @@ class Config:
         return self.vae.factor * self.unet.factor
 
     @property
+    def height_rest(self) -> int:
+        """What a height must leave when divided by `size_multiple`, see `UNet.margin`."""
+        return self.vae.factor * self.unet.margin(self.use)
+
+    @property
     def latent_size(self) -> tuple[int, int]:
         """Rows and columns of the latent."""
         return self.sample.height // self.vae.factor, self.sample.width // self.vae.factor
@@ -611,8 +716,10 @@ class Config:
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
 # Text wherever a command line takes them, also by scripts whose settings are not these.
-TEXTS = (*LITERALS, "refine_prompt", "video", "json")
+TEXTS = (*LITERALS, "json")
 LISTS = ("image", "prompt")  # literals of which a job may hold several
+# What a weights folder keeps of them: the texts its model was always given.
+KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
 # A weights folder decides these; contradicting it is an error.
 ARCHITECTURE = ("unet", "vae", "clip")
 # Fields of these sections that shape no tensor: free to change.
@@ -646,15 +753,19 @@ def load_config(
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     weights = texts["weights"] = texts.get("weights") or default_weights
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
-    texts = {**{k: _listed(k, v) for k, v in stored.items() if k in LITERALS}, **texts}
+    second = texts.get("refine_weights", "")
+    refiner = read_stored_settings(second) if second not in ("", RANDOM) else {}
+    kept = {**stored, **{name: value for name, value in refiner.items() if name.startswith("refine_")}}
+    texts = {**{k: _listed(k, v) for k, v in kept.items() if k in LITERALS}, **texts}
     stored = {k: v for k, v in stored.items() if k not in LITERALS}
     layers = [
         (f"the weights in {weights}", stored),
+        (f"the weights in {second}", {"refine": refiner["refine"]} if "refine" in refiner else {}),
         (str(file), yaml_settings),
         ("the command line", cli_settings),
     ]
     if stored:
-        for source, layer in layers[1:]:
+        for source, layer in layers[2:]:
             refuse_contradiction(stored, weights, layer, source)
     merged = OmegaConf.structured(Config)
     for source, layer in layers:
@@ -664,6 +775,32 @@ def load_config(
     except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
         raise ValueError(_first_line(error)) from error
     return dataclasses.replace(config, **texts)
+
+
+def second_stage(job: Config) -> Config:
+    """The refining network's settings: those of its weights, with the job's `refine`, `runtime` and `save`.
+
+    `refine_weights=random` takes the first stage's sizes. ValueError if the weights are no refiner's.
+    """
+    if job.refine_weights == RANDOM:
+        schedule = Schedule(kind="logsnr_cosine")
+        held = {"use": REFINER_USE, "unet": job.unet, "vae": job.vae, "clip": job.clip, "schedule": schedule}
+    else:
+        stored = from_dict(read_stored_settings(job.refine_weights))
+        held = {name: getattr(stored, name) for name in ("use", "unet", "vae", "clip", "schedule")}
+    use = held["use"]
+    if not use.text or use.concat or use.local_tokens or use.global_tokens or use.fps:
+        raise ValueError(
+            f"refine_weights={job.refine_weights} holds no refiner: its network wants more than text "
+            "(a picture, or fps); convert a refiner (docs/cascade.md)"
+        )
+    if job.refine.skip_filter != "stored":
+        held["use"] = dataclasses.replace(use, skip_filter=job.refine.skip_filter)
+    multiple, rest = held["vae"].factor * held["unet"].factor, held["vae"].factor * held["unet"].margin(use)
+    smallest = dataclasses.replace(
+        job.sample, width=multiple, height=rest or multiple, steps=1, sampler="ddim"
+    )
+    return dataclasses.replace(job, **held, sample=smallest, weights=job.refine_weights)
 
 
 def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from i2vgen import config as settings
 from i2vgen import images, pipeline, video
 from i2vgen.config import Config
 
-ITEM_FIELDS = ("image", "prompt", "seed", "output")
+ITEM_FIELDS = ("image", "prompt", "seed", "output", "refine_prompt")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,11 @@ class Job:
     prompt: str
     seed: int
     output: Path
+    refine_prompt: str = ""
+
+    def settings(self, config: Config) -> Config:
+        """The configuration with this job's own text for the second stage."""
+        return dataclasses.replace(config, refine_prompt=self.refine_prompt)
 
     def done(self, config: Config) -> bool:
         """Its file is there, whole, and its record names the same settings (where to run may differ)."""
@@ -31,6 +37,7 @@ class Job:
             same_file = record["sha256"] == pipeline.sha256(self.output)
         except (OSError, ValueError, KeyError, TypeError):
             return False
+        config = self.settings(config)
         wanted = pipeline.recorded_config(config, self.image, self.prompt, self.seed, self.output).to_dict()
         have = dict(record.get("settings", {}))
         for settings_ in (wanted, have):
@@ -40,19 +47,43 @@ class Job:
 
 def plan(config: Config) -> list[Job]:
     """All jobs of a configuration, checked: pictures are readable, outputs writable, names distinct."""
+    refuse_idle(config)
     if config.items and (config.image or config.prompt):
         raise ValueError("items= was given together with image= or prompt=; use either")
-    items = list(read_items(config.items)) if config.items else pair(config)
+    if config.video:
+        items = [{"image": "", "prompt": ""}]
+    else:
+        items = list(read_items(config.items)) if config.items else pair(config)
     jobs = []
     total = sum(len(item.get("seed", config.sample.seed)) for item in items)
     for item in items:
         for seed in item.get("seed", config.sample.seed):
-            output = item.get("output") or config.output or default_output(item["image"])
+            output = item.get("output") or config.output or default_output(item["image"] or config.video)
             if total > 1 and not ("output" in item and len(item.get("seed", config.sample.seed)) == 1):
                 output = numbered(output, len(jobs), seed)
-            jobs.append(Job(item["image"], item["prompt"], seed, Path(output)))
+            refine_prompt = item.get("refine_prompt", config.refine_prompt)
+            if config.refine_weights and not refine_prompt:
+                refine_prompt = item["prompt"] or " ".join(config.prompt)
+            jobs.append(Job(item["image"], item["prompt"], seed, Path(output), refine_prompt))
     check(jobs, config)
     return jobs
+
+
+def refuse_idle(config: Config) -> None:
+    """ValueError for parts of a job that contradict each other or that nothing would read."""
+    if config.video and (config.image or config.items):
+        raise ValueError(
+            "video= refines a clip that is there, image= and items= make a new one; use either of them"
+        )
+    if config.video and not config.refine_weights:
+        raise ValueError(
+            f"video={config.video} needs a refiner: refine_weights=FOLDER (docs/cascade.md), or "
+            "refine_weights=random to drive the road"
+        )
+    if config.video and len(config.prompt) > 1:
+        raise ValueError("video= is one clip and takes one text; give refine_prompt= once, or prompt= once")
+    if config.refine_prompt and not config.refine_weights:
+        raise ValueError("refine_prompt= is read by the second stage, which needs refine_weights=FOLDER")
 
 
 def pair(config: Config) -> list[dict]:
@@ -92,9 +123,10 @@ def read_items(path: str) -> Iterator[dict]:
             raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
         if not isinstance(item, dict) or not {"image", "prompt"} <= item.keys() <= set(ITEM_FIELDS):
             raise ValueError(
-                f"{path}, line {number}: expected an object with image and prompt and maybe seed, output"
+                f"{path}, line {number}: expected an object with image and prompt and maybe seed, output, "
+                "refine_prompt"
             )
-        for name in ("image", "prompt", "output"):
+        for name in ("image", "prompt", "output", "refine_prompt"):
             if not isinstance(item.get(name, ""), str):
                 raise ValueError(f"{path}, line {number}: {name} is {item[name]!r}, expected text")
         if "seed" in item:
@@ -120,19 +152,21 @@ def check(jobs: list[Job], config: Config) -> None:
         raise ValueError(
             f"two clips would be written to {twice} or to its record; give each its own output name"
         )
-    read = {os.path.abspath(path): path for path in (*(job.image for job in jobs), config.items) if path}
+    given = (*(job.image for job in jobs), config.items, config.video)
+    read = {os.path.abspath(path): path for path in given if path}
     for output, record in zip(outputs, records, strict=True):
         if taken := {os.path.abspath(output), record} & read.keys():
             raise ValueError(f"output {output} would overwrite {read[taken.pop()]}; choose another name")
-    for path in dict.fromkeys(job.image for job in jobs):
+    for path in dict.fromkeys(job.image for job in jobs if job.image):
         images.open_picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+    made = config.refine if config.refine_weights else config.sample
     for path in outputs:
-        size = config.save.enlarge * config.sample.width, config.save.enlarge * config.sample.height
+        size = config.save.enlarge * made.width, config.save.enlarge * made.height
         video.check_output(path, fps=config.save.fps, size=size)
 
 
-def default_output(image: str) -> str:
-    return f"outputs/{Path(image).stem}.mp4"
+def default_output(source: str) -> str:
+    return f"outputs/{Path(source).stem}.mp4"
 
 
 def numbered(output: str, index: int, seed: int) -> str:

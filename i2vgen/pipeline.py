@@ -86,6 +86,7 @@ class Video:
     prompt: str
     seed: int
     config: Config
+    fps: float | None = None  # of the file; None: as the settings say
 
     def save(self, path: str | Path) -> Path:
         """Write the clip by the ending of `path` (.mp4, .gif, .webp, .png, else PNGs) and a JSON beside it.
@@ -93,7 +94,8 @@ class Video:
         The JSON holds all settings, the seed, the versions that matter and the file's SHA-256.
         """
         save = self.config.save
-        path = video.save(self.frames, path, fps=save.fps, quality=save.quality, enlarge=save.enlarge)
+        fps = save.fps if self.fps is None else self.fps
+        path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
         config = recorded_config(self.config, self.image, self.prompt, self.seed, path)
         frames, height, width, _ = self.frames.shape
         record = {
@@ -102,6 +104,7 @@ class Video:
             "width": save.enlarge * width,
             "height": save.enlarge * height,
             "frames": frames,
+            "fps": fps,
             "seed": self.seed,
             "settings": config.to_dict(),
             "versions": {
@@ -196,8 +199,12 @@ def generate(
     noises = [runtime.SampleNoise(seed) for seed in seeds]
     latent = (config.vae.embed_dim, *config.latent_size)
 
-    cond, uncond = encode(model, pictures, prompts, runtime.draw_all(noises, latent))
+    # A network that never sees the first-frame latent draws nothing for it, as v1 does not.
+    posterior = runtime.draw_all(noises, latent) if sees_latent(config) else None
+    cond, uncond = encode(model, pictures, prompts, posterior)
     drawn = runtime.draw_all(noises, (latent[0], sample.frames, *latent[1:]))
+    if sample.noise_offset:
+        drawn = drawn + sample.noise_offset * runtime.draw_all(noises, (latent[0], sample.frames, 1, 1))
     start = (drawn if noise is None else noise).to(model.device)
     if start.shape != drawn.shape:
         raise ValueError(f"noise has shape {tuple(start.shape)}; this job needs {tuple(drawn.shape)}")
@@ -310,7 +317,10 @@ def invert(
 
 
 def encode(
-    model: I2VGenXL, pictures: Sequence[Image.Image], prompts: Sequence[str], posterior_noise: Tensor
+    model: I2VGenXL,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    posterior_noise: Tensor | None,
 ) -> tuple[Conditions, Conditions]:
     """Pictures and prompts, b of each, posterior noise [b c h w] -> conditions with and without the prompt.
 
@@ -318,10 +328,12 @@ def encode(
     """
     config, sample, device = model.config, model.config.sample, model.device
     views = [prepare_views(picture, config) for picture in pictures]
-    pixels = torch.stack([view.pixels for view in views]).to(device)
-    noise = posterior_noise.to(device) if sample.posterior == "sample" else None
-    with memory.here(model.waiting, "vae"):
-        latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
+    latent = None
+    if sees_latent(config):
+        pixels = torch.stack([view.pixels for view in views]).to(device)
+        noise = posterior_noise.to(device) if sample.posterior == "sample" else None
+        with memory.here(model.waiting, "vae"):
+            latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
     fps = torch.full((len(pictures),), sample.fps, device=device)
 
     text, vector = (None, None), (None, None)
@@ -335,6 +347,10 @@ def encode(
             vector_cond = model.clip.image(clip_pixels)
             vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
     return Conditions(text[0], vector[0], latent, fps), Conditions(text[1], vector[1], latent, fps)
+
+
+def sees_latent(config: Config) -> bool:
+    return config.use.concat or config.use.local_tokens
 
 
 def prepare_views(picture: Image.Image, config: Config) -> images.Pictures:
@@ -454,6 +470,11 @@ def refuse_unsampleable(config: Config) -> None:
 
 def make_schedule(config: Config) -> Schedule:
     s = config.schedule
+    if s.kind == "logsnr_cosine":
+        raise ValueError(
+            f"schedule.kind is logsnr_cosine, a refiner's: give {config.weights or 'its folder'} as "
+            "refine_weights=, and the weights of a first stage as weights= or a clip as video="
+        )
     betas = make_betas(
         kind=s.kind,
         num_timesteps=s.num_timesteps,
@@ -481,8 +502,8 @@ def recorded_config(config: Config, image: str, prompt: str, seed: int, output: 
     """The settings of one clip alone, as its record keeps them."""
     return dataclasses.replace(
         config,
-        image=(image,),
-        prompt=(prompt,),
+        image=(image,) if image else (),
+        prompt=(prompt,) if image else (),
         output=str(output),
         items="",
         sample=dataclasses.replace(config.sample, seed=(seed,)),

@@ -119,13 +119,13 @@ class SpatialTransformer(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the rows and columns by a convolution of stride 2."""
+    """Half the rows and columns by a convolution of stride 2; with `margin` a row more above and below."""
 
     tokens = 0  # at once, in whole frames; 0: all; see `speed.py`
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, margin: bool = False):
         super().__init__()
-        self.conv = Conv(width, width, 3, stride=2, padding=1)
+        self.conv = Conv(width, width, 3, stride=2, padding=(2, 1) if margin else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         frames = frames_at_once(self.tokens, x) if as_written(self, Conv) else 0
@@ -133,13 +133,14 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the rows and columns: nearest neighbour, then a convolution."""
+    """Twice the rows and columns, with `margin` without the outer rows: repeated, then convolved."""
 
     subpixel = False  # the same by four 2 x 2 convolutions before enlarging; see `speed.py`
     tokens = 0  # of the result at once, in whole frames; 0: all
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, *, margin: bool = False):
         super().__init__()
+        self.margin = margin
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,14 +150,18 @@ class Upsample(nn.Module):
     def on_frames(self, x: Tensor) -> Tensor:
         if self.subpixel and type(self.conv) is Conv and not self.few_pixels(x):
             return per_frame(self.before_enlarging, x)
-        return per_frame(self.conv, nearest_twice(x))
+        return per_frame(self.conv, self.enlarged(x))
+
+    def enlarged(self, x: Tensor) -> Tensor:
+        y = nearest_twice(x)
+        return y[..., 1:-1, :, :] if self.margin else y
 
     def few_pixels(self, x: Tensor) -> bool:
         """Whether the larger convolution as one matrix product costs less than folding its weights."""
         return self.conv.product and self.conv.product_pays(x.flatten(0, 1), enlarged=4)
 
     def before_enlarging(self, x: Tensor) -> Tensor:
-        """[n h w c] -> [n 2h 2w c']
+        """[n h w c] -> [n 2h 2w c'], or [n 2h-2 2w c'] with `margin`
 
         After doubling, the three rows that an output row reads are two rows of x, one of them twice: an even
         output row reads x's row above with the first kernel row and its own with the sum of the other two,
@@ -169,11 +174,18 @@ class Upsample(nn.Module):
         y = F.conv2d(rearrange(x, "n h w c -> n c h w"), weight, self.conv.bias.repeat(4), padding=1)
         y = rearrange(y, "n (i j c) h w -> n i j h w c", i=2, j=2)
         # Output row 2r + i looks at rows r - 1 + i and r + i of x, which is window r + i of the convolution.
-        out = x.new_empty(n, h, 2, w, 2, y.shape[-1])
+        # Without the outer rows pairs begin with an odd row, and both rows of a pair look at one window.
+        pairs = h - 1 if self.margin else h
+        out = x.new_empty(n, pairs, 2, w, 2, y.shape[-1])
         for i in range(2):
             for j in range(2):
-                out[:, :, i, :, j] = y[:, i, j, i : i + h, j : j + w]
-        return out.view(n, 2 * h, 2 * w, -1)
+                first, row = (1, 1 - i) if self.margin else (i, i)
+                out[:, :, i, :, j] = y[:, row, j, first : first + pairs, j : j + w]
+        out = out.view(n, 2 * pairs, 2 * w, -1)
+        if self.margin:  # the outermost rows that are left see zeros where the ones cut off were
+            out[:, :1] = self.conv(self.enlarged(x[:, :2]))[:, :1]
+            out[:, -1:] = self.conv(self.enlarged(x[:, -2:]))[:, -1:]
+        return out
 
 
 def frames_at_once(tokens: int, x: Tensor) -> int:
@@ -195,3 +207,28 @@ def halves(like: Tensor) -> Tensor:
 def nearest_twice(x: Tensor) -> Tensor:
     """[... h w c] -> [... 2h 2w c]"""
     return x.repeat_interleave(2, dim=-3).repeat_interleave(2, dim=-2)
+
+
+# FreeU (Si et al. 2023) as SR600 has it, for the decoder's first two blocks: a gain on the first half of the
+# backbone's channels, and one on the lowest frequencies of the skip.
+SKIP_FILTERS = {"none": (), "sr600": ((1.1, 0.6), (1.2, 0.4))}
+
+
+def filter_skip(x: Tensor, skip: Tensor, gains: tuple[float, float]) -> tuple[Tensor, Tensor]:
+    """Backbone and skip [b f h w c] before they are joined -> both, filtered."""
+    backbone, low = gains
+    half = x.shape[-1] // 2
+    return torch.cat([x[..., :half] * backbone, x[..., half:]], dim=-1), damp_lowest(skip, low)
+
+
+def damp_lowest(x: Tensor, gain: float) -> Tensor:
+    """[.. h w c] -> same: frequencies 0 and -1 of rows and columns, the mean among them, times `gain`.
+
+    So lopsided the official filter is, and it keeps the real part. At least float32.
+    """
+    h, w, _ = x.shape[-3:]
+    spectrum = torch.fft.fft2(x.to(torch.promote_types(x.dtype, torch.float32)), dim=(-3, -2))
+    gains = torch.ones(h, w, 1, dtype=spectrum.real.dtype, device=x.device)
+    for row in (0, -1):
+        gains[row, [0, -1]] = gain
+    return torch.fft.ifft2(spectrum * gains, dim=(-3, -2)).real.to(x.dtype)

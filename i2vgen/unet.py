@@ -21,7 +21,14 @@ from i2vgen import config
 from i2vgen.attention import Attention, Keys
 from i2vgen.conditioning import Conditions, ConditionStem, Prepared
 from i2vgen.layers import RES_EPS, Conv, GroupNorm, Mlp, norm_silu, per_frame, sinusoid, untouched
-from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.spatial import (
+    SKIP_FILTERS,
+    Downsample,
+    ResBlock,
+    SpatialTransformer,
+    Upsample,
+    filter_skip,
+)
 from i2vgen.temporal import TemporalConv, TemporalTransformer
 
 
@@ -129,8 +136,10 @@ class UNet(nn.Module):
 
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str = "sdpa"):
         super().__init__()
-        self.use, self.base_width, self.factor = use, unet.base_width, unet.factor
-        widths, depth = unet.widths, len(unet.widths)
+        self.use, self.base_width = use, unet.base_width
+        self.factor, self.margin = unet.factor, unet.margin(use)
+        self.skip_filter = SKIP_FILTERS[use.skip_filter]
+        widths, depth, margin = unet.widths, len(unet.widths), use.resampling == "margin"
 
         def block(width_in: int, width: int, attention: bool) -> Block:
             return Block(width_in, width, unet, use, spatial=attention, temporal=attention, backend=backend)
@@ -160,7 +169,7 @@ class UNet(nn.Module):
                 width = widths[level]
                 skips.append(width)
             last = level == depth - 1
-            down.append(Level(blocks, None if last else Downsample(width)))
+            down.append(Level(blocks, None if last else Downsample(width, margin=margin)))
             skips += [] if last else [width]
         self.down = nn.ModuleList(down)
 
@@ -173,7 +182,7 @@ class UNet(nn.Module):
             for _ in range(unet.blocks_per_level + 1):
                 blocks.append(block(width + skips.pop(), widths[level], unet.attention_levels[level]))
                 width = widths[level]
-            up.append(Level(blocks, Upsample(width) if level > 0 else None))
+            up.append(Level(blocks, Upsample(width, margin=margin) if level > 0 else None))
         self.up = nn.ModuleList(reversed(up))
 
         self.norm_out = GroupNorm(unet.norm_groups, width, eps=RES_EPS)
@@ -204,13 +213,17 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, prepared: Prepared, deep: Deep | None = None) -> Tensor:
         """Latent video x [b c f h w], timestep t [b] (0..999, unscaled) -> prediction [b c f h w].
 
-        h and w must be multiples of `factor`. x is cast to the network's dtype here and nowhere else. Where
-        `prepared` holds n contexts for each sample (`conditioning.join`), all n predictions: [(n b) c f h w].
-        `deep` leaves out most of the network where an earlier call has filled it.
+        w must be a multiple of `factor`, h one and `margin` more. x is cast to the network's dtype here and
+        nowhere else. Where `prepared` holds n contexts for each sample (`conditioning.join`), all n
+        predictions: [(n b) c f h w]. `deep` leaves out most of the network where an earlier call has filled
+        it.
         """
         h, w = x.shape[-2:]
-        if h % self.factor or w % self.factor:
-            raise ValueError(f"latent of {w} x {h} (width x height): both must be multiples of {self.factor}")
+        if h % self.factor != self.margin or w % self.factor:
+            rows = f", the height {self.margin} more than one" if self.margin else ""
+            raise ValueError(
+                f"latent of {w} x {h} (width x height): both must be multiples of {self.factor}{rows}"
+            )
         dtype = self.conv_in.weight.dtype
         embedding = self.time(sinusoid(t.to(x.device), self.base_width, self.use.sinusoid).to(dtype))
         if prepared.fps_embedding is not None:
@@ -278,11 +291,15 @@ class UNet(nn.Module):
                 skips.append(x)
         for block in (self.mid1, self.mid2):
             x = block(x, embedding, context(block))
+        filters = iter(self.skip_filter)
         for level in reversed(self.up):
             for block in level.blocks:
                 if block is outer:
                     deep.kept.append(x)
-                x = block(torch.cat([x, skips.pop()], dim=-1), embedding, context(block))
+                skip = skips.pop()
+                if (gains := next(filters, None)) is not None:
+                    x, skip = filter_skip(x, skip, gains)
+                x = block(torch.cat([x, skip], dim=-1), embedding, context(block))
             if level.resample is not None:
                 x = level.resample(x)
         return self.head(x)

@@ -6,6 +6,7 @@ written whole or not at all: into a temporary neighbour first, which then takes 
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import itertools
 import math
@@ -13,6 +14,7 @@ import os
 import re
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -316,29 +318,40 @@ def _rate(fps: float) -> Fraction:
 # Reading
 
 
-def load(path: str | Path) -> tuple[np.ndarray, float | None]:
+def load(path: str | Path, *, alpha: Literal["white", "drop"] = "drop") -> tuple[np.ndarray, float | None]:
     """A video file or a folder of PNGs -> (uint8 frames [f h w 3], frames per second).
 
     GIF and WebP frames that stand for several equal ones are repeated, so time runs evenly; a frame
-    without a duration counts 100 ms, as browsers have it. The fps are None where nothing records them
-    (PNGs from elsewhere). An mp4 of odd-sized frames comes back padded, see `save`.
+    without a duration counts 100 ms, as browsers have it. A file of variable rate is brought to its mean
+    rate, with a warning. The fps are None where nothing records them (PNGs from elsewhere). `alpha="white"`
+    lays transparent parts over white; "drop" shows what hides below. An mp4 of odd-sized frames comes back
+    padded, see `save`.
     """
     path = Path(path)
     if path.is_dir():
-        return _load_pngs(path)
+        return _load_pngs(path, alpha)
     if not path.is_file():
         raise ValueError(f"video {path} does not exist; give a video file or a folder of PNG pictures")
-    return _load_animation(path) if path.suffix.lower() in (".gif", ".webp") else _load_video(path)
+    animated = path.suffix.lower() in (".gif", ".webp")
+    return _load_animation(path, alpha) if animated else _load_video(path, alpha)
 
 
-def _load_pngs(path: Path) -> tuple[np.ndarray, float | None]:
+def _rgb(picture: Image.Image, alpha: str) -> np.ndarray:
+    """Any PIL picture -> uint8 [h w 3]"""
+    if alpha == "white" and picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return np.asarray(picture.convert("RGB"))
+
+
+def _load_pngs(path: Path, alpha: str) -> tuple[np.ndarray, float | None]:
     numbered = sorted((int(m[1]), p) for p in path.iterdir() if (m := FRAME_NAME.fullmatch(p.name)))
     if not numbered:
         raise ValueError(f"folder {path} holds no frame_0000.png, frame_0001.png, ...")
     frames, fps = [], None
     for _, file in numbered:
         with _reading(file, OSError, SyntaxError), Image.open(file) as picture:
-            frames.append(np.asarray(picture.convert("RGB")))
+            frames.append(_rgb(picture, alpha))
             fps = float(picture.info["fps"]) if "fps" in picture.info else fps
     sizes = {frame.shape for frame in frames}
     if len(sizes) > 1:
@@ -346,18 +359,18 @@ def _load_pngs(path: Path) -> tuple[np.ndarray, float | None]:
     return np.stack(frames), fps
 
 
-def _load_animation(path: Path) -> tuple[np.ndarray, float]:
+def _load_animation(path: Path, alpha: str) -> tuple[np.ndarray, float]:
     frames, durations = [], []
     with _reading(path, OSError, SyntaxError, EOFError, UnidentifiedImageError), Image.open(path) as image:
         for picture in ImageSequence.Iterator(image):
-            frames.append(np.asarray(picture.convert("RGB")))
+            frames.append(_rgb(picture, alpha))
             durations.append(picture.info.get("duration", 0) or 100)
     step = min(durations)
     counts = [round(duration / step) for duration in durations]
     return np.repeat(np.stack(frames), counts, axis=0), 1000 * sum(counts) / sum(durations)
 
 
-def _load_video(path: Path) -> tuple[np.ndarray, float]:
+def _load_video(path: Path, alpha: str) -> tuple[np.ndarray, float | None]:
     try:
         import av
     except ImportError as error:
@@ -366,11 +379,40 @@ def _load_video(path: Path) -> tuple[np.ndarray, float]:
         if not container.streams.video:
             raise ValueError(f"{path} holds no video stream")
         stream = container.streams.video[0]
-        frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
+        frames, times = [], []
+        for frame in container.decode(stream):
+            see_through = alpha == "white" and any(c.is_alpha for c in frame.format.components)
+            pixels = frame.to_ndarray(format="rgba" if see_through else "rgb24")
+            frames.append(_rgb(Image.fromarray(pixels), alpha) if see_through else pixels)
+            times.append(frame.time)
         rate = stream.average_rate or stream.guessed_rate
     if not frames or not rate:
         raise ValueError(f"{path} holds {len(frames)} frames at rate {rate}; it is no usable video")
-    return np.stack(frames), float(rate)
+    if len({frame.shape for frame in frames}) > 1:
+        raise ValueError(f"the frames of {path} change their size on the way; encode it again at one size")
+    order = evenly(times, float(rate))
+    if order != list(range(len(frames))):
+        warnings.warn(
+            f"video {path} has a variable frame rate; its {len(frames)} frames become {len(order)} at "
+            f"{float(rate):.4g} per second, evenly",
+            stacklevel=3,
+        )
+    return np.stack([frames[i] for i in order]), float(rate)
+
+
+def evenly(times: list[float | None], rate: float) -> list[int]:
+    """Seconds at which frames appear -> which of them is seen at every tick of `rate`.
+
+    All in their order where the rate is constant, up to the rounding of a container's clock, or unknown.
+    """
+    if len(times) < 3 or any(time is None for time in times):
+        return list(range(len(times)))
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    if max(gaps) < 1.5 * min(gaps):
+        return list(range(len(times)))
+    count = round((times[-1] - times[0]) * rate) + 1
+    ticks = [times[0] + (i + 0.5) / rate for i in range(count)]  # halfway, so that no rounding decides
+    return [max(bisect.bisect_right(times, tick) - 1, 0) for tick in ticks]
 
 
 @contextlib.contextmanager

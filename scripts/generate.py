@@ -5,6 +5,9 @@
 
     image=, prompt=     may be repeated: pairs item by item, one of either serves all
     items=FILE.jsonl    one {"image": ..., "prompt": ..., "seed": ..., "output": ...} per line instead
+    refine_weights=FOLDER   a second stage refines every clip, as refine.width=, refine.steps=, ... say
+    refine_prompt=      what the second stage is told; none given: the prompt
+    video=FILE          no first stage: the second one refines this clip, of any size and length
     seed=[1,2,3]        every pair once per seed
     output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON with all
                         settings lands beside it
@@ -24,11 +27,13 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
+from collections.abc import Iterator
 
+import numpy as np
 from tqdm import tqdm
 
-from i2vgen import cli, jobs, pipeline, runtime
-from i2vgen.config import SHIPPED, load_config
+from i2vgen import cli, jobs, pipeline, refine, runtime, video
+from i2vgen.config import SHIPPED, Config, load_config
 
 FLAGS = ("--print-config", "--resume", "--help")
 
@@ -50,11 +55,41 @@ def main() -> int:
         print(f"{before - len(todo)} clips are already there, {len(todo)} to make")
         if not todo:
             return 0
-    if any(not job.prompt.strip() for job in todo):
+    runtime.apply(config.runtime)
+    source = read_clip(config) if config.video else None
+    if config.refine_weights:  # what could stop the second stage stops the first one too
+        size, frames = (config.sample.width, config.sample.height), config.sample.frames
+        if source is not None:
+            frames, height, width, _ = source[0].shape
+            size = width, height
+        refine.check(config, size, frames)
+    if source is None:
+        clips = first_stage(config, todo)
+    else:
+        clips = ((job, pipeline.Video(source[0], "", "", job.seed, config, source[1])) for job in todo)
+    if config.refine_weights:
+        clips = second_stage(config, list(clips))  # the first stage's memory is free by now
+    for job, clip in clips:
+        path = clip.save(job.output)
+        record = pipeline.record_path(path)
+        print(f"{path} ({len(clip.frames)} frames, seed {job.seed}), settings in {record}")
+    return 0
+
+
+def read_clip(config: Config) -> tuple[np.ndarray, float | None]:
+    """The clip of video= and its frame rate."""
+    frames, fps = video.load(config.video, alpha=config.preprocess.alpha)
+    if len(frames) == 1:
+        warnings.warn(f"video {config.video} has one frame; it is refined as a picture", stacklevel=1)
+    return frames, fps
+
+
+def first_stage(config: Config, todo: list[jobs.Job]) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
+    """Pictures to clips, a batch at a time."""
+    if config.use.text and any(not job.prompt.strip() for job in todo):
         warnings.warn("the prompt is empty; the picture alone decides what moves", stacklevel=1)
     batch_size = min(config.runtime.batch, len(todo))
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=batch_size))
-    runtime.apply(config.runtime)
     model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
     print(describe(config, model))
 
@@ -72,12 +107,24 @@ def main() -> int:
                 on_step=lambda info, bar=bar: advance(bar, info),
             )
         for job, clip in zip(batch, clips, strict=True):
-            path = clip.save(job.output)
-            print(
-                f"{path} ({len(clip.frames)} frames, seed {job.seed}), "
-                f"settings in {pipeline.record_path(path)}"
+            yield job, dataclasses.replace(clip, config=job.settings(clip.config))
+
+
+def second_stage(
+    config: Config, clips: list[tuple[jobs.Job, pipeline.Video]]
+) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
+    """Clips to refined clips, one at a time."""
+    refiner = refine.load(config)
+    for number, (job, clip) in enumerate(clips, start=1):
+        with tqdm(desc=f"refining {number} of {len(clips)}", unit="step", mininterval=0.5) as bar:
+            frames = refiner(
+                clip.frames,
+                job.refine_prompt,
+                seed=job.seed,
+                on_step=lambda info, bar=bar: advance(bar, info),
             )
-    return 0
+        fps = clip.fps if config.refine.fps == "input" else None
+        yield job, dataclasses.replace(clip, frames=frames, fps=fps, config=job.settings(config))
 
 
 def describe(config, model) -> str:
@@ -89,7 +136,8 @@ def describe(config, model) -> str:
 
 
 def advance(bar: tqdm, info) -> None:
-    bar.total = info.num_steps
+    if info.index == 0:  # an inversion and the sampling after it count by themselves
+        bar.reset(total=info.num_steps)
     bar.update()
 
 

@@ -513,7 +513,7 @@ def test_derived_sizes():
     assert got.unet.widths == (320, 640, 1280, 1280) and got.unet.embedding_width == 1280
 
 
-@pytest.mark.parametrize("name", ["video", "refine_prompt", "json"])
+@pytest.mark.parametrize("name", ["json"])
 def test_texts_of_other_scripts_are_never_parsed(name):
     assert config.parse_overrides([f"{name}=no: [a, ${{b}}"]) == ({}, {name: "no: [a, ${b}"})
     with pytest.raises(ValueError, match=f"{name}=x is no setting here"):

@@ -298,6 +298,8 @@ def _use(shapes: Shapes) -> config.Use:
         temporal_convolution=any(".temopral_conv." in name for name in shapes),
         temporal_second_attention=has("input_blocks.0.1.transformer_blocks.0.attn2.")
         or not has("input_blocks.0.1."),
+        # no shape tells it: the refiners' levels have a row more above and below
+        resampling="margin" if lineage(shapes) == "refiner" else "half",
     )
 
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from i2vgen.parity import diffusers_pipeline, diffusion, encoders, pictures, unet, whole
+from i2vgen.parity import (
+    diffusers_pipeline,
+    diffusion,
+    encoders,
+    pictures,
+    refiner,
+    refiner_flow,
+    unet,
+    whole,
+)
 from i2vgen.parity.report import Golden, Row, Settings
 
 KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
@@ -21,6 +30,12 @@ KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
     "pipeline_e2e": whole.e2e,
     "pipeline_rng": whole.rng,
     "diffusers_pipeline": diffusers_pipeline.run,
+    "refiner_unet": refiner.refiner_unet,
+    "i2v_v1": refiner.i2v_v1,
+    "refiner_schedule": refiner_flow.schedule,
+    "refiner_sampling": refiner_flow.sampling,
+    "refiner_e2e": refiner_flow.e2e,
+    "refiner_prepost": refiner_flow.prepost,
 }
 
 

@@ -34,7 +34,7 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
     conditions = _conditions(inputs)
 
     seen: dict[str, Tensor] = {}
-    handles = [m.register_forward_hook(_keep(seen, name)) for name, m in model.named_modules()]
+    handles = [m.register_forward_hook(keep(seen, name)) for name, m in model.named_modules()]
     with torch.no_grad():
         prepared = model.prepare(conditions, frames)
         out = model(x, t, prepared)
@@ -218,7 +218,7 @@ def _gradients(
     yield compare("grads/param_l2, dead parameters", dust, torch.zeros_like(dust), max_abs=1e-6)
 
 
-def _keep(seen: dict[str, Tensor], name: str):
+def keep(seen: dict[str, Tensor], name: str):
     def hook(module: nn.Module, inputs, output) -> None:
         if isinstance(output, Tensor):
             seen[name] = output

@@ -1,0 +1,334 @@
+"""The second stage: a finished clip, noised and denoised again by a network that reads a short text only.
+
+    clip - refine_video - vae.encode - noise or inversion - solver(unet) - vae.decode - clip
+    refine prompt + suffix - CLIP text ------------------------^
+
+The idea is SDEdit's (Meng et al. 2022); the two public networks are MS-Vid2Vid-XL and SR600, see
+docs/cascade.md. The noised clip is all that they are told of its content.
+
+Axes: b batch, f frames, c channels, h w latent rows and columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from einops import rearrange, repeat
+from torch import Tensor
+
+from i2vgen import checkpoint, refine_video, runtime, speed, video
+from i2vgen import config as settings
+from i2vgen import refine_sampler as sampling
+from i2vgen.conditioning import Conditions, Prepared, join
+from i2vgen.config import Config
+from i2vgen.encoders import ClipEncoders
+from i2vgen.refine_sampler import Levels
+from i2vgen.sampler import OnStep, Predict
+from i2vgen.schedule import Schedule, make_betas
+from i2vgen.unet import UNet
+from i2vgen.vae import AutoencoderKL
+
+
+@dataclass
+class Refiner:
+    """The parts of the second stage; `config` is `config.second_stage` of the job."""
+
+    config: Config
+    unet: UNet
+    vae: AutoencoderKL
+    clip: ClipEncoders
+    device: torch.device
+
+    def __call__(
+        self, frames: np.ndarray, prompt: str, *, seed: int = 0, on_step: OnStep | None = None
+    ) -> np.ndarray:
+        """A clip, uint8 [f h w 3] of any size -> the refined clip, uint8 [f H W 3]."""
+        if frames.ndim != 4 or frames.dtype != np.uint8 or frames.shape[-1] != 3 or 0 in frames.shape:
+            raise ValueError(
+                f"the clip is {frames.dtype} {frames.shape}; give uint8 [f h w 3], none of them 0"
+            )
+        refined = refine(self, frames, prompt, seed, on_step=on_step)
+        drop = self.config.save.grey_last_frame == "drop"
+        return video.drop_grey_last_frame(refined) if drop else refined
+
+
+@torch.no_grad()
+def refine(
+    model: Refiner, frames: np.ndarray, prompt: str, seed: int, *, on_step: OnStep | None = None
+) -> np.ndarray:
+    """A clip uint8 [f h w 3], its prompt and seed -> uint8 [f H W 3]: the whole second stage."""
+    config, job = model.config, model.config.refine
+    frames = frames[: job.frames or None]
+    shape = geometry(config, (frames.shape[2], frames.shape[1]))
+    draws = runtime.SampleNoise(seed)
+    table = levels(config)
+
+    latents = encode(model, frames, shape, draws)
+    latents = repeat(latents, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
+    cond, uncond = texts(model, prompt)
+    if job.start == "noise":
+        noise = draws.draw(tuple(latents.shape[1:])).to(latents)
+        start = table.noised(latents, noise, job.noise_level - 1)
+    else:
+        start = sampling.invert(
+            windows(model, lambda x, t: model.unet(x, t, uncond)),
+            latents,
+            inversion_schedule(config),
+            total=job.noise_level,
+            steps=job.steps,
+            on_step=on_step,
+        )
+    latents = sampling.refine(
+        windows(model, network(model, cond, uncond)),
+        start,
+        table,
+        grid(config),
+        solver=job.solver,
+        start=job.start_scale,
+        eta=job.eta,
+        noise=lambda x: draws.draw(tuple(x.shape[1:])).to(x),
+        on_step=on_step,
+    )
+    return decode(model, latents[0, :, :: job.repeat_frames], shape)
+
+
+def geometry(config: Config, size: tuple[int, int]) -> refine_video.Geometry:
+    """A clip's (width, height) -> all its sizes on the way."""
+    job, factor = config.refine, config.vae.factor
+    return refine_video.geometry(
+        size,
+        (job.width, job.height),
+        job.fit,
+        multiple=factor * config.unet.factor,
+        rest=factor * config.unet.margin(config.use),
+    )
+
+
+def encode(
+    model: Refiner, frames: np.ndarray, shape: refine_video.Geometry, draws: runtime.SampleNoise
+) -> Tensor:
+    """Frames uint8 [f h w 3] -> latents [c f h w], a few frames at a time, in at least float32."""
+    job, chunk, latents = model.config.refine, model.config.runtime.vae_chunk, []
+    width, height = (side // model.config.vae.factor for side in shape.legal)
+    for start in range(0, len(frames), chunk):
+        part = frames[start : start + chunk]
+        pixels = refine_video.prepared(part, shape, antialias=job.antialias).to(model.device)
+        noise = None
+        if job.posterior == "sample":  # one draw per frame, as officially: `vae_chunk` changes nothing
+            latent = (model.config.vae.embed_dim, height, width)
+            noise = torch.cat([draws.draw(latent) for _ in part]).to(model.device)
+        latents.append(sampling.wide(model.vae.encode(pixels, noise)))
+    return rearrange(torch.cat(latents), "f c h w -> c f h w")
+
+
+def decode(model: Refiner, latents: Tensor, shape: refine_video.Geometry) -> np.ndarray:
+    """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept."""
+    frames = []
+    for part in rearrange(latents, "c f h w -> f c h w").split(model.config.runtime.vae_chunk):
+        pixels = refine_video.cropped(model.vae.decode(part), shape)
+        pixels = rearrange(pixels, "f c h w -> c f h w")
+        frames.append(video.to_uint8(pixels, rounding=model.config.save.rounding).cpu())
+    return torch.cat(frames).numpy()
+
+
+def texts(model: Refiner, prompt: str) -> tuple[Prepared, Prepared]:
+    """What the network reads with the prompt and without it: prompt and suffix, and the negative prompt."""
+    config = model.config
+    tell_lost_words(model.clip, prompt, config.refine_suffix)
+    with warnings.catch_warnings():  # it has been told above, in words of this stage
+        warnings.simplefilter("ignore")
+        tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
+    states = model.clip.text(tokens.to(model.device))
+    with_, without = (model.unet.prepare(Conditions(one[None], None, None, None), 1) for one in states)
+    return with_, without
+
+
+def tell_lost_words(clip: ClipEncoders, prompt: str, suffix: str) -> None:
+    """A note if prompt and suffix do not fit into CLIP's tokens together: which words are lost, and whose."""
+    tokens, room = clip.tokenizer.encode(prompt + suffix), clip.settings.text_length - 2
+    if len(tokens) <= room:
+        return
+    own, lost = len(clip.tokenizer.encode(prompt)), clip.tokenizer.decode(tokens[room:]).strip()
+    whose = "the suffix" if own <= room else "the prompt, and the whole suffix"
+    warnings.warn(
+        f"the refine prompt has {own} tokens and the quality suffix {len(tokens) - own}, CLIP reads {room}; "
+        f"of {whose} this is lost: {lost!r} (shorten refine_prompt=, or give a refine_suffix= of your own)",
+        stacklevel=2,
+    )
+
+
+def network(model: Refiner, cond: Prepared, uncond: Prepared) -> Predict:
+    """The UNet under rescaled guidance; the part that reads no text runs once for both branches."""
+    job = model.config.refine
+    if job.guidance == 1.0:
+        return lambda x, t: model.unet(x, t, cond)
+    both = join([cond, uncond]) if model.config.runtime.share_prefix else None
+    if both is not None:
+        return sampling.guided_rescaled(
+            lambda x, t: model.unet(x, t, both), job.guidance, rescale=job.rescale
+        )
+    return sampling.guided_rescaled(
+        lambda x, t: torch.cat([model.unet(x, t, cond), model.unet(x, t, uncond)]),
+        job.guidance,
+        rescale=job.rescale,
+    )
+
+
+def windows(model: Refiner, predict: Predict) -> Predict:
+    return sampling.windowed(predict, model.config.refine.window, model.config.refine.overlap)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Noise
+
+
+def levels(config: Config) -> Levels:
+    """The table of the weights: the refiners' own, or any other kind. ValueError unless they predict v."""
+    schedule = config.schedule
+    if schedule.prediction != "v":
+        raise ValueError(f"schedule.prediction is {schedule.prediction}; the refining sampler needs v")
+    if schedule.kind == "logsnr_cosine":
+        return sampling.refiner_levels(schedule.num_timesteps, schedule.logsnr_shift)
+    return Levels.of(_schedule(schedule))
+
+
+def grid(config: Config) -> sampling.Grid:
+    job = config.refine
+    return sampling.make_grid(
+        levels(config),
+        total=job.noise_level,
+        steps=job.steps,
+        solver=job.solver,
+        spacing=job.spacing,
+        form=job.grid,
+    )
+
+
+def inversion_schedule(config: Config) -> Schedule:
+    """The table on which a clip is inverted: the sampler's, or the plain cosine that SR600 takes."""
+    if config.refine.inversion_table == "refiner":
+        return levels(config).schedule()
+    cosine = settings.Schedule(num_timesteps=config.schedule.num_timesteps, zero_terminal_snr=False)
+    return _schedule(cosine)
+
+
+def _schedule(s: settings.Schedule) -> Schedule:
+    betas = make_betas(
+        kind=s.kind,
+        num_timesteps=s.num_timesteps,
+        cosine_s=s.cosine_s,
+        init_beta=s.init_beta,
+        last_beta=s.last_beta,
+        zero_terminal_snr=s.zero_terminal_snr,
+    )
+    return Schedule(betas)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before any long work
+
+
+def refuse_unrefinable(config: Config) -> None:
+    """ValueError for settings of a second stage that cannot run; `config` is `config.second_stage`'s."""
+    job = config.refine
+    grid(config)
+    if job.start == "inversion" and job.steps > job.noise_level:
+        raise ValueError(f"refine.steps is {job.steps}, more than refine.noise_level = {job.noise_level}")
+    if job.solver == "heun" and job.eta != settings.Refine().eta:
+        raise ValueError(
+            f"refine.eta is {job.eta} but refine.solver=heun adds no noise; leave refine.eta out"
+        )
+    for name, width in (("in", config.unet.in_channels), ("out", config.unet.out_channels)):
+        if width != config.vae.embed_dim:
+            raise ValueError(f"unet.{name}_channels is {width} but vae.embed_dim is {config.vae.embed_dim}")
+
+
+def check(job: Config, size: tuple[int, int], frames: int) -> None:
+    """All that could stop the second stage of a job on clips of (width, height): ValueError before the first.
+
+    Weights are looked for and not read.
+    """
+    config = settings.second_stage(job)
+    refuse_unrefinable(config)
+    homes_of(job, config)
+    check_memory(config, size, frames)
+
+
+def check_memory(config: Config, size: tuple[int, int], frames: int) -> runtime.MemoryEstimate:
+    """The estimate for a clip of (width, height) and so many frames; ValueError if that is not free."""
+    job = config.refine
+    width, height = geometry(config, size).legal
+    at_once = min(min(frames, job.frames or frames) * job.repeat_frames, job.window)
+    sized = dataclasses.replace(
+        config,
+        sample=dataclasses.replace(config.sample, width=width, height=height, frames=at_once),
+        runtime=dataclasses.replace(config.runtime, batch=1),
+    )
+    estimate = runtime.estimate_memory(
+        sized, {part: checkpoint.build(part, sized) for part in checkpoint.PARTS}
+    )
+    free = runtime.free_memory(runtime.device(config.runtime))
+    if config.runtime.check_memory and estimate.total > free:
+        raise ValueError(
+            f"the second stage at {width} x {height}, {at_once} frames at once, needs about {estimate} and "
+            f"{free / runtime.GIB:.1f} GiB are free; give a smaller refine.width and refine.height or "
+            "refine.window (runtime.check_memory=false runs anyway)"
+        )
+    return estimate
+
+
+# ---------------------------------------------------------------------------------------------------
+# Weights
+
+
+def load(job: Config) -> Refiner:
+    """Settings of a job with `refine_weights` -> the second stage on its device. ValueError if it cannot run.
+
+    The VAE and CLIP that both stages share may lie in either folder.
+    """
+    config = settings.second_stage(job)
+    refuse_unrefinable(config)
+    homes = homes_of(job, config)
+    if settings.RANDOM in homes.values():
+        warnings.warn(
+            "refine_weights=random: the refined clip is NOISE, only the road is driven", stacklevel=2
+        )
+    device, dtypes = runtime.device(config.runtime), runtime.DTYPES
+    precision = {
+        "unet": runtime.dtype(config.runtime),
+        "vae": dtypes[config.runtime.vae_dtype],
+        "clip": dtypes[config.runtime.encoder_dtype],
+    }
+    parts = {
+        part: checkpoint.load(
+            part, dataclasses.replace(config, weights=homes[part]), device=device, dtype=precision[part]
+        )
+        for part in checkpoint.PARTS
+    }
+    speed.apply(parts["unet"], config.runtime)
+    if config.runtime.compile:
+        runtime.compile_quickly()
+        parts["unet"].compile()
+    return Refiner(config, **parts, device=device)
+
+
+def homes_of(job: Config, config: Config) -> dict[str, str]:
+    """Part -> the weights folder that holds it: the refiner's, or for VAE and CLIP the first stage's."""
+    if job.refine_weights == settings.RANDOM:
+        return dict.fromkeys(checkpoint.PARTS, settings.RANDOM)
+    missing = checkpoint.missing_parts(job.refine_weights)
+    homes = {part: job.refine_weights for part in checkpoint.PARTS if part not in missing}
+    others = job.weights not in ("", settings.RANDOM, settings.SHIPPED)
+    for part in missing:
+        shared = part != "unet" and getattr(job, part) == getattr(config, part)
+        if not (others and shared and part not in checkpoint.missing_parts(job.weights)):
+            raise ValueError(
+                f"refine_weights={job.refine_weights} lacks the {part}; convert the refiner together with "
+                "the VAE and CLIP files, or give weights= a folder that holds the same ones"
+            )
+        homes[part] = job.weights
+    return homes
