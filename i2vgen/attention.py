@@ -7,7 +7,7 @@ p pixels of a frame (h w flattened), c channels.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ NEEDS = {  # what a backend that may be missing needs
     "efficient": "a CUDA GPU",
     "flash3": "the package flash_attn_interface (FlashAttention-3), a Hopper GPU, float16 or bfloat16",
 }
+# Functions of one's own by name, with the arguments of `attend`; a module's `backend` names one of them.
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {}
 # CUDA counts a kernel's batch in 16 bits on some of its axes; older PyTorch fails beyond.
 MAX_SEQUENCES = 65_535
 
@@ -42,12 +44,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
     PyTorch's choice, as is `auto` where nothing was measured; `flash`, `cudnn` and `efficient` are one of
     these by name, `flash3` is FlashAttention-3.
     """
-    if len(q) > MAX_SEQUENCES:
+    if len(q) > MAX_SEQUENCES and backend not in FUNCTIONS:
         out = torch.empty_like(q)
         pieces = (x.split(MAX_SEQUENCES) for x in (out, q, k, v))
         for part, *inputs in zip(*pieces, strict=True):
             part.copy_(attend(*inputs, backend))
         return out
+    if backend in FUNCTIONS:
+        return FUNCTIONS[backend](q, k, v)
     if backend in ("sdpa", "auto"):
         return F.scaled_dot_product_attention(q, k, v)
     if backend in SDPA_KERNELS:
@@ -189,7 +193,8 @@ class FrameAttention(Attention):
     def inside(self, x: Tensor) -> Tensor:
         """[b f p c] -> [b f p (m d)]"""
         q, k, v = self.project(x)
-        if self.kernel and x.shape[1] <= kernels.MAX_FRAMES and not torch.is_grad_enabled():
+        short = x.shape[1] <= kernels.MAX_FRAMES and self.backend not in FUNCTIONS
+        if self.kernel and short and not torch.is_grad_enabled():
             return kernels.frame_attention(q, k, v, self.heads)
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))
         # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What

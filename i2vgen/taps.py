@@ -6,6 +6,10 @@
     with taps(model.unet, {"mid1.temporal": lambda path, x: torch.zeros_like(x)}):  # replace
         model(picture, prompt)
 
+    with attention_by(model.unet, "mid1.*", my_function):                       # another attention
+    with attention_maps(model.unet, {"*.cross_attention": function}):           # its probabilities
+    with controlled(model.unet, adapter):                                       # residuals of an adapter
+
 Paths are those of `named_modules` (`python scripts/summary.py` prints them), patterns as in fnmatch. Outside
 the `with` nothing is left behind. A network under `torch.compile` does not stop for taps: load it without.
 """
@@ -20,6 +24,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor, nn
 
+from i2vgen.attention import FUNCTIONS, Attention
+from i2vgen.unet import Control, UNet
+
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `attention.attend`
 Tap = Callable[[str, Tensor], Tensor | None]  # path and output -> None leaves it, a tensor takes its place
 
 
@@ -44,6 +52,80 @@ def taps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
             "around it, or switch the faster forms of `runtime` off",
             stacklevel=3,
         )
+
+
+@contextlib.contextmanager
+def attention_by(network: nn.Module, pattern: str, function: AttentionFunction) -> Iterator[None]:
+    """Inside, the attentions whose paths match compute with `function`: q [n m t d], k, v [n m k d].
+
+    ValueError for a pattern without attentions. For good: put the function into `attention.FUNCTIONS` under
+    a name and set that as the modules' `backend`.
+    """
+    with _functions(dict.fromkeys(_attentions(network, pattern).items(), function)):
+        yield
+
+
+@contextlib.contextmanager
+def attention_maps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
+    """Inside, the attentions whose paths match hand their probabilities [n m t k] to the function.
+
+    None leaves them, a tensor takes their place. They are computed as written, which needs their whole
+    memory. In a spatial attention n counts frames, in a cross-attention samples (t runs over frames and
+    pixels), in a temporal one pixels, sample by sample.
+    """
+    chosen = {
+        (path, module): _with_map(path, function)
+        for pattern, function in functions.items()
+        for path, module in _attentions(network, pattern).items()
+    }
+    with _functions(chosen):
+        yield
+
+
+def _with_map(path: str, function: Tap) -> AttentionFunction:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        probabilities = scores.softmax(-1)
+        new = function(path, probabilities)
+        return (new if isinstance(new, Tensor) else probabilities).to(v.dtype) @ v
+
+    return attend
+
+
+def _attentions(network: nn.Module, pattern: str) -> dict[str, Attention]:
+    found = {p: m for p, m in matching(network, pattern).items() if isinstance(m, Attention)}
+    if not found:
+        raise ValueError(f"{pattern!r} matches no attention; their paths end in attention, attention1 or 2")
+    return found
+
+
+@contextlib.contextmanager
+def _functions(chosen: Mapping[tuple[str, Attention], AttentionFunction]) -> Iterator[None]:
+    before = {module: module.backend for _, module in chosen}
+    names = {module: f"tap {id(module)}" for _, module in chosen}
+    try:
+        for (_, module), function in chosen.items():
+            FUNCTIONS[names[module]] = function
+            module.backend = names[module]
+        yield
+    finally:
+        for module, backend in before.items():
+            module.backend = backend
+            FUNCTIONS.pop(names[module], None)
+
+
+@contextlib.contextmanager
+def controlled(unet: UNet, control: Control) -> Iterator[None]:
+    """Inside, what `control` makes of x [b c f h w] and t [b] is added in the UNet; see `unet.Residuals`.
+
+    A module may be given: it does not become a part of the UNet, whose weights stay what they are.
+    """
+    before = unet.control
+    object.__setattr__(unet, "control", control)  # past nn.Module, which would register a module
+    try:
+        yield
+    finally:
+        object.__setattr__(unet, "control", before)
 
 
 def matching(network: nn.Module, pattern: str) -> dict[str, nn.Module]:

@@ -8,7 +8,7 @@ Axes: b batch, f frames, h w latent rows and columns, c channels, e embedding wi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -104,6 +104,23 @@ class Block(nn.Module):
         return part(*inputs)
 
 
+class Residuals(NamedTuple):
+    """What an adapter adds inside the UNet: tensors [b f h w c] like those they meet; None adds nothing.
+
+    `down` and `up` have one entry per block, `skips` one per skip connection, all in the order in which
+    `forward` meets them; () is none. ControlNets add to `skips` and `middle`, T2I-Adapters to `down`.
+    """
+
+    entrance: Tensor | None = None  # to what the input convolution gives
+    down: Sequence[Tensor | None] = ()  # to a block's output, so to its skip connection as well
+    skips: Sequence[Tensor | None] = ()  # to the skip connections alone, those of resampling included
+    middle: Tensor | None = None  # to what the second middle block gives
+    up: Sequence[Tensor | None] = ()
+
+
+Control = Callable[[Tensor, Tensor], Residuals]  # the UNet's own x [b c f h w] and t [b]
+
+
 class Level(nn.Module):
     """The blocks of one resolution and the resampling that follows them, if any does."""
 
@@ -131,6 +148,7 @@ class UNet(nn.Module):
     halves, so `up` runs from its last entry to its first.
     """
 
+    control: Control | None = None  # is asked at every call; see `taps.controlled`
     together = False  # several contexts of a sample as one batch; else one after the other
     project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
@@ -229,10 +247,11 @@ class UNet(nn.Module):
         if prepared.fps_embedding is not None:
             embedding = embedding + prepared.fps_embedding
 
+        added = Residuals() if self.control is None else self.control(x, t)
         x = rearrange(x.to(dtype), "b c f h w -> b f h w c")
         if prepared.concat is not None:
             x = torch.cat([x, prepared.concat], dim=-1)
-        x = per_frame(self.conv_in, x.contiguous())
+        x = plus(per_frame(self.conv_in, x.contiguous()), added.entrance)
         if self.temporal_in is not None:
             x = self.temporal_in(x)
 
@@ -249,7 +268,7 @@ class UNet(nn.Module):
             if known:
                 outs.append(self.outer_blocks_and_head(*inputs, known[i], deep.outer, start))
             else:
-                outs.append(self.blocks_and_head(*inputs, start, deep))
+                outs.append(self.blocks_and_head(*inputs, added, start, deep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def branches(self, prepared: Prepared, b: int) -> list[Prepared]:
@@ -268,10 +287,12 @@ class UNet(nn.Module):
         x: Tensor,
         embedding: Tensor,
         prepared: Prepared,
+        added: Residuals,
         begun: Sequence[Tensor] | None = None,
         deep: Deep | None = None,
     ) -> Tensor:
         """x [b f h w c] behind the entrance -> prediction [b c f h w]; `begun` is of the first block."""
+        down, up = iter(added.down), iter(added.up)
         outer = None if deep is None else self.up[0].blocks[-deep.outer]
         keys = iter(prepared.keys or ())
 
@@ -285,12 +306,16 @@ class UNet(nn.Module):
                     x = block(x, embedding, context(block))
                 else:
                     x, begun = block.read(*begun, context(block)), None
+                x = plus(x, next(down, None))
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
+        if added.skips:
+            skips = [plus(skip, one) for skip, one in zip(skips, added.skips, strict=True)]
         for block in (self.mid1, self.mid2):
             x = block(x, embedding, context(block))
+        x = plus(x, added.middle)
         filters = iter(self.skip_filter)
         for level in reversed(self.up):
             for block in level.blocks:
@@ -300,6 +325,7 @@ class UNet(nn.Module):
                 if (gains := next(filters, None)) is not None:
                     x, skip = filter_skip(x, skip, gains)
                 x = block(torch.cat([x, skip], dim=-1), embedding, context(block))
+                x = plus(x, next(up, None))
             if level.resample is not None:
                 x = level.resample(x)
         return self.head(x)
@@ -346,6 +372,11 @@ class UNet(nn.Module):
 def parts_late(block: nn.Module) -> bool:
     """Whether a block can be begun without its context: as it is written here, and nobody listens at it."""
     return untouched(block, Block) and untouched(block.spatial, SpatialTransformer)
+
+
+def plus(x: Tensor, residual: Tensor | None) -> Tensor:
+    """x [(n b) ...] + residual [b ...], the same for each of the n contexts of a sample"""
+    return x if residual is None else x + repeated(residual.to(x.dtype), len(x) // len(residual))
 
 
 def repeated(x: Tensor, n: int) -> Tensor:

@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from i2vgen import config
+from i2vgen.attention import FUNCTIONS, attend
+from i2vgen.conditioning import join
 from i2vgen.config import load_config
 from i2vgen.lab import summary, trace
-from i2vgen.taps import taps
+from i2vgen.taps import attention_by, attention_maps, controlled, taps
+from i2vgen.unet import Residuals
 
 ROOT = Path(__file__).parents[1]
 TINY = [ROOT / "configs" / "tiny.yaml", "weights=random"]
@@ -192,3 +195,103 @@ def test_summary_refuses():
     assert "there is no part=net" in run("summary.py", "part=net")[1]
     assert "depth is 0" in run("summary.py", "depth=0")[1]
     assert "did you mean unet.base_width" in run("summary.py", "unet.base_widht=3")[1]
+
+
+# --- attention and residuals
+
+
+@torch.no_grad()
+def test_an_attention_of_ones_own(network):
+    unet, call = network
+    plain = call()
+    with attention_by(unet, "*attention*", lambda q, k, v: attend(q, k, v, "math")):
+        assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
+    with attention_by(unet, "mid1.spatial.self_attention", lambda q, k, v: v):
+        assert not torch.allclose(call(), plain)
+    assert torch.equal(call(), plain)
+    with pytest.raises(ValueError, match="matches no attention"), attention_by(unet, "mid1.res", None):
+        pass
+    FUNCTIONS["first"] = lambda q, k, v: attend(q, k, v, "math")
+    try:
+        unet.mid1.temporal.attention1.backend = "first"
+        assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
+    finally:
+        del FUNCTIONS["first"]
+
+
+@torch.no_grad()
+def test_attention_maps_are_read_and_replaced(network):
+    unet, call = network
+    plain, seen = call(), {}
+    paths = {
+        "mid1.spatial.cross_attention": (1, 8, 3 * 6, 7 + 4 + 4),
+        "mid1.temporal.attention1": (6, 8, 3, 3),
+    }
+    with attention_maps(unet, dict.fromkeys(paths, seen.setdefault)):
+        assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
+    assert {path: tuple(m.shape) for path, m in seen.items()} == paths
+    assert all(torch.allclose(m.sum(-1), torch.ones_like(m[..., 0])) for m in seen.values())
+    # Looking at nothing but the first token is what the first token's value alone gives.
+    with attention_maps(unet, {"mid1.spatial.cross_attention": first_token}):
+        one = call()
+    with attention_by(unet, "mid1.spatial.cross_attention", lambda q, k, v: v[:, :, :1].expand_as(q)):
+        assert torch.allclose(call(), one, rtol=0, atol=1e-12)
+    assert not torch.allclose(one, plain)
+
+
+def first_token(path, probabilities):
+    return torch.zeros_like(probabilities).index_fill_(-1, torch.tensor([0]), 1.0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["entrance", "down", "skips", "middle", "up"])
+def test_residuals_are_added_where_they_say(network, place):
+    unet, call = network
+    plain, shapes = call(), {}
+    blocks = [f"{side}.{i}.blocks.{j}" for side, i, j in (("down", 0, 0), ("down", 1, 0), ("up", 1, 0),
+              ("up", 1, 1), ("up", 0, 0), ("up", 0, 1))]  # fmt: skip
+    with taps(unet, {p: lambda path, x: shapes.setdefault(path, x) for p in (*blocks, "conv_in", "mid2")}):
+        call()
+    ones = {path: 0.1 * torch.ones_like(x) for path, x in shapes.items()}
+    entrance = ones["conv_in"].unflatten(0, (1, 3))
+    down, up = [ones[p] for p in blocks[:2]], [ones[p] for p in blocks[2:]]
+    given = {
+        "entrance": entrance,
+        "down": down,
+        "skips": [entrance, down[0], 0.1 * torch.ones(1, 3, 2, 3, 32, dtype=torch.float64), down[1]],
+        "middle": ones["mid2"],
+        "up": up,
+    }[place]
+    with controlled(unet, lambda x, t: Residuals(**{place: given})):
+        added = call()
+    assert not torch.allclose(added, plain)
+    assert torch.equal(call(), plain)
+    by_hand = {"entrance": ["conv_in"], "down": blocks[:2], "middle": ["mid2"], "up": blocks[2:]}
+    if place in by_hand:  # a skip alone cannot be reached by a tap
+        with taps(unet, dict.fromkeys(by_hand[place], lambda path, x: x + ones[path].view_as(x))):
+            assert torch.allclose(call(), added, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_residuals_reach_both_branches_of_guidance(network, make_inputs):
+    unet, _ = network
+    x, t, cond = make_inputs(2, 3)
+    uncond = cond._replace(text=torch.randn_like(cond.text))
+    alone, both = [unet.prepare(c, 3) for c in (cond, uncond)], None
+    both = join(alone)
+    with controlled(unet, lambda x, t: Residuals(middle=torch.ones(len(x), 3, 2, 3, 64, dtype=x.dtype))):
+        expected = torch.cat([unet(x, t, one) for one in alone])
+        for together in (False, True):
+            unet.together = together
+            assert torch.allclose(unet(x, t, both), expected, rtol=0, atol=1e-12)
+
+
+def test_an_adapter_does_not_become_a_part(network):
+    unet, call = network
+    adapter = torch.nn.Linear(2, 2)
+    adapter.forward = lambda x, t: Residuals()
+    names = list(unet.state_dict())
+    with controlled(unet, adapter):
+        call()
+        assert list(unet.state_dict()) == names
+    assert unet.control is None

@@ -1,0 +1,113 @@
+"""Steer a clip by drawings of its edges: a small adapter trained beside the model, which stays as it is.
+
+    python examples/control.py outputs/control steps=400
+
+Trains on clips of the procedural world, whose captions are left out half of the time, so that the edges have to
+say what moves. Writes OUT/adapter.safetensors, and of a clip that was never trained on the edges that were given
+(OUT/edges.gif), what the model makes of them (OUT/with.gif) and what it makes without (OUT/without.gif).
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+import i2vgen
+from i2vgen import video
+from i2vgen.taps import controlled
+from i2vgen.training import world
+from i2vgen.training.data import FIRST_TRAINING_SEED, Clips
+from i2vgen.training.diffusion import DiffusionLoss, Encoding
+from i2vgen.training.settings import Train
+from i2vgen.unet import Residuals
+
+
+class EdgeAdapter(nn.Module):
+    """Edges of all frames -> residuals behind every block of the way down; nothing to begin with."""
+
+    def __init__(self, config, width=48):
+        super().__init__()
+        self.blocks = config.unet.blocks_per_level
+        self.inside = nn.Sequential(
+            nn.PixelUnshuffle(config.vae.factor),
+            nn.Conv2d(config.vae.factor**2, width, 3, padding=1), nn.SiLU(),
+            nn.Conv2d(width, width, 3, padding=1), nn.SiLU(),
+        )  # fmt: skip
+        self.heads = nn.ModuleList(nn.Conv2d(width, out, 1) for out in config.unet.widths)
+        for head in self.heads:
+            nn.init.zeros_(head.weight)
+            nn.init.zeros_(head.bias)
+        self.edges = None  # [b f H W], set before the network is called
+
+    def forward(self, x, t):
+        b, down = len(self.edges), []
+        y = self.inside(rearrange(self.edges, "b f h w -> (b f) 1 h w"))
+        for level, head in enumerate(self.heads):
+            part = F.avg_pool2d(y, 2**level) if level else y
+            down += [rearrange(head(part), "(b f) c h w -> b f h w c", b=b)] * self.blocks
+        return Residuals(down=down)
+
+
+def edges(clips):
+    """[b 3 f H W] in [-1, 1] -> [b f H W] in [0, 1]: how far a pixel is from the next, right and below"""
+    right = F.pad((clips[..., 1:] - clips[..., :-1]).abs(), (0, 1))
+    below = F.pad((clips[..., 1:, :] - clips[..., :-1, :]).abs(), (0, 0, 0, 1))
+    return (right + below).mean(1).clamp(0, 1)
+
+
+def train(model, adapter, steps, batch=4):
+    config, sample = model.config, model.config.sample
+    settings = Train(timestep_power=2.0, text_dropout=0.5)
+    encoding = Encoding(config, settings, model.vae, model.clip, model.device)
+    loss_of, optimiser = (
+        DiffusionLoss(model.unet, model.schedule),
+        torch.optim.AdamW(adapter.parameters(), 2e-3),
+    )
+    size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
+    for step in range(steps):
+        first = FIRST_TRAINING_SEED + batch * step
+        clips = world.batch(range(first, first + batch), kind="single", **size)
+        with torch.no_grad():
+            draw = torch.Generator().manual_seed(step)
+            inputs = encoding(Clips(clips.clips, clips.captions, sample.fps), draw)
+        adapter.edges = edges(clips.clips).to(model.device)
+        with controlled(model.unet, adapter):
+            loss = loss_of(*inputs)["loss"]
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("settings", nargs="*", help="steps=400")
+    given = parser.parse_args()
+    steps = int(dict(s.split("=") for s in given.settings).get("steps", 400))
+    torch.manual_seed(0)
+    model = i2vgen.load()
+    sample, adapter = model.config.sample, EdgeAdapter(model.config).to(model.device)
+    train(model, adapter, steps)
+    given.output.mkdir(parents=True, exist_ok=True)
+    save_file(adapter.state_dict(), given.output / "adapter.safetensors")
+
+    clip = world.batch([7], width=sample.width, height=sample.height, frames=sample.frames, kind="single")
+    drawn, prompt = edges(clip.clips), "a " + clip.facts[0].things[0].shape  # no word of what it does
+    first = Image.fromarray(((clip.clips[0, :, 0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())
+    adapter.edges = drawn.to(model.device)
+    grey = (255 * drawn[0]).byte()[..., None].expand(-1, -1, -1, 3)
+    video.save(grey, given.output / "edges.gif", fps=sample.fps, enlarge=model.config.save.enlarge)
+    model(first, prompt, seed=1).save(given.output / "without.gif")
+    with controlled(model.unet, adapter):
+        print(model(first, prompt, seed=1).save(given.output / "with.gif"))
+
+
+if __name__ == "__main__":
+    main()
