@@ -2,9 +2,9 @@
 
     python examples/control.py outputs/control steps=400
 
-Trains on clips of the procedural world, whose captions are left out half of the time, so that the edges have to
-say what moves. Writes OUT/adapter.safetensors, and of a clip that was never trained on the edges that were given
-(OUT/edges.gif), what the model makes of them (OUT/with.gif) and what it makes without (OUT/without.gif).
+Trains on clips of the procedural world, whose captions are left out half of the time, so that the edges have
+to say what moves. Writes OUT/adapter.safetensors, and of a clip that was never trained on the edges that were
+given (OUT/edges.gif), what the model makes of them (OUT/with.gif) and what without (OUT/without.gif).
 """
 
 import argparse

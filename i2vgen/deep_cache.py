@@ -51,3 +51,8 @@ def check(unet: nn.Module) -> None:
             f"sample.deep_cache leaves out parts of i2vgen.unet.UNet, but the network is a "
             f"{type(unet).__name__} with a forward of its own; use sample.deep_cache=0"
         )
+    if unet.control is not None:
+        raise ValueError(
+            "sample.deep_cache leaves out the blocks to which an adapter adds (taps.controlled); "
+            "use sample.deep_cache=0"
+        )

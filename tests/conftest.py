@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,11 @@ SMALL = config.UNet(
 def pytest_configure():
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_make_parametrize_id(val):
+    """Functions by their names: their addresses would differ between the workers of one run."""
+    return val.__name__ if inspect.isfunction(val) else None
 
 
 @pytest.fixture(autouse=True)
