@@ -9,6 +9,7 @@
     output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON with all
                         settings lands beside it
     weights=FOLDER      a native weights folder; none given: the small model that comes with the package
+    quality=            exact (the default), fast or draft: fewer and cheaper network calls, docs/sampling.md
     weights=random      seeded random weights: the output is noise, but the whole road is driven
     --print-config      print the merged settings as YAML and stop
     --resume            leave out clips that are already there, whole and made with the same settings
