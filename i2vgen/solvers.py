@@ -196,10 +196,10 @@ def unipc(
         if correct is not None:
             x = correct(x0)
         weight = ahead(before, step) if order == 2 else 0.0
-        slope = weight * (x0 - last) if weight else None
         plain = step.of_x() * x + step.of_x0() * x0
-        x = plain if slope is None else plain + step.of_x0() * slope
-        correct = _corrector(step, before, plain, x0, last)
+        x = plain + step.of_x0() * weight * (x0 - last) if weight else plain
+        if step.next_t is not None:
+            correct = _corrector(step, before if order == 2 else None, plain, x0, last)
         before, last = step, x0
         watch.step(StepInfo(index, len(planned), step.t, x, x0))
     watch.end()
@@ -215,7 +215,7 @@ def _corrector(
     its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it,
     which is the trapezoid rule over alpha / sigma.
     """
-    if last is None or step.alpha == 0 or before.alpha == 0:
+    if before is None or before.alpha == 0 or step.alpha == 0:
         return lambda seen: plain + 0.5 * step.of_x0() * (seen - x0)
     h, back = step.h, before.h / step.h
     first = 1 - (1 - step.decay) / h  # integral of u
@@ -290,17 +290,19 @@ def _over_sigma(
         x0 = _x0(predict, x, step.t, schedule)
         moved = step.of_x() * x + step.of_x0() * x0
         if twice and step.next_t is not None:
-            end = _x0(predict, moved, step.next_t, schedule)
-        if twice and step.next_t is not None and step.alpha == 0:
-            moved = moved + 0.5 * step.of_x0() * (end - x0)
-        elif twice and step.next_t is not None:
-            eps = (x - step.alpha * x0) / step.sigma
-            eps_end = (moved - step.alpha_to * end) / step.sigma_to
-            moved = moved + 0.5 * (step.sigma_to - step.sigma * step.alpha_to / step.alpha) * (eps_end - eps)
+            moved = moved + _half_the_bend(step, x, x0, moved, _x0(predict, moved, step.next_t, schedule))
         x = moved
         watch.step(StepInfo(index, len(planned), step.t, x, x0))
     watch.end()
     return x
+
+
+def _half_the_bend(step: Step, x: Tensor, x0: Tensor, end: Tensor, end_x0: Tensor) -> Tensor:
+    """What the mean slope of both ends adds to a step from `x` to `end`."""
+    if step.alpha == 0:
+        return 0.5 * step.of_x0() * (end_x0 - x0)
+    eps, end_eps = (x - step.alpha * x0) / step.sigma, (end - step.alpha_to * end_x0) / step.sigma_to
+    return 0.5 * (step.sigma_to - step.sigma * step.alpha_to / step.alpha) * (end_eps - eps)
 
 
 def _x0(predict: Predict, x: Tensor, t: int, schedule: Schedule) -> Tensor:

@@ -13,6 +13,7 @@
                         settings lands beside it
     weights=FOLDER      a native weights folder; none given: the small model that comes with the package
     adapter=FOLDER      low-rank adapters on top (`train.lora_rank`, or peft's); adapter_scale=1
+    quality=            exact (the default), fast or draft: fewer and cheaper network calls, docs/sampling.md
     weights=random      seeded random weights: the output is noise, but the whole road is driven
     memory=low          or balanced, full: how much device memory to take; auto, the default, takes the
                         fastest plan that fits. The plan and what it takes are printed before the start

@@ -229,7 +229,10 @@ def evaluate(
     start = time.perf_counter()
     settings = record(model, plan, rate)  # the weights' hash before the work, as they were loaded
     known = references(model, todo, rate)
-    made, sampled = make(model, todo, rate, keep=True, on_clips=lambda count: tick("as set", count))
+    compared = plan.sweep in COMPARED
+    made, sampled = make(
+        model, todo, rate, keep=True, keep_all=compared, on_clips=lambda count: tick("as set", count)
+    )
     scores = summarise(made, known, time.perf_counter() - start)
     rows, of_rows = [], {"as set": sampled}
     for variant in variants(model.config, plan.sweep):
@@ -239,11 +242,15 @@ def evaluate(
             continue
         start = time.perf_counter()
         again, of_rows[name] = make(
-            varied(model, variant), todo, rate, on_clips=lambda count, name=name: tick(name, count)
+            varied(model, variant),
+            todo,
+            rate,
+            keep_all=compared,
+            on_clips=lambda count, name=name: tick(name, count),
         )
         rows.append((name, summarise(again, known, time.perf_counter() - start)))
     drifts = {}
-    if plan.sweep in COMPARED:
+    if compared:
         reference = of_rows[rows[0][0]]
         drifts = {name: evaluation_drift.drift(one, reference) for name, one in of_rows.items()}
     shown = tuple(one for one in made if one.frames is not None)
@@ -256,9 +263,13 @@ def make(
     rate: float,
     *,
     keep: bool = False,
+    keep_all: bool = False,
     on_clips: Callable[[int], None] | None = None,
 ) -> tuple[list[Made], Sampled]:
-    """Sample every item, `runtime.batch` at once, and compare; `keep` holds on to the frames of SHOWN."""
+    """Sample every item, `runtime.batch` at once, and compare. -> what was made, and what it took
+
+    `keep` holds on to the frames of SHOWN, `keep_all` to those of all clips in the second.
+    """
     made, size, left, sampled = [], model.config.runtime.batch, dict(SHOWN), Sampled()
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
@@ -267,7 +278,8 @@ def make(
         with counting(model.unet, sampled):
             clips = pipeline.generate(model, pictures, [i.caption for i in batch], [i.seed for i in batch])
         for item, truth, frames in zip(batch, truths, clips.cpu().numpy(), strict=True):
-            sampled.clips.append(frames)
+            if keep_all:
+                sampled.clips.append(frames)
             left[item.set] -= 1
             made.append(compare(item, truth, frames, rate, keep=keep and left[item.set] >= 0))
         if on_clips is not None:

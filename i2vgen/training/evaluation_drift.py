@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from i2vgen.conditioning import Prepared
 from i2vgen.config import QUALITIES, Config, with_quality
 from i2vgen.solvers import SOLVERS
 from i2vgen.training.evaluation_scores import psnr
@@ -46,15 +47,16 @@ class Drift:
 
 
 class Sampled:
-    """The clips of one row, uint8 [f H W 3] each, and the calls of the UNet behind them."""
+    """The clips of one row, uint8 [f H W 3] each if they are kept, and the calls of the UNet behind them."""
 
     def __init__(self):
         self.clips: list[np.ndarray] = []
         self.batches = self.whole = self.outer = 0
 
     def count(self, _: nn.Module, inputs: tuple) -> None:
-        x, prepared, deep = inputs[0], inputs[2], inputs[3] if len(inputs) > 3 else None
-        branches = len(prepared.context) // len(x)
+        x, _, prepared, deep = (*inputs, None)[:4]
+        # A network of one's own may prepare something else: it is called once for each branch.
+        branches = len(prepared.context) // len(x) if isinstance(prepared, Prepared) else 1
         if deep is not None and deep.kept:
             self.outer += branches
         else:
