@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-SMALLEST = 2**14  # values; smaller weights stay as they are
+SMALLEST = 2**12  # values; smaller weights stay as they are
 LARGEST = {"int8": 127.0, "float8": 448.0}  # the greatest number of each storage
 
 

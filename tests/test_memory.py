@@ -256,7 +256,7 @@ def test_a_unet_in_eight_bits_drifts_little_and_takes_less(make_unet, make_input
         speed.apply(eight, runtime_)
         out, wanted = (u(x, t, u.prepare(cond, 4)) for u in (eight, plain))
         assert 0 < (out - wanted).norm() / wanted.norm() < 0.03
-    assert offload.flat_bytes(offload.tensors(eight)) < 0.5 * offload.flat_bytes(offload.tensors(plain))
+    assert offload.flat_bytes(offload.tensors(eight)) < 0.6 * offload.flat_bytes(offload.tensors(plain))
 
 
 # --- half precision
