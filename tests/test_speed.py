@@ -19,12 +19,15 @@ OFF = {
     "fuse_projections": False,
     "subpixel_upsampling": False,
     "in_place": False,
+    "sum_in_place": False,
 }
 SAVINGS = [
     {"project_once": True},
     {"fuse_projections": True},
     {"subpixel_upsampling": True},
     {"in_place": True},
+    {"sum_in_place": True},
+    {"sum_in_place": True, "in_place": True, "feed_forward_chunk": 7},
     {"in_place": True, "feed_forward_chunk": 7},
     dict.fromkeys(OFF, True),
 ]
@@ -146,7 +149,15 @@ def test_gradients_pass_through_every_saving(make_unet, make_inputs):
 
 @pytest.mark.parametrize(
     "name",
-    ["share_prefix", "batch_guidance", "project_once", "fuse_projections", "subpixel_upsampling", "in_place"],
+    [
+        "share_prefix",
+        "batch_guidance",
+        "project_once",
+        "fuse_projections",
+        "subpixel_upsampling",
+        "in_place",
+        "sum_in_place",
+    ],
 )
 def test_the_road_obeys_its_switches(road, with_config, picture, name):
     changed = {f.name: getattr(road.config.runtime, f.name) for f in dataclasses.fields(config.Runtime)}
