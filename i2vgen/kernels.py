@@ -103,7 +103,7 @@ def layer_norm(x: Tensor, owed: Tensor, weight: Tensor, bias: Tensor, eps: float
         from i2vgen import triton_kernels
 
         return triton_kernels.layer_norm(x.contiguous(), owed, weight, bias, eps)
-    return F.layer_norm(x + owed.to(x.dtype), weight.shape, weight, bias, eps)
+    return F.layer_norm(x + owed, weight.shape, weight, bias, eps)
 
 
 @torch.library.custom_op("i2vgen::frame_attention", mutates_args=())

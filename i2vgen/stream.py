@@ -34,7 +34,7 @@ class Stream:
             return norm(self.x)
         if self.kernel:
             return kernels.layer_norm(self.x, self.owed, norm.weight, norm.bias, norm.eps)
-        return norm(self.x + self.owed.to(self.x.dtype))
+        return norm(self.x + self.owed)
 
     def add(self, part: nn.Module, *inputs: object) -> None:
         """x + part(*inputs)"""
@@ -44,8 +44,7 @@ class Stream:
         if not self.own:
             self.x, self.own = self.x.clone(memory_format=torch.contiguous_format), True
         part.add_to(self.x, *inputs)
-        bias = part.last.bias.to(torch.promote_types(self.x.dtype, torch.float32))
-        self.owed = bias if self.owed is None else self.owed + bias
+        self.owed = part.last.bias if self.owed is None else self.owed + part.last.bias
 
     def fits(self, part: nn.Module) -> bool:
         ready = self.in_place and untouched(part, *PARTS) and untouched(part.last, nn.Linear)
@@ -57,7 +56,7 @@ class Stream:
             return x + linear(self.settle()).view_as(x)
         bias = linear.bias
         if self.owed is not None:
-            bias = F.linear(self.owed.to(x.dtype), linear.weight, bias)
+            bias = F.linear(self.owed, linear.weight, bias)
         out = x + bias
         add_product(out, self.x, linear)
         return out
@@ -65,5 +64,5 @@ class Stream:
     def settle(self) -> Tensor:
         """x, nothing owed"""
         if self.owed is not None:
-            self.x, self.owed, self.own = self.x + self.owed.to(self.x.dtype), None, True
+            self.x, self.owed, self.own = self.x + self.owed, None, True
         return self.x

@@ -36,7 +36,7 @@ BUILDS = {
     "group_moments": ("wwxwwiiiiii", {"EPS": 1e-5, "SHIFTED": True, "RUNS": 32, "WIDTH": 16}),
     "normalise": ("xxwwxxxiiiiii", {"SHIFTED": True, "SILU": True, "ROWS": 64, "CHANNELS": 64}),
     "gate": ("xxi", {"GATE": 1024}),
-    "norm_rows": ("xwxxxii", {"EPS": 1e-5, "ROWS": 4, "CHANNELS": 512}),
+    "norm_rows": ("xxxxxii", {"EPS": 1e-5, "ROWS": 4, "CHANNELS": 512}),
     "attend_frames": ("xxxxiiiiiii", {"SCALE": 0.125, "FRAMES": 16, "WIDTH": 64}),
 }
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from i2vgen import attention, compiled, config, machine, pipeline, speed
 from i2vgen.attention import Attention, FrameAttention, attend
-from i2vgen.bench.count import META, inputs
+from i2vgen.bench.count import META, OFF, inputs
 from i2vgen.conditioning import join
 from i2vgen.meter import Meter
 from i2vgen.unet import UNet
@@ -299,7 +299,8 @@ def test_the_road_records_where_it_is_told(road, with_config, picture, recorder)
     for on in (False, True):
         model = with_config(road, runtime={"cuda_graph": on})
         clips.append(pipeline.generate(model, [picture], ["a boat"], [3]))
-    assert recorder == [1] and (clips[0].int() - clips[1].int()).abs().max() <= 1
+    # The noise comes in float32 and goes on in this network's float64.
+    assert recorder == [1, 1] and (clips[0].int() - clips[1].int()).abs().max() <= 1
 
 
 # --- nothing is remembered that changed
@@ -322,11 +323,8 @@ def test_what_changes_between_steps_is_heard(change, road, with_config, recorder
     }[change]
     steps = [(first, 9.0), (other, 3.0 if change == "guidance" else 9.0)]
     x, t = torch.randn(b, c, frames, h, w).double(), torch.tensor([500])
-    names = ["share_prefix", "project_once", "fuse_projections", "subpixel_upsampling", "in_place"]
-    names.append("sum_in_place")
-    off = dict.fromkeys(names, False)
     outs = []
-    for settings in (off, {"cuda_graph": True}):
+    for settings in (OFF, {"cuda_graph": True}):
         outs.append([])
         for cond, guidance in steps:
             model = with_config(road, runtime=settings, sample={"guidance": guidance})

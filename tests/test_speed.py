@@ -22,12 +22,15 @@ OFF = {
     "in_place": False,
     "weight_layout": False,
     "convolution_products": False,
+    "sum_in_place": False,
 }
 SAVINGS = [
     {"project_once": True},
     {"fuse_projections": True},
     {"subpixel_upsampling": True},
     {"in_place": True},
+    {"sum_in_place": True},
+    {"sum_in_place": True, "in_place": True, "feed_forward_chunk": 7},
     {"in_place": True, "feed_forward_chunk": 7},
     {"convolution_products": True},
     {"weight_layout": True, "fuse_projections": True},

@@ -10,7 +10,7 @@ import dataclasses
 import pytest
 import torch
 
-from i2vgen import checkpoint, config
+from i2vgen import checkpoint, config, speed
 from i2vgen.conditioning import Conditions
 from i2vgen.encoders import ClipEncoders
 from i2vgen.parity.diffusion import stand_in
@@ -133,6 +133,21 @@ def test_unet(batch, frames, state):
     assert distance(official, expected_doubled) <= 1e-6
 
     assert distance(official, expected) > 0.1  # the doubling is no detail
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_no_worse_than_theirs(dtype, state):
+    """Both against the float64 numbers of the same weights; ours with every saving that a CPU has."""
+    x, t, conditions = unet_inputs(1, 3)
+    exact = run_ours(with_use(state, config.Use(concat_gain=1.0)), x, t, conditions)
+    ours, theirs = with_use(state, config.Use(concat_gain=1.0)).to(dtype), their_unet(TINY, state)
+    speed.apply(ours, config.Runtime())
+    for parameter in theirs.parameters():
+        parameter.data = parameter.data.to(dtype)
+    halves = Conditions(*(c.to(dtype) if c.is_floating_point() else c for c in conditions))
+    error = distance(run_ours(ours, x, t, halves).double(), exact)
+    assert 1e-4 < error <= 1.1 * distance(run_theirs(theirs, x.to(dtype), t, halves).double(), exact)
 
 
 def test_unet_of_another_shape():
