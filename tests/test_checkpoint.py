@@ -103,7 +103,7 @@ def test_settings_ride_along_without_the_job(tmp_path, settings, state):
     )
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, job, origin={"note": "é"})
     stored = config.read_stored_settings(folder)
-    assert set(stored) & {*config.LITERALS, "runtime"} == {"negative_prompt"}
+    assert set(stored) & {*config.LITERALS, "runtime"} == {*config.KEPT_TEXTS}
     loaded = config.load_config(weights=str(folder))
     kept = {"negative_prompt": "no: stripes", "runtime": config.Runtime()}
     assert loaded == dataclasses.replace(settings, weights=str(folder), **kept)

@@ -337,23 +337,34 @@ def test_a_full_transformers_clip_keeps_its_projection(states, tmp_path):
     assert same(load_file(tmp_path / "out" / "clip.safetensors"), states["clip"])
 
 
-LINEAGES = {
-    "v1": config.Use(text=False, local_tokens=False, concat=False),
-    "refiner": config.Use(global_tokens=False, local_tokens=False, concat=False, fps=False),
+SR600 = dataclasses.replace(config.REFINER_USE, skip_filter="sr600")
+LINEAGES = {  # what tells them, and the settings that no tensor shows
+    "v1": (config.V1_USE, {"schedule.kind": "linear_sd", "sample.width": 448, "sample.noise_offset": 0.1}),
+    "refiner": (config.REFINER_USE, {"schedule.kind": "logsnr_cosine", "refine.noise_level": 600}),
+    "sr600": (SR600, {"schedule.kind": "logsnr_cosine", "refine.noise_level": 700, "refine.guidance": 9.0}),
 }
 
 
 @pytest.mark.parametrize("name", LINEAGES)
 def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
-    cfg = dataclasses.replace(CONFIG, use=LINEAGES[name])
+    use, told = LINEAGES[name]
+    shape = {"sample": dataclasses.replace(CONFIG.sample, height=80)} if name != "v1" else {}
+    cfg = dataclasses.replace(CONFIG, use=use, **shape)
     state = dict(checkpoint.random_state(checkpoint.build("unet", cfg), seed=5))
     theirs = rules.to_theirs(unet_vgen.rows(cfg.unet, cfg.use), state)
     torch.save({"state_dict": theirs}, tmp_path / "base.pth")
-    assert run("convert", tmp_path / "base.pth", tmp_path / "out", *HEADS) == 0
+    said = ["use.skip_filter=sr600"] if name == "sr600" else []
+    assert run("convert", tmp_path / "base.pth", tmp_path / "out", *HEADS, *said) == 0
+    assert ("that this refiner is" in capsys.readouterr().out) == (name != "v1")
     assert same(load_file(tmp_path / "out" / "unet.safetensors"), state)
     origin = json.loads((tmp_path / "out" / "origin.json").read_text())
     assert any("never redistribute" in note for note in origin["licence"])
-    assert config.from_dict(config.read_stored_settings(tmp_path / "out")).use == cfg.use
+    stored = config.from_dict(config.read_stored_settings(tmp_path / "out"))
+    assert stored.use == cfg.use
+    for setting, value in told.items():
+        section, field = setting.split(".")
+        assert getattr(getattr(stored, section), field) == value
+    assert ("no blur" in stored.refine_suffix) == (name == "sr600")
     assert run("export", tmp_path / "out", tmp_path / "back", "--layout", "vgen") == 0
     (file,) = (tmp_path / "back").iterdir()
     assert same(torch.load(file, weights_only=True)["state_dict"], theirs)

@@ -22,8 +22,7 @@ SMALL = config.UNet(
     context_width=12,
     image_vector_width=10,
 )
-V1 = config.Use(text=False, local_tokens=False, concat=False)
-REFINER = config.Use(global_tokens=False, local_tokens=False, concat=False, fps=False)
+V1, REFINER = config.V1_USE, config.REFINER_USE
 
 
 def manifest(name):

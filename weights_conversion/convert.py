@@ -17,7 +17,14 @@ from i2vgen.safefile import Entry
 from weights_conversion import clip as clip_tables
 from weights_conversion import readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import vae as vae_tables
-from weights_conversion.known import CONVERTED_NOTE, KNOWN_FILES, LICENCE_NOTES
+from weights_conversion.known import (
+    CONVERTED_NOTE,
+    KNOWN_FILES,
+    LICENCE_NOTES,
+    REFINER_SETTINGS,
+    SR600_SETTINGS,
+    V1_SETTINGS,
+)
 from weights_conversion.recognise import WORDS
 from weights_conversion.sources import PartSource
 
@@ -176,6 +183,11 @@ def _guesses(found: Sequence[PartSource], cfg: config.Config) -> list[str]:
     if ("clip", "open_clip") in layouts:
         heads, width = cfg.clip.text["heads"], cfg.clip.vision["head_width"]
         guesses.append(f"clip.text.heads={heads}, clip.vision.head_width={width}")
+    if any(p.layout == "vgen" and unet_vgen.lineage(p.tensors) == "refiner" for p in found):
+        name, other = "MS-Vid2Vid-XL", "sr600 if it is SR600"
+        if cfg.use.skip_filter == "sr600":
+            name, other = "SR600", "none if it is MS-Vid2Vid-XL"
+        guesses.append(f"that this refiner is {name} (use.skip_filter={other}; they have the same tensors)")
     return [f"taken, for no shape tells: {guess}" for guess in guesses]
 
 
@@ -193,7 +205,8 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
                 f"{part.files[0]}: its input convolution reads {unet.in_channels} channels as a released "
                 "UNet's, but the local branch (local_image_concat) is missing; a v1 base without it reads 4"
             )
-        return {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
+        shown = {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
+        return shown | _of_lineage(unet_vgen.lineage(shapes), stated)
     if part.part == "vae" and part.layout == "compvis":
         return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
     if part.part == "clip" and part.layout == "open_clip":
@@ -208,6 +221,16 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
         f"{part.files[0]} is a {part.layout} {WORDS[part.part]} without its config.json; name the folder "
         "that holds both"
     )
+
+
+def _of_lineage(lineage: str | None, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Schedule, sizes and texts of the earlier networks; the released one's are the defaults."""
+    if lineage == "v1":
+        return dict(V1_SETTINGS)
+    if lineage == "refiner":
+        sr600 = stated.get("use", {}).get("skip_filter") == "sr600"
+        return dict(SR600_SETTINGS if sr600 else REFINER_SETTINGS)
+    return {}
 
 
 def _fit_missing(settings: dict[str, Any], parts: set[str]) -> None:

@@ -26,6 +26,26 @@ KNOWN_FILES = {
     ),
 }
 
+# What the earlier networks of the lineage were trained for and run with; no tensor tells it.
+V1_SETTINGS = {
+    "schedule": {"kind": "linear_sd", "init_beta": 0.00085, "last_beta": 0.012, "zero_terminal_snr": False},
+    "sample": {"width": 448, "height": 256, "frames": 32, "fps": 8, "guidance": 3.0, "noise_offset": 0.1},
+}
+REFINER_SETTINGS = {
+    "schedule": {"kind": "logsnr_cosine"},
+    "sample": {"width": 1280, "height": 720, "frames": 32},
+}
+# SR600 has MS-Vid2Vid-XL's tensors name by name; the user says which one it is by use.skip_filter=sr600.
+SR600_SETTINGS = REFINER_SETTINGS | {
+    "refine": {"noise_level": 700, "start": "inversion", "guidance": 9.0, "rescale": 0.3},
+    "refine_suffix": (
+        ", cinematic, High Contrast, highly detailed, Unreal Engine 5, no blur, full length ultra-wide angle "
+        "shot a cinematic scene, taken using a Canon EOS R camera, hyper detailed photo - realistic maximum "
+        "detail, 32k, Color Grading, portrait Photography, ultra HD, extreme meticulous detailing, skin pore "
+        "detailing, hyper sharpness, perfect without deformations, 4k render"
+    ),
+}
+
 # A reading of public statements, not legal advice.
 LICENCE_NOTES = {
     "released": (
@@ -37,8 +57,8 @@ LICENCE_NOTES = {
         "files"
     ),
     "refiner": (
-        "MS-Vid2Vid-XL and SR600 weights: CC BY-NC-ND 4.0 or research only; convert for yourself only, never "
-        "redistribute converted files"
+        "refiner weights: MS-Vid2Vid-XL is CC BY-NC-ND 4.0, for SR600 no licence was found and its authors "
+        "speak of research use only; convert for yourself only, never redistribute converted files"
     ),
     "sd": "Stable Diffusion 2.1: CreativeML Open RAIL++-M; its use restrictions travel with the weights",
     "vae": "Stable Diffusion 2.1 autoencoder: CreativeML Open RAIL++-M; its use restrictions travel with it",
