@@ -56,7 +56,6 @@ def error(solver, made, steps, *, variance=0.25, spacing="linspace", **how):
 @pytest.mark.parametrize(
     ("solver", "order"),
     [(ddim, 1), (euler, 1), (dpmpp_2m, 2), (unipc, 2), (heun, 2)],
-    ids=lambda v: str(v)[:24],
 )
 def test_errors_fall_with_the_order_of_the_solver(solver, order):
     made = even()
