@@ -235,7 +235,8 @@ def test_a_sweep_over_presets(run, quick, loads, short):
     assert found["calls"] == reference["calls"] == 8 and found["outer_calls"] == 0
     assert exact["calls"] == 8  # three asked for are four in the official spacing
     assert all(row["drift_relative"] > 0 and row["drift_psnr"] < 99 for row in (exact, fast, draft, cached))
-    assert fast["calls"] == draft["calls"] == 5 and fast["outer_calls"] == 0  # 999 and 666 with guidance
+    # Visited are 999, 666 and 332; the last of them is within the interval of one preset only.
+    assert (fast["calls"], draft["calls"]) == (6, 5) and fast["outer_calls"] == 0
     assert cached["outer_calls"] > 0 and cached["calls"] + cached["outer_calls"] == fast["calls"]
     table = Path("page/table.md").read_text()
     head = "| quality | calls | drift | relative | basic | other | objects | first | clip | time |"

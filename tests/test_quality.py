@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from i2vgen import config, pipeline, speed
-from i2vgen.conditioning import join
+from i2vgen.conditioning import Conditions, join
 from i2vgen.config import QUALITIES, Sample, load_config
 from i2vgen.deep_cache import DeepCache
 from i2vgen.sampler import StepInfo, Watch, between, ddim, guided, guided_pair, rescaled
@@ -158,6 +159,23 @@ def test_only_the_outer_blocks_run(prepared):
     ran.clear()
     unet(x, t, branch, deep)
     assert ran == expected and whole == len(hooks)
+
+
+@torch.no_grad()
+def test_what_an_outer_call_costs_of_a_whole_one_at_full_size():
+    settings = config.Config()
+    with torch.device("meta"):
+        unet = UNet(settings.unet, settings.use).eval()
+        texts, vector = torch.empty(1, 77, 1024), torch.empty(1, 1024)
+        conditions = Conditions(texts, vector, torch.empty(1, 4, 88, 160), torch.empty(1))
+        x, t, prepared = torch.empty(1, 4, 16, 88, 160), torch.zeros(1), unet.prepare(conditions, 16)
+        for outer, share in ((1, 0.12), (2, 0.30)):
+            deep, flops = Deep(outer, []), []
+            for _ in range(2):
+                with FlopCounterMode(display=False) as counter:
+                    unet(x, t, prepared, deep)
+                flops.append(counter.get_total_flops())
+            assert flops[1] / flops[0] == pytest.approx(share, abs=0.01)
 
 
 class Counting:
