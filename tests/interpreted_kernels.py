@@ -155,6 +155,7 @@ def test_half_precision_is_no_worse_than_plain(dtype, plain):
         assert (fused - exact).norm() <= 1.1 * (usual - exact).norm()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_unet_by_kernels_gives_the_plain_numbers(make_unet, make_inputs):
     unet = make_unet()
