@@ -101,8 +101,8 @@ class Meter(TorchDispatchMode):
     - `peak`: the largest sum of bytes of tensors alive at once, exact to the storage. Counted are tensors
       made inside; weights are made before and do not count. Make inputs and caches inside, then `restart`.
 
-    Attention is one operation, whatever PyTorch would split it into on this device; a convolution keeps
-    the channels-last format that `meta` would lose. Workspaces inside a kernel are not seen.
+    Attention is one operation, whatever PyTorch would split it into on this device; convolutions and group
+    norms keep the channels-last format that `meta` would lose. Workspaces inside a kernel are not seen.
     """
 
     def __init__(self):
@@ -151,6 +151,8 @@ class Meter(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func is aten.convolution.default:
             result = _keep_channels_last(result, *args[:2])
+        elif func is aten.native_group_norm.default:
+            result = (_keep_channels_last(result[0], args[0], args[0]), *result[1:])
         inputs = _tensors([*args, *(kwargs or {}).values()])
         outputs = _tensors([result])
         known = {_storage(x) for x in inputs}
