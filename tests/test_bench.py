@@ -86,7 +86,7 @@ def test_group_norm_keeps_channels_last():
     with Meter() as m:
         assert norm(last).permute(0, 2, 3, 1).is_contiguous()
         assert norm(plain).is_contiguous()
-    assert set(row.name for row in m.table) == {"aten.native_group_norm.default"}
+    assert {row.name for row in m.table} == {"aten.native_group_norm.default"}
 
 
 def test_attention_is_one_operation():
