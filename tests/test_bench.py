@@ -93,6 +93,15 @@ def test_what_the_meter_says_itself_is_what_a_cpu_gives():
         assert (said.bytes, said.peak, said.operations) == (real.bytes, real.peak, real.operations)
 
 
+def test_group_norm_keeps_channels_last():
+    norm = on_meta(nn.GroupNorm(2, 4))
+    last, plain = meta(2, 8, 8, 4).permute(0, 3, 1, 2), meta(2, 4, 8, 8)
+    with Meter() as m:
+        assert norm(last).permute(0, 2, 3, 1).is_contiguous()
+        assert norm(plain).is_contiguous()
+    assert {row.name for row in m.table} == {"aten.native_group_norm.default"}
+
+
 def test_attention_is_one_operation():
     q, k, v = meta(3, 2, 5, 8), meta(3, 2, 7, 8), meta(3, 2, 7, 8)
     m = measure(F.scaled_dot_product_attention, q, k, v)

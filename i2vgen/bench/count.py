@@ -43,6 +43,7 @@ OFF = {
     "subpixel_upsampling": False,
     "in_place": False,
     "sum_in_place": False,
+    "weight_layout": False,
 }
 PLANS = {
     "plain": OFF,  # the modules as they are written, one call for each branch
@@ -66,8 +67,8 @@ def count_ours(plan: Mapping[str, object], config: Config) -> Meter:
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, **plan))
     with META:
         unet = UNet(config.unet, config.use)
-    speed.apply(unet, config.runtime)
     unet.to(DTYPE).eval().requires_grad_(False)
+    speed.apply(unet, config.runtime)
     # The network of a guidance step is made of the UNet and the settings; nothing reads the other parts.
     model = pipeline.I2VGenXL(config, unet, None, None, META)
     with torch.no_grad(), Meter() as meter:

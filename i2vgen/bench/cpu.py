@@ -135,8 +135,8 @@ def summary(settings: Config, peer: Peer, times: Times, errors: dict[str, float]
         "best_eager": eager,
         "best_exact": exact,
         "relative_l2": max(errors.values()),
-        "tflops_per_call": round(their_work / 1e12, 4),
-        "our_tflops_per_call": round(our_work / 1e12, 4),
+        "tflops_per_call": round(their_work / 1e12, 8),
+        "our_tflops_per_call": round(our_work / 1e12, 8),
         # Our own work, not the larger number that diffusers does for the same result.
         "roofline_fraction": round(our_work / times.median(exact) / product, 3),
         "seconds": {name: times.median(name) for name in times.rounds},
