@@ -321,10 +321,8 @@ class UNet(nn.Module):
             for block in level.blocks:
                 if block is outer:
                     deep.kept.append(x)
-                skip = skips.pop()
-                if (gains := next(filters, None)) is not None:
-                    x, skip = filter_skip(x, skip, gains)
-                x = block(torch.cat([x, skip], dim=-1), embedding, context(block))
+                # Nothing here may hold on to the skip or to what it is joined to while the block computes.
+                x = block(joined(x, skips.pop(), next(filters, None)), embedding, context(block))
                 x = plus(x, next(up, None))
             if level.resample is not None:
                 x = level.resample(x)
@@ -372,6 +370,13 @@ class UNet(nn.Module):
 def parts_late(block: nn.Module) -> bool:
     """Whether a block can be begun without its context: as it is written here, and nobody listens at it."""
     return untouched(block, Block) and untouched(block.spatial, SpatialTransformer)
+
+
+def joined(x: Tensor, skip: Tensor, gains: tuple[float, float] | None) -> Tensor:
+    """Backbone and skip side by side, filtered where the weights want it"""
+    if gains is not None:
+        x, skip = filter_skip(x, skip, gains)
+    return torch.cat([x, skip], dim=-1)
 
 
 def plus(x: Tensor, residual: Tensor | None) -> Tensor:
