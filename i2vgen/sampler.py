@@ -250,7 +250,6 @@ def _finish_step(info: StepInfo, schedule: Schedule, on_step: OnStep | None, che
                 "; no signal is left at this t, so eps cannot be recovered from x0 nor x0 from eps: "
                 "use eps_form='direct' with v prediction, or another number of steps"
             )
-        message += "; float16 ends at 65504: if the network computes in it, runtime.dtype=bfloat16 does not"
         raise FloatingPointError(message)
     if on_step is not None:
         on_step(info)
