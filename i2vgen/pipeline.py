@@ -163,7 +163,14 @@ class I2VGenXL:
             )
         opened = [open_picture(picture, config) for picture in pictures]
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
-        frames = generate(self, opened, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
+        try:
+            frames = generate(self, opened, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
+        except FloatingPointError as error:  # it names the step
+            if all(p.dtype != torch.float16 for p in self.unet.parameters()):
+                raise
+            raise FloatingPointError(
+                f"{error}; the UNet is in float16, which ends at 65504: runtime.dtype=bfloat16 does not"
+            ) from None
         if config.save.grey_last_frame == "drop":
             clips = [video.drop_grey_last_frame(clip) for clip in frames]
         else:

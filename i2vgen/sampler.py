@@ -318,7 +318,4 @@ class Watch:
                 "; no signal is left at this t, so eps cannot be recovered from x0 nor x0 from eps: "
                 "use eps_form='direct' with v prediction, or another number of steps"
             )
-        return (
-            message
-            + "; float16 ends at 65504: if the network computes in it, runtime.dtype=bfloat16 does not"
-        )
+        return message
