@@ -285,7 +285,7 @@ def test_diffusers_is_counted_right(counted):
     assert theirs["operations"] == pytest.approx(1611, rel=0.05)
 
 
-# A little above what was measured last: 0.9297, 0.7652, 0.5055, 0.3049, 0.2445. Lower a limit with its figure.
+# A little above what was measured last: 0.9297, 0.7652, 0.5055, 0.3049, 0.2445. Lower one with its figure.
 LIMITS = {
     "flops_ratio": 0.93,
     "bytes_ratio": 0.77,
