@@ -172,7 +172,9 @@ class FrameAttention(Attention):
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))
         # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
         # they return lies as q does, so that a single sample needs no copy on its way back.
-        samples = (attend(q[i], k[i], v[i], self.backend) for i in range(len(x)))
+        # `unbind`, not an index: its gradient is one stack instead of a zero-filled batch for every sample.
+        samples = zip(q.unbind(), k.unbind(), v.unbind(), strict=True)
+        samples = (attend(*sample, self.backend) for sample in samples)
         done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
         return done[0][None] if len(done) == 1 else torch.stack(done)
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from i2vgen import config, pipeline, speed
 from i2vgen.attention import Attention
@@ -37,6 +38,18 @@ def settings(**on):
     return config.Runtime(**{**OFF, **on})
 
 
+class Operations(TorchDispatchMode):
+    """What is computed inside, in order. Results alone do not tell: some machines round both ways alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
 def test_plain_is_what_a_network_does_unless_told(make_unet):
     unet = make_unet()
     speed.apply(unet, settings())
@@ -50,10 +63,12 @@ def test_plain_is_what_a_network_does_unless_told(make_unet):
 def test_each_saving_gives_the_plain_numbers(make_unet, make_inputs, on, size):
     unet = make_unet()
     x, t, conditions = make_inputs(2, 3, *size)
-    plain = unet(x, t, unet.prepare(conditions, 3))
+    with Operations() as written:
+        plain = unet(x, t, unet.prepare(conditions, 3))
     speed.apply(unet, settings(**on))
-    fast = unet(x, t, unet.prepare(conditions, 3))
-    assert not torch.equal(fast, plain) or "project_once" in on, "the saving did nothing"
+    with Operations() as saved:
+        fast = unet(x, t, unet.prepare(conditions, 3))
+    assert saved.names != written.names, "the saving did nothing"
     assert torch.allclose(fast, plain, rtol=0, atol=1e-12)
 
 
