@@ -92,6 +92,8 @@ class Recorded:
 
 def record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """A CUDA graph of `call` -> what plays it and returns its one result, overwritten each time."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("there is no CUDA device")
     aside = torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):

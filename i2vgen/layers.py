@@ -113,9 +113,9 @@ class Conv(nn.Conv2d):
         y = super().forward(rearrange(x, "n h w c -> n c h w"))  # a view: PyTorch's channels_last format
         return rearrange(y, "n c h w -> n h w c").contiguous()  # a no-op where the kernel kept the format
 
-    def product_pays(self, x: Tensor, enlarged: int = 1) -> bool:
+    def product_pays(self, x: Tensor) -> bool:
         """Where weights are many and pixels few a CPU's kernel spends its time on laying out the weights."""
-        pixels = math.prod(x.shape[:3]) * enlarged // math.prod(self.stride)
+        pixels = math.prod(x.shape[:3]) // math.prod(self.stride)
         return x.device.type == "cpu" and pixels <= FEW_PIXELS and self.in_channels >= MANY_CHANNELS
 
     def as_product(self, x: Tensor) -> Tensor:

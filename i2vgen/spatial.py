@@ -157,8 +157,8 @@ class Upsample(nn.Module):
         return y[..., 1:-1, :, :] if self.margin else y
 
     def few_pixels(self, x: Tensor) -> bool:
-        """Whether the larger convolution as one matrix product costs less than folding its weights."""
-        return self.conv.product and self.conv.product_pays(x.flatten(0, 1), enlarged=4)
+        """Whether folding the weights costs more than it saves."""
+        return self.conv.product and self.conv.product_pays(x.flatten(0, 1))
 
     def before_enlarging(self, x: Tensor) -> Tensor:
         """[n h w c] -> [n 2h 2w c'], or [n 2h-2 2w c'] with `margin`

@@ -53,16 +53,14 @@ def apply(model: nn.Module, runtime: Runtime, device: torch.device | None = None
 def lay_out(model: nn.Module, *, side_by_side: bool) -> None:
     """Put weights into memory as the kernels read them: the same numbers in another order, no byte more.
 
-    A convolution's with channels last, and those of q, k and v side by side. Changing them in place later
-    is heard as ever; weights that are replaced lie as their owner made them, and are copied in every call.
+    A convolution's with channels last, those of q, k and v side by side. Changing them in place later is
+    heard as ever; weights that are replaced lie as their owner made them, and are copied in every call.
     """
     for module in model.modules():
         if isinstance(module, Conv):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         elif side_by_side and isinstance(module, Attention):
             layers = (module.to_q, module.to_k, module.to_v)
-            if (
-                all(type(layer) is nn.Linear for layer in layers)
-                and len({y.in_features for y in layers}) == 1
-            ):
+            widths = {layer.in_features for layer in layers if type(layer) is nn.Linear}
+            if len(widths) == 1 and all(type(layer) is nn.Linear for layer in layers):
                 lay_side_by_side(layers)

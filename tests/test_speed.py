@@ -221,7 +221,7 @@ def test_a_product_waits_for_few_pixels_and_many_channels(monkeypatch):
     conv = Conv(8, 8, 3, stride=2, padding=1)
     few, many = torch.zeros(2, 32, 32, 8), torch.zeros(3, 32, 32, 8)
     assert conv.product_pays(few) and not conv.product_pays(many)
-    assert not conv.product_pays(few, enlarged=4) and not conv.product_pays(few.to("meta"))
+    assert not conv.product_pays(few.to("meta"))
     monkeypatch.setattr(layers, "MANY_CHANNELS", 9)
     assert not conv.product_pays(few)
 

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 Settings = dict[str, object]
 
-# PyTorch's own operations, one after the other.
+# One operation after the other, on a GPU with our kernels; the last row shows what these do.
 EAGER: dict[str, Settings] = {
     "default": {},
     "batched": {"batch_guidance": True},
+    "without kernels": {"kernels": "plain"},
 }
 # What a CPU can do besides: feed-forwards in pieces that its caches hold.
-CPU = EAGER | {
+CPU: dict[str, Settings] = {
+    "default": {},
+    "batched": {"batch_guidance": True},
     "in pieces": {"feed_forward_chunk": 1024},
     "batched, in pieces": {"batch_guidance": True, "feed_forward_chunk": 1024},
 }
@@ -22,4 +25,7 @@ COMPILED: dict[str, Settings] = {
     "batched, compiled": {"batch_guidance": True, "compile": True},
 }
 # On a GPU, played back from a recording.
-GRAPH: dict[str, Settings] = {}
+GRAPH: dict[str, Settings] = {
+    "recorded": {"cuda_graph": True},
+    "batched, recorded": {"batch_guidance": True, "cuda_graph": True},
+}

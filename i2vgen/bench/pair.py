@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, pipeline, runtime, speed
+from i2vgen import checkpoint, compiled, pipeline, speed
 from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
 from i2vgen.conditioning import Conditions
@@ -54,10 +54,9 @@ class Pair:
         else:
             unet.load_state_dict(like.state_dict(), strict=True, assign=True)
         unet.eval().requires_grad_(False)
-        speed.apply(unet, config.runtime)
+        speed.apply(unet, config.runtime, self.device)
         if config.runtime.compile:
-            runtime.compile_quickly()
-            unet.compile()
+            compiled.compile_blocks(unet)
         return pipeline.I2VGenXL(config, unet, vae, None, self.device)
 
     def all_ours(self, rows: Mapping[str, Mapping[str, object]]) -> dict[str, pipeline.I2VGenXL]:
