@@ -273,7 +273,7 @@ def _stance(state: Run) -> Iterator[None]:
 
 
 def graph(state: Run) -> dict:
-    """Ours played back from a recorded graph, against both eager; a dry run cannot record and goes without."""
+    """Ours played back from a recorded graph, against both eager; a dry run cannot record."""
     both = state.pair()
     inputs, theirs = both.inputs(), both.theirs(state.peer)
     ways = {THEIRS: pair.their_step(theirs, inputs, state.settings.sample.guidance)}
