@@ -225,7 +225,7 @@ def test_lost_words_are_told(refiner):
         UserWarning, match=r"quality suffix 7\d, CLIP reads 75; of the suffix this is lost: 'sharp"
     ):
         refine.texts(model, "a small boat that sails")
-    with pytest.warns(UserWarning, match="of the prompt, and the whole suffix this is lost: 'boat"):
+    with pytest.warns(UserWarning, match="of the prompt and of all the suffix this is lost: 'boat"):
         refine.texts(model, "boat " * 80)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
