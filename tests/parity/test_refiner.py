@@ -61,9 +61,9 @@ def _v1_use(**changed):
     return _set(config, "V1_USE", dataclasses.replace(config.V1_USE, **changed))
 
 
-def _run(**changed):
-    runs = {tag: dataclasses.replace(run, **changed) for tag, run in refiner_flow.RUNS.items()}
-    return _set(refiner_flow, "RUNS", runs)
+def _run(tag, **changed):
+    right = refiner_flow.RUNS
+    return _set(refiner_flow, "RUNS", {**right, tag: dataclasses.replace(right[tag], **changed)})
 
 
 def _enlarged(change):
@@ -83,9 +83,19 @@ def _symmetric(x, gain):
     return torch.fft.ifft2(spectrum, dim=(-3, -2)).real
 
 
-def _deviation(patch):
-    right = torch.Tensor.std
-    patch.setattr(torch.Tensor, "std", lambda self, dim: right(self, dim, correction=0) * 1.01)
+def _brought_to_the_negative(patch):
+    """Rescale to the unconditional prediction's deviation."""
+
+    def guided_rescaled(both, scale, *, rescale):
+        def predict(x, t):
+            c, u = both(x, t).chunk(2)
+            out = u + scale * (c - u)
+            ratio = u.flatten(1).std(1) / out.flatten(1).std(1)
+            return out * (rescale * ratio + 1 - rescale).view(-1, 1, 1, 1, 1)
+
+        return predict
+
+    patch.setattr(refiner_flow, "guided_rescaled", guided_rescaled)
 
 
 def _start(form):
@@ -109,15 +119,15 @@ MISTAKES = {
     "filters swapped": (UNET, "out.sr600", _filters((1.2, 0.4), (1.1, 0.6))),
     "rows cut below only": (UNET, "out.vid2vid", _enlarged(lambda y: y[..., 2:, :, :])),
     "symmetric filter": ("refiner_prepost", "freeu", _set(refiner_flow, "damp_lowest", _symmetric)),
-    "other sinusoid": (V1, "out.v1", _v1_use(sinusoid="exp")),
+    "v1 with the refiners' rows": (V1, "out.v1", _v1_use(resampling="margin")),
     "v1 on the released schedule": (V1, "ddim", _set(refiner, "v1_betas", refiner_flow.cosine_betas)),
     "clean start": (SAMPLING, "ms_fast.", _start("clean")),
     "clean grid": (SAMPLING, "g1.", _grid("clean")),
-    "heun as midpoint": (SAMPLING, "solver_heun_type.", _run(correction="midpoint")),
-    "no rescale": (SAMPLING, "ms_fast.", _run(rescale=0.0)),
-    "eta 0": (SAMPLING, "ms_fast.out", _run(eta=0.0)),
-    "deviation of another kind": (SAMPLING, "ms_heun.", _deviation),
-    "another level": (SAMPLING, "vgen.", _run(total=600)),
+    "heun as midpoint": (SAMPLING, "solver_heun_type.", _run("solver_heun_type", correction="midpoint")),
+    "no rescale": (SAMPLING, "ms_fast.", _run("ms_fast", rescale=0.0)),
+    "eta 0": (SAMPLING, "ms_fast.out", _run("ms_fast", eta=0.0)),
+    "brought to the negative": (SAMPLING, "ms_heun.", _brought_to_the_negative),
+    "another level": (SAMPLING, "vgen.", _run("vgen", total=600)),
     "one table for both": (SAMPLING, "vgen.inverted", _inverted_on_the_samplers_table),
     "one table for both, latents": ("refiner_e2e_tiny", "vgen.", _inverted_on_the_samplers_table),
     "shift of one end": (
