@@ -169,7 +169,8 @@ def test_enlarging_later_gives_the_same_numbers(rows_):
         up.subpixel = True
         fast = up(x)
     assert plain.shape == (2, 3, 2 * rows_ - 2, 10, 6)
-    assert (plain - fast).abs().max() < 1e-12 and not plain.equal(fast)
+    assert (plain - fast).abs().max() < 1e-12
+    assert plain.equal(fast) == (rows_ == 2)  # of two rows all that is left is border
 
 
 def test_level_and_index_are_inverse():
