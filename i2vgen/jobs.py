@@ -63,7 +63,7 @@ def plan(config: Config) -> list[Job]:
                 output = numbered(output, len(jobs), seed)
             refine_prompt = item.get("refine_prompt", config.refine_prompt)
             if config.refine_weights and not refine_prompt:
-                refine_prompt = item["prompt"] or " ".join(config.prompt)
+                refine_prompt = "".join(config.prompt) if config.video else item["prompt"]
             jobs.append(Job(item["image"], item["prompt"], seed, Path(output), refine_prompt))
     check(jobs, config)
     return jobs

@@ -153,7 +153,7 @@ def tell_lost_words(clip: ClipEncoders, prompt: str, suffix: str) -> None:
     if len(tokens) <= room:
         return
     own, lost = len(clip.tokenizer.encode(prompt)), clip.tokenizer.decode(tokens[room:]).strip()
-    whose = "the suffix" if own <= room else "the prompt, and the whole suffix"
+    whose = "the suffix" if own <= room else "the prompt and of all the suffix"
     warnings.warn(
         f"the refine prompt has {own} tokens and the quality suffix {len(tokens) - own}, CLIP reads {room}; "
         f"of {whose} this is lost: {lost!r} (shorten refine_prompt=, or give a refine_suffix= of your own)",

@@ -115,7 +115,11 @@ def second_stage(
     config: Config, clips: list[tuple[jobs.Job, pipeline.Video]]
 ) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
     """Clips to refined clips, one at a time."""
-    refiner = refine.load(config)
+    refiner, told = refine.load(config), config.refine
+    print(
+        f"second stage: inside {told.width} x {told.height} pixels, noise level {told.noise_level}, "
+        f"{told.steps} steps of {told.solver}, guidance {told.guidance:g}, on {refiner.device}"
+    )
     for number, (job, clip) in enumerate(clips, start=1):
         with tqdm(desc=f"refining {number} of {len(clips)}", unit="step", mininterval=0.5) as bar:
             frames = refiner(

@@ -477,7 +477,9 @@ OTHERS = ("train", "ablations")
     "path", sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in OTHERS), ids=lambda p: p.name
 )
 def test_every_configuration_loads_and_comes_back(path, tmp_path):
-    got = load_config(path)
+    # the cascade names weights folders that a user makes
+    words = ["weights=random", "refine_weights=random"] if path.name == "cascade.yaml" else []
+    got = load_config(path, words)
     assert config.from_dict(json.loads(json.dumps(got.to_dict()))) == got
     (tmp_path / "again.yaml").write_text(got.to_yaml())
     assert load_config(tmp_path / "again.yaml") == got

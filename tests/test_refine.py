@@ -1,0 +1,411 @@
+"""The second stage: its road, the sizes it takes, what it refuses, what scripts/generate.py makes of it."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+import warnings
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2vgen import checkpoint, config, pipeline, refine, refine_video, runtime, speed, video
+from i2vgen.bench.meter import Meter
+from i2vgen.conditioning import Conditions
+from i2vgen.unet import UNet
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def job(road):
+    """Settings of a small second stage: two levels, 2-pixel latents, sizes that are multiples of 4."""
+    stage = config.Refine(width=20, height=16, steps=3, window=4, overlap=1, fit="stretch")
+    return dataclasses.replace(road.config, refine=stage, weights="", refine_weights="random")
+
+
+@pytest.fixture(scope="module")
+def refiner(job, road):
+    stage = config.second_stage(job)
+    unet = checkpoint.load(
+        "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
+    )
+    return refine.Refiner(stage, unet, road.vae, road.clip, road.device)
+
+
+@pytest.fixture
+def told(refiner):
+    """told(name=value, ...): the same parts under other settings of `refine`."""
+
+    def make(**changes):
+        settings = dataclasses.replace(
+            refiner.config, refine=dataclasses.replace(refiner.config.refine, **changes)
+        )
+        return dataclasses.replace(refiner, config=settings)
+
+    return make
+
+
+def clip(frames=3, h=12, w=16):
+    y, x, t = np.mgrid[:h, :w, :frames]
+    return np.stack([x * 9, y * 11, t * 60], -1).astype(np.uint8).transpose(2, 0, 1, 3)
+
+
+# --- the road
+
+
+def test_a_clip_is_refined_and_depends_on_its_seed_alone(refiner):
+    first = refiner(clip(), "a boat", seed=3)
+    assert first.shape == (3, 16, 20, 3) and first.dtype == np.uint8 and first.std() > 1
+    assert np.array_equal(first, refiner(clip(), "a boat", seed=3))
+    assert not np.array_equal(first, refiner(clip(), "a boat", seed=4))
+    assert not np.array_equal(first, refiner(clip(), "a tree", seed=3))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"start": "inversion"},
+        {"start": "inversion", "inversion_table": "cosine"},
+        {"solver": "heun"},
+        {"grid": "official", "steps": 6},
+        {"start_scale": "official"},
+        {"skip_filter": "sr600"},
+        {"guidance": 1.0},
+        {"rescale": 0.0},
+        {"eta": 0.0},
+        {"noise_level": 300},
+        {"posterior": "mode"},
+        {"repeat_frames": 2},
+        {"spacing": "leading"},
+    ],
+    ids=str,
+)
+def test_every_setting_does_something(refiner, told, job, changes):
+    model = told(**changes)
+    if "skip_filter" in changes:  # read where the network is built
+        stage = config.second_stage(dataclasses.replace(job, refine=model.config.refine))
+        assert stage.use.skip_filter == "sr600" and refiner.config.use.skip_filter == "none"
+        unet = checkpoint.load(
+            "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
+        )
+        model = dataclasses.replace(model, unet=unet)
+    got = model(clip(), "a boat", seed=3)
+    assert got.shape == (3, 16, 20, 3)
+    assert not np.array_equal(got, refiner(clip(), "a boat", seed=3))
+
+
+def test_savings_and_chunks_change_nothing(refiner):
+    plain = refiner(clip(5), "a boat", seed=3)
+    settings = dataclasses.replace(
+        refiner.config, runtime=config.Runtime(device="cpu", vae_chunk=3, share_prefix=False)
+    )
+    other = dataclasses.replace(refiner, config=settings)(clip(5), "a boat", seed=3)
+    assert np.abs(plain.astype(int) - other).max() <= 1
+
+
+def test_less_noise_keeps_more_of_the_clip(told):
+    kept = [
+        np.abs(told(noise_level=level, guidance=1.0)(clip(), "", seed=1).astype(int) -
+               told(noise_level=4, guidance=1.0)(clip(), "", seed=1)).mean()
+        for level in (20, 900)
+    ]  # fmt: skip
+    assert kept[0] < kept[1]
+
+
+def test_a_long_clip_goes_in_windows_and_one_frame_alone(refiner, told):
+    long = refiner(clip(9), "a boat", seed=3)
+    assert long.shape == (9, 16, 20, 3)
+    assert refiner(clip(1), "a boat", seed=3).shape == (1, 16, 20, 3)
+    assert told(frames=2)(clip(9), "a boat", seed=3).shape == (2, 16, 20, 3)
+
+
+# --- sizes
+
+
+@pytest.mark.parametrize("fit", ["keep", "crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(448, 256), (1280, 704), (1920, 1080), (333, 777), (1, 1), (5000, 3)])
+def test_any_size_becomes_legal_and_comes_back(fit, size):
+    shape = refine_video.geometry(size, (1280, 720), fit)
+    assert shape.legal[0] % 64 == 0 and shape.legal[1] % 64 == 16
+    assert all(big >= small for big, small in zip(shape.legal, shape.wanted, strict=True))
+    if fit == "keep":
+        assert shape.wanted == shape.scaled and all(s % 2 == 0 for s in shape.wanted)
+        assert shape.wanted[0] <= 1280 and shape.wanted[1] <= 720
+    else:
+        assert shape.wanted == (1280, 720) == shape.legal
+    assert refine_video.geometry((1280, 704), (1280, 720), "keep").wanted == (1280, 704)  # not resampled
+
+
+@pytest.mark.parametrize("fit", ["keep", "crop", "pad", "stretch"])
+@pytest.mark.parametrize("size", [(33, 17), (10, 40), (64, 64)])
+def test_pixels_go_there_and_back(fit, size):
+    frames = clip(2, size[1], size[0])
+    shape = refine_video.geometry(size, (50, 30), fit, multiple=16, rest=4)
+    pixels = refine_video.prepared(frames, shape, antialias=True)
+    assert pixels.shape == (2, 3, shape.legal[1], shape.legal[0])
+    back = refine_video.cropped(pixels, shape)
+    assert back.shape[-2:] == (shape.wanted[1], shape.wanted[0])
+    if fit == "pad" and size != (50, 30):
+        assert (back == -1).any() and back.amax() > -0.9
+    if fit == "keep":  # the padding repeats the border
+        assert torch.equal(back, refine_video.resized(frames, *shape.wanted, antialias=True))
+        assert torch.equal(pixels[..., 0, :].amin(), back[..., 0, :].amin())
+
+
+@pytest.mark.parametrize("size", [(33, 17), (7, 3)])
+@pytest.mark.parametrize("fit", ["keep", "crop", "pad"])
+def test_odd_sizes_are_refined(told, size, fit):
+    got = told(fit=fit, width=18, height=14)(clip(2, size[1], size[0]), "a boat", seed=1)
+    wanted = refine_video.geometry(size, (18, 14), fit, multiple=4, rest=0).wanted
+    assert got.shape == (2, wanted[1], wanted[0], 3)
+
+
+def test_the_full_size_network_needs_no_more_memory_than_the_first_stage():
+    """Counted on `meta`, scaled by area: 1280 x 720 x 32 frames against 1280 x 704 x 32."""
+
+    def peak(use, rows):
+        with torch.device("meta"):
+            unet = UNet(config.UNet(), use)
+        speed.apply(unet, config.Runtime())
+        with torch.no_grad(), torch.device("meta"), Meter() as meter:
+            vector, latent, fps = torch.empty(1, 1024), torch.empty(1, 4, rows, 160), torch.empty(1)
+            prepared = unet.prepare(Conditions(torch.empty(1, 77, 1024), vector, latent, fps), 32)
+            x = torch.empty(1, 4, 32, rows, 160)
+            meter.restart()
+            unet(x, torch.empty(1), prepared)
+        return meter.peak
+
+    assert peak(config.REFINER_USE, 90) <= peak(config.Use(), 88) * 90 / 88
+
+
+@pytest.mark.parametrize(
+    ("use", "count"), [(config.V1_USE, 1_419_843_396), (config.REFINER_USE, 1_411_233_860)]
+)
+def test_parameters_at_full_size(use, count):
+    with torch.device("meta"):
+        unet = UNet(config.UNet(), use)
+    assert sum(p.numel() for p in unet.parameters()) == count
+
+
+# --- what is refused, and what is said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"noise_level": 1001}, "total noise level is 1001; give 1 to 1000"),
+        ({"noise_level": 20, "steps": 30}, "steps is 30; give 1 to 19"),
+        ({"solver": "heun", "eta": 0.5}, "adds no noise"),
+    ],
+)
+def test_settings_that_cannot_run(told, changes, message):
+    with pytest.raises(ValueError, match=message):
+        refine.refuse_unrefinable(told(**changes).config)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"noise_level": 0}, {"overlap": 32}, {"window": 65}, {"rescale": 1.5}, {"steps": 0}, {"frames": -1}],
+    ids=str,
+)
+def test_settings_that_cannot_be(changes):
+    with pytest.raises(ValueError, match=f"refine.{next(iter(changes))}"):
+        config.Refine(**changes)
+
+
+def test_lost_words_are_told(refiner):
+    settings = dataclasses.replace(refiner.config, refine_suffix=", " + "sharp " * 70)
+    model = dataclasses.replace(refiner, config=settings)
+    with pytest.warns(
+        UserWarning, match=r"quality suffix 7\d, CLIP reads 75; of the suffix this is lost: 'sharp"
+    ):
+        refine.texts(model, "a small boat that sails")
+    with pytest.warns(UserWarning, match="of the prompt and of all the suffix this is lost: 'boat"):
+        refine.texts(model, "boat " * 80)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        refine.texts(refiner, "a boat")
+
+
+def test_weights_of_another_kind_are_refused(job, road, tmp_path, tiny):
+    folder = checkpoint.save(tmp_path / "first", {"vae": road.vae}, road.config)
+    with pytest.raises(ValueError, match="holds no refiner"):
+        config.second_stage(dataclasses.replace(job, refine_weights=str(folder)))
+    stage = config.second_stage(job)
+    folder = checkpoint.save(tmp_path / "second", {"vae": road.vae}, stage)
+    with pytest.raises(ValueError, match="lacks the unet"):
+        refine.homes_of(dataclasses.replace(job, refine_weights=str(folder)), stage)
+    with pytest.raises(ValueError, match=r"give .* as refine_weights="):
+        pipeline.make_schedule(stage)
+
+
+def test_vae_and_clip_may_be_the_first_stages(job, refiner, road, tmp_path):
+    first = checkpoint.save(tmp_path / "first", {"vae": road.vae, "clip": road.clip}, road.config)
+    second = checkpoint.save(tmp_path / "second", {"unet": refiner.unet}, refiner.config)
+    both = dataclasses.replace(job, weights=str(first), refine_weights=str(second))
+    homes = refine.homes_of(both, config.second_stage(both))
+    assert homes == {"unet": str(second), "vae": str(first), "clip": str(first)}
+
+
+def test_a_folder_brings_its_own_settings(refiner, tmp_path):
+    told = dataclasses.replace(
+        refiner.config, refine=config.Refine(guidance=9.0, noise_level=700), refine_suffix=", own"
+    )
+    folder = str(checkpoint.save(tmp_path / "w", {"unet": refiner.unet}, told))
+    got = config.load_config(None, [f"refine_weights={folder}", "refine.guidance=4"], weights="random")
+    assert (got.refine.guidance, got.refine.noise_level, got.refine_suffix) == (4.0, 700, ", own")
+    assert config.second_stage(got).use == config.REFINER_USE
+
+
+def test_too_little_memory_is_told_before_the_first_stage(job, monkeypatch):
+    monkeypatch.setattr(runtime, "free_memory", lambda where: 0)
+    with pytest.raises(ValueError, match="second stage at 20 x 16, 4 frames at once, needs about"):
+        refine.check(job, (16, 12), 9)
+
+
+# --- clips from files
+
+
+def write(path, frames, times=None, pix_fmt="yuv420p", codec="libx264", rate=10):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], pix_fmt
+        for i, frame in enumerate(frames):
+            picture = av.VideoFrame.from_ndarray(frame, format="rgba" if frame.shape[-1] == 4 else "rgb24")
+            picture.pts = i if times is None else times[i]
+            picture.time_base = Fraction(1, rate)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode())
+    return path
+
+
+def test_a_variable_rate_is_made_even(tmp_path):
+    frames = np.stack([np.full((16, 16, 3), 20 * i, np.uint8) for i in range(10)])
+    path = write(tmp_path / "v.mkv", frames, times=[0, 1, 2, 3, 8, 9, 10, 11, 12, 13])
+    with pytest.warns(UserWarning, match="variable frame rate"):
+        got, fps = video.load(path)
+    # frame 3 stays until time 8
+    shown = np.round(got[:, 8, 8, 0] / 20).astype(int).tolist()
+    assert shown == sorted(shown) and shown.count(3) >= 3 and len(got) > len(frames) and fps > 0
+
+
+def test_even_times_stay_as_they_are():
+    assert video.evenly([0.0, 0.033, 0.067, 0.1], 30.0) == [0, 1, 2, 3]  # a clock of milliseconds
+    assert video.evenly([None, None, None], 30.0) == [0, 1, 2]
+    assert video.evenly([0.0, 0.1, 0.5], 10.0) == [0, 1, 1, 1, 1, 2]
+
+
+def test_alpha_is_laid_over_white(tmp_path):
+    frames = np.zeros((2, 16, 16, 4), np.uint8)
+    frames[..., 3] = 255
+    frames[:, :, :8, 3] = 0
+    path = write(tmp_path / "a.mov", frames, pix_fmt="argb", codec="qtrle")
+    assert video.load(path, alpha="white")[0][0, 8, 2].tolist() == [255, 255, 255]
+    assert video.load(path)[0][0, 8, 2].tolist() == [0, 0, 0]
+    (tmp_path / "pngs").mkdir()
+    for i, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / "pngs" / f"frame_{i:04d}.png")
+    assert video.load(tmp_path / "pngs", alpha="white")[0][0, 8, 2].tolist() == [255, 255, 255]
+    assert video.load(tmp_path / "pngs")[0][0, 8, 2].tolist() == [0, 0, 0]
+
+
+# --- as a user meets it
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path, road, refiner):
+    """run(*words): the script in this process with the parts that are there -> (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("warnings.showwarning", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        pipeline,
+        "load_parts",
+        lambda settings: pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device),
+    )
+    monkeypatch.setattr(
+        refine,
+        "load",
+        lambda settings: dataclasses.replace(refiner, config=config.second_stage(settings)),
+    )
+    Path("road.yaml").write_text(road.config.to_yaml())
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["generate.py", "road.yaml", *map(str, words)])
+        status = script.cli.run(script.main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+SECOND = ["refine_weights=random", "refine.width=20", "refine.height=16", "refine.steps=2", "steps=1"]
+
+
+def test_both_stages_in_one_command(run, picture_file):
+    words = [
+        *SECOND,
+        f"image={picture_file}",
+        "prompt=a boat",
+        "refine_prompt=a fine boat: it sails",
+        "output=c",
+    ]
+    status, out, err = run(*words)
+    assert status == 0 and "error" not in err and "c (3 frames, seed 8888)" in out
+    frames, fps = video.load("c")
+    assert frames.shape == (3, 16, 16, 3) and fps == 8.0  # 16 x 16 kept inside 20 x 16
+    record = json.loads(Path("c.json").read_text())["settings"]
+    assert record["refine_prompt"] == "a fine boat: it sails" and record["prompt"] == ["a boat"]
+    assert "1 clips are already there" in run(*words, "--resume")[1]
+
+
+def test_the_second_stage_alone(run):
+    video.save(clip(4), "in.gif", fps=5)
+    status, out, err = run(*SECOND, "video=in.gif", "prompt=a boat", "seed=[1,2]", "output=o.gif")
+    assert status == 0 and out.count("settings in") == 2, err
+    assert video.load("o-000-seed1.gif")[0].shape[1:] == (16, 20, 3)
+    record = json.loads(Path("o-000-seed1.json").read_text())
+    assert record["fps"] == 5.0 and record["settings"]["image"] == []
+    assert record["settings"]["video"] == "in.gif" and record["settings"]["refine_prompt"] == "a boat"
+
+
+def test_a_list_may_hold_refine_prompts(run, picture_file):
+    item = {"image": str(picture_file), "prompt": "one", "refine_prompt": "own", "output": "x.gif"}
+    Path("list.jsonl").write_text(json.dumps(item) + "\n")
+    assert run(*SECOND, "items=list.jsonl")[0] == 0
+    assert json.loads(Path("x.json").read_text())["settings"]["refine_prompt"] == "own"
+
+
+def test_one_frame_is_a_picture(run):
+    video.save(clip(1), "one", fps=8)
+    status, _, err = run(*SECOND, "video=one", "prompt=a boat", "output=o")
+    assert status == 0 and "has one frame" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["video=missing.mp4", "refine_weights=random"], "video missing.mp4 does not exist"),
+        (["video=bad.mp4", "refine_weights=random"], "cannot be read as a video"),
+        (["video=in.gif"], "needs a refiner: refine_weights="),
+        (["video=in.gif", "image=a.png", "refine_weights=random"], "use either"),
+        (["video=in.gif", "refine_weights=random", "output=in.gif"], "would overwrite in.gif"),
+        (["video=in.gif", "refine_weights=random", "refine.noise_level=2000"], "total noise level is 2000"),
+        (["video=in.gif", "refine_weights=nowhere"], "does not exist"),
+        (["image=a.png", "prompt=x", "refine_prompt=y"], "which needs refine_weights="),
+        (["image=a.png", "prompt=x", "refine_weights=random", "refine.steps=600"], "steps is 600"),
+    ],
+)
+def test_what_is_refused(run, words, message):
+    video.save(clip(2), "in.gif", fps=5)
+    Image.new("RGB", (20, 20), "red").save("a.png")
+    Path("bad.mp4").write_bytes(b"no video at all" * 50)
+    status, out, err = run(*words)
+    assert status == 2 and message in err and "Traceback" not in err and "settings in" not in out
