@@ -377,9 +377,10 @@ def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     """Latents [b c f h w] -> uint8 frames [b f H W 3]."""
     b, config, done = latents.shape[0], model.config, []
     frames = rearrange(latents, "b c f h w -> (b f) c h w")
+    chunk = config.runtime.vae_chunk
     with memory.here(model.waiting, "vae"):
-        for part in frames.split(config.runtime.vae_chunk):
-            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
+        for part in frames.split(chunk):
+            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part, chunk=chunk))
             pixels = rearrange(pixels.float(), "n c h w -> c n h w")
             done.append(video.to_uint8(pixels, rounding=config.save.rounding))
     return rearrange(torch.cat(done), "(b f) h w c -> b f h w c", b=b)
