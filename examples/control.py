@@ -98,7 +98,8 @@ def main():
     given.output.mkdir(parents=True, exist_ok=True)
     save_file(adapter.state_dict(), given.output / "adapter.safetensors")
 
-    clip = world.batch([7], width=sample.width, height=sample.height, frames=sample.frames, kind="single")
+    seed = next(s for s in range(99) if world.sample_facts(s, kind="single").moves[0].kind == "left")
+    clip = world.batch([seed], width=sample.width, height=sample.height, frames=sample.frames, kind="single")
     drawn, prompt = edges(clip.clips), "a " + clip.facts[0].things[0].shape  # no word of what it does
     first = Image.fromarray(((clip.clips[0, :, 0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     adapter.edges = drawn.to(model.device)

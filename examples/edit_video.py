@@ -44,7 +44,9 @@ def edit(model, frames, picture, prompt, *, share=0.6):
 def with_guidance(model, scale):
     sample = dataclasses.replace(model.config.sample, guidance=scale)
     config = dataclasses.replace(model.config, sample=sample)
-    return pipeline.I2VGenXL(config, model.unet, model.vae, model.clip, model.device)
+    plain = pipeline.I2VGenXL(config, model.unet, model.vae, model.clip, model.device)
+    plain.waiting = model.waiting
+    return plain
 
 
 def main():

@@ -28,6 +28,9 @@ class Shelf:
 
     def __init__(self, held: Sequence[Tensor], *, pin: bool):
         self.held, self.nbytes = list(held), flat_bytes(held)
+        # As they lie here: whoever lays a weight out anew later changes its strides, not these bytes. Channels
+        # last stays so.
+        self.layouts = [(t.shape, t.stride()) for t in self.held]
         self.home = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
         views = self._views(self.home)
         for t, view in zip(self.held, views, strict=True):
@@ -41,10 +44,9 @@ class Shelf:
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         views, start = [], 0
-        for t in self.held:
+        for t, layout in zip(self.held, self.layouts, strict=True):
             size = t.numel() * t.element_size()
-            # The strides too: channels-last weights stay so.
-            views.append(flat[start : start + size].view(t.dtype).as_strided(t.shape, t.stride()))
+            views.append(flat[start : start + size].view(t.dtype).as_strided(*layout))
             start += -(-size // ALIGN) * ALIGN
         return views
 

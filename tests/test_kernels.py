@@ -21,7 +21,7 @@ def test_the_kernels_by_the_interpreter(which):
     """In a process of their own: Triton reads the variable when it is imported."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", which, str(INTERPRETED)],
+        [sys.executable, "-m", "pytest", "-n", "0", "-m", which, str(INTERPRETED)],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=INTERPRETED.parents[1],
         capture_output=True,

@@ -61,7 +61,7 @@ def test_attention_is_the_textbook_sum():
     for i in range(5):
         weights = torch.stack([(q[0, 1, i] @ k[0, 1, j] / 2).exp() for j in range(5)])
         expected[i] = sum(w * v[0, 1, j] for j, w in enumerate(weights / weights.sum()))
-    for backend in attention.BACKENDS:
+    for backend in ("sdpa", "math"):
         torch.testing.assert_close(attention.attend(q, k, v, backend)[0, 1], expected)
 
 
@@ -395,7 +395,7 @@ def test_the_autoencoder_in_every_precision(dtype):
 @torch.no_grad()
 def test_attention_backends_of_the_autoencoder_agree():
     pixels = torch.rand(1, 3, 8, 8)
-    one, other = (make_vae(backend=backend).encode(pixels, None) for backend in attention.BACKENDS)
+    one, other = (make_vae(backend=backend).encode(pixels, None) for backend in ("sdpa", "math"))
     torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 

@@ -157,12 +157,12 @@ def _halves_swapped(self, x):
     return self.proj_out(value * F.gelu(gate))
 
 
-def _norm_per_frame(axes):
-    """The norms of `temporal.py` that see `axes` axes: 5 at a transformer's entrance, 4 in a convolution."""
+def _norm_per_frame(eps):
+    """The norms of `temporal.py` with this epsilon: a transformer's entrance, or a convolution."""
 
     class PerFrame(layers.GroupNorm):
         def forward(self, x):
-            if x.ndim != axes:
+            if self.eps != eps:
                 return super().forward(x)
             return super().forward(x.flatten(0, 1).flatten(1, -2)[:, None]).reshape(x.shape)
 
@@ -294,8 +294,8 @@ MISTAKES = {
     "bilinear instead of adaptive pool": (_set(F, "adaptive_avg_pool2d", _bilinear), ("lowvar", "variant")),
     "GEGLU halves swapped": (_set(layers.FeedForward, "forward", _halves_swapped), ("lowvar", "variant")),
     "tanh GELU": (_set(F, "gelu", partial(F.gelu, approximate="tanh")), ("variant",)),
-    "temporal transformer norm per frame": (_norm_per_frame(5), ("lowvar", "variant")),
-    "temporal convolution norm per frame": (_norm_per_frame(4), ("lowvar", "variant")),
+    "temporal transformer norm per frame": (_norm_per_frame(layers.TRANSFORMER_EPS), ("lowvar", "variant")),
+    "temporal convolution norm per frame": (_norm_per_frame(layers.RES_EPS), ("lowvar", "variant")),
     "group norm eps all 1e-5": (
         _all(*(_set(module, "TRANSFORMER_EPS", 1e-5) for module in (spatial, temporal))),
         ("lowvar",),
