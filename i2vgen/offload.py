@@ -28,8 +28,8 @@ class Shelf:
 
     def __init__(self, held: Sequence[Tensor], *, pin: bool):
         self.held, self.nbytes = list(held), flat_bytes(held)
-        # As they lie here: whoever lays a weight out anew later changes its strides, not these bytes. Channels
-        # last stays so.
+        # As they lie here: whoever lays a weight out anew later changes its strides, not these bytes.
+        # Channels last stays so.
         self.layouts = [(t.shape, t.stride()) for t in self.held]
         self.home = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
         views = self._views(self.home)
