@@ -436,7 +436,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # As near to the exact solution as "exact", in a third of its calls (docs/sampling.md has the table).
+    # Nearer to the exact solution than 20 steps of DDIM, in a third of the calls of "exact".
     "fast": {
         "sampler": "unipc",
         "steps": 20,
@@ -448,7 +448,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # As near as 20 steps of the official sampler, in less than half of their calls.
+    # Nearly as near as 20 steps of DDIM, in less than half of their calls.
     "draft": {
         "sampler": "unipc",
         "steps": 10,
