@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from i2vgen import checkpoint, config, pipeline, refine, refine_video, runtime, speed, video
-from i2vgen.bench.meter import Meter
 from i2vgen.conditioning import Conditions
+from i2vgen.meter import Meter
 from i2vgen.unet import UNet
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "generate.py"
@@ -329,7 +329,7 @@ def run(monkeypatch, capsys, tmp_path, road, refiner):
     monkeypatch.setattr(
         pipeline,
         "load_parts",
-        lambda settings: pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device),
+        lambda settings, tell=None: pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device),
     )
     monkeypatch.setattr(
         refine,
