@@ -598,11 +598,12 @@ class Runtime:
                 raise ValueError(
                     f"runtime.{name} is {getattr(self, name)}; give a number of tokens, 0 for all"
                 )
-        if self.offload == "blocks" and self.compile:
-            raise ValueError(
-                "runtime.offload=blocks swaps weights while the UNet runs, which runtime.compile cannot "
-                "follow; use runtime.offload=parts or leave compile out"
-            )
+        for name in ("compile", "cuda_graph"):
+            if self.offload == "blocks" and getattr(self, name):
+                raise ValueError(
+                    f"runtime.offload=blocks swaps weights while the UNet runs, which runtime.{name} cannot "
+                    f"follow; use runtime.offload=parts or leave {name} out"
+                )
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,6 @@ def refuse_missing(config: Config, device: torch.device) -> None:
     changing = {
         "sample.guidance_interval": low > 0 or high < 1,
         "sample.deep_cache": config.sample.deep_cache > 1,
-        "runtime.offload": config.runtime.offload == "blocks",
     }
     if config.runtime.cuda_graph and any(changing.values()):
         name = next(name for name, on in changing.items() if on)

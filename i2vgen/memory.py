@@ -81,8 +81,8 @@ def settle(config: Config, plan: str, device: str = "") -> Config:
     chosen = {k: v for k, v in PLANS[plan].items() if getattr(runtime_, k) == getattr(default, k)}
     if (device or runtime.device(runtime_).type) == "cpu":
         chosen.pop("offload", None)
-    if runtime_.compile and chosen.get("offload") == "blocks":
-        chosen["offload"] = "parts"  # compiled code cannot follow weights that move
+    if (runtime_.compile or runtime_.cuda_graph) and chosen.get("offload") == "blocks":
+        chosen["offload"] = "parts"  # compiled code and recordings cannot follow weights that move
     return dataclasses.replace(config, runtime=dataclasses.replace(runtime_, memory=plan, **chosen))
 
 

@@ -20,7 +20,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor
 
-from i2vgen import checkpoint, refine_video, runtime, speed, video
+from i2vgen import checkpoint, compiled, refine_video, runtime, speed, video
 from i2vgen import config as settings
 from i2vgen import refine_sampler as sampling
 from i2vgen.conditioning import Conditions, Prepared, join
@@ -311,8 +311,7 @@ def load(job: Config) -> Refiner:
     }
     speed.apply(parts["unet"], config.runtime)
     if config.runtime.compile:
-        runtime.compile_quickly()
-        parts["unet"].compile()
+        compiled.compile_blocks(parts["unet"])
     return Refiner(config, **parts, device=device)
 
 

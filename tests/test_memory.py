@@ -327,8 +327,11 @@ def test_a_plan_leaves_what_the_user_set(tiny):
     settled = memory.settle(changed(tiny, runtime={"vae_chunk": 5}), "low", "cuda").runtime
     assert (settled.vae_chunk, settled.token_chunk, settled.offload) == (5, 28_160, "blocks")
     assert memory.settle(tiny, "low").runtime.offload == "none"  # on a CPU nothing would be saved
-    compiled = changed(tiny, runtime={"compile": True})
-    assert memory.settle(compiled, "low", "cuda").runtime.offload == "parts"
+    for name in ("compile", "cuda_graph"):  # neither can follow weights that move
+        fixed = changed(tiny, runtime={name: True})
+        assert memory.settle(fixed, "low", "cuda").runtime.offload == "parts"
+        with pytest.raises(ValueError, match=rf"offload=blocks .*runtime\.{name} cannot follow"):
+            changed(tiny, runtime={name: True, "offload": "blocks"})
 
 
 def test_a_plan_that_does_not_fit_names_one_that_does(tiny, counted):

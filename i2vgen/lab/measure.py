@@ -39,14 +39,13 @@ def cost(study: Study, budget: Budget) -> dict[str, dict]:
     configs = {name: cost_config(study, name, budget) for name in study.variants}
     found, calls = {}, {}
     for name, config in configs.items():
-        rows = {row.path: row for row in summary.summarise("unet", config, depth=1)}
-        with torch.device("meta"):
-            network = checkpoint.construct("unet", config).eval().requires_grad_(False)
+        network = checkpoint.build("unet", config).eval().requires_grad_(False)
         with torch.no_grad(), Meter() as meter:
             summary.unet(network, config, torch.float32)
+        by_part = {part: sum(p.numel() for p in m.parameters()) for part, m in network.named_children()}
         found[name] = {
-            "parameters": rows[""].parameters,
-            "parameters_by_part": {path: row.parameters for path, row in rows.items() if path},
+            "parameters": sum(by_part.values()),
+            "parameters_by_part": by_part,
             "flops": meter.flops,
             "activation_peak": meter.peak,
         }
