@@ -74,9 +74,11 @@ class World:
     def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
         sample, train = self.config.sample, self.train
         first = FIRST_TRAINING_SEED + (train.seed << 48)
-        seeds = [first + (p % train.num_clips if train.num_clips else p) for p in positions]
+        numbers = [p % train.num_clips if train.num_clips else p for p in positions]
+        kinds = train.kinds
         batch = world.batch(
-            seeds,
+            [first + n for n in numbers],
+            kind=[kinds[n % len(kinds)] for n in numbers] if kinds else None,
             width=sample.width,
             height=sample.height,
             frames=bucket.frames,

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from i2vgen.config import MAX_FRAMES, MAX_SEED, Config, load_config
+from i2vgen.training import world
 
 SECTION = "train"
 WORLD = "world"
@@ -79,6 +80,9 @@ class Train:
     bucket_batch: tuple[int, ...] = ()  # batch per bucket; none: `batch` for all
     seed: int = 0
     data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
+    # Kinds of the world's clips (basic, single, pair, camera), one after the other and over again; none: the
+    # world's own shares, which are those of `scripts/evaluate.py`.
+    kinds: tuple[str, ...] = ()
     num_clips: int = 0  # this many different clips of the world, over and over; 0: never one twice
     cache: bool = False  # part=diffusion: keep what VAE and CLIP made of the `num_clips` clips in memory
     workers: int = 0  # processes that draw the world's clips ahead; 0: this one does
@@ -105,6 +109,16 @@ class Train:
             _check(self, name, 0 <= getattr(self, name) <= 1, "a probability")
         _check(self, "seed", 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
         _check(self, "data", self.data, f"{WORLD!r} or a folder")
+        for kind in self.kinds:
+            if kind not in world.KINDS:
+                raise ValueError(
+                    f"train.kinds has {kind!r}, which is no kind of the world's clips; give a list of "
+                    f"{', '.join(world.KINDS)}"
+                )
+        if self.data != WORLD and self.kinds:
+            raise ValueError(
+                f"train.kinds is for train.data={WORLD}, but train.data is {self.data}; leave it out"
+            )
         if self.data != WORLD and (self.num_clips or self.workers):
             raise ValueError(
                 f"train.num_clips = {self.num_clips} and train.workers = {self.workers} are for "

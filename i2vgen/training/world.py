@@ -187,11 +187,19 @@ def batch(
     width: int = 64,
     height: int = 64,
     frames: int = 16,
-    kind: Kind | None = None,
+    kind: Kind | Sequence[Kind] | None = None,
     speed: float = 1.0,
 ) -> Batch:
-    """The clips of several seeds, stacked: float32 [b c f h w] in [-1, 1], captions, facts."""
-    clips = [clip(s, width=width, height=height, frames=frames, kind=kind, speed=speed) for s in seeds]
+    """The clips of several seeds, stacked: float32 [b c f h w] in [-1, 1], captions, facts.
+
+    `kind` is one for all of them, or one for each.
+    """
+    seeds = list(seeds)
+    kinds = [kind] * len(seeds) if kind is None or isinstance(kind, str) else list(kind)
+    clips = [
+        clip(s, width=width, height=height, frames=frames, kind=k, speed=speed)
+        for s, k in zip(seeds, kinds, strict=True)
+    ]
     if not clips:
         raise ValueError("no seeds given; a batch needs at least one")
     pixels = torch.from_numpy(np.stack([c.frames for c in clips])).permute(0, 4, 1, 2, 3)
