@@ -41,7 +41,8 @@ from i2vgen import (
     video,
 )
 from i2vgen.conditioning import Conditions, Prepared, join
-from i2vgen.config import RANDOM, SHIPPED, Config, load_config
+from i2vgen.config import RANDOM, SHIPPED, Config
+from i2vgen.config_layers import load_config
 from i2vgen.deep_cache import DeepCache
 from i2vgen.encoders import ClipEncoders
 from i2vgen.offload import Guest

@@ -25,6 +25,7 @@ from i2vgen import config as settings
 from i2vgen import refine_sampler as sampling
 from i2vgen.conditioning import Conditions, Prepared, join
 from i2vgen.config import Config
+from i2vgen.config_layers import second_stage
 from i2vgen.encoders import ClipEncoders
 from i2vgen.refine_sampler import Levels
 from i2vgen.sampler import OnStep, Predict
@@ -35,7 +36,7 @@ from i2vgen.vae import AutoencoderKL
 
 @dataclass
 class Refiner:
-    """The parts of the second stage; `config` is `config.second_stage` of the job."""
+    """The parts of the second stage; `config` is `config_layers.second_stage` of the job."""
 
     config: Config
     unet: UNet
@@ -233,7 +234,7 @@ def _schedule(s: settings.Schedule) -> Schedule:
 
 
 def refuse_unrefinable(config: Config) -> None:
-    """ValueError for settings of a second stage that cannot run; `config` is `config.second_stage`'s."""
+    """ValueError for settings of a second stage that cannot run; `config` is that of `second_stage`."""
     job = config.refine
     grid(config)
     if job.start == "inversion" and job.steps > job.noise_level:
@@ -252,7 +253,7 @@ def check(job: Config, size: tuple[int, int], frames: int) -> None:
 
     Weights are looked for and not read.
     """
-    config = settings.second_stage(job)
+    config = second_stage(job)
     refuse_unrefinable(config)
     homes_of(job, config)
     check_memory(config, size, frames)
@@ -290,7 +291,7 @@ def load(job: Config) -> Refiner:
 
     The VAE and CLIP that both stages share may lie in either folder.
     """
-    config = settings.second_stage(job)
+    config = second_stage(job)
     refuse_unrefinable(config)
     homes = homes_of(job, config)
     if settings.RANDOM in homes.values():

@@ -29,7 +29,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli, pipeline, runtime
-from i2vgen.config import SHIPPED, Config, load_config
+from i2vgen.config import SHIPPED, Config
+from i2vgen.config_layers import load_config
 from i2vgen.training import evaluation, evaluation_page
 from i2vgen.training.evaluation import Plan
 

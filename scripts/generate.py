@@ -34,7 +34,8 @@ import numpy as np
 from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline, refine, runtime, video
-from i2vgen.config import SHIPPED, Config, load_config
+from i2vgen.config import SHIPPED, Config
+from i2vgen.config_layers import load_config
 
 FLAGS = ("--print-config", "--resume", "--help")
 

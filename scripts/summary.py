@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 from i2vgen import checkpoint, cli
-from i2vgen.config import load_config
+from i2vgen.config_layers import load_config
 from i2vgen.lab import summary
 
 FLAGS = ("--help",)

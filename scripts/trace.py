@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 
 from i2vgen import checkpoint, cli, runtime
-from i2vgen.config import RANDOM, SHIPPED, Config, load_config
+from i2vgen.config import RANDOM, SHIPPED, Config
+from i2vgen.config_layers import load_config
 from i2vgen.lab import trace
 
 FLAGS = ("--help",)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from i2vgen import checkpoint, config, pipeline
 from i2vgen.conditioning import Conditions
-from i2vgen.config import load_config
+from i2vgen.config_layers import load_config
 from i2vgen.unet import UNet
 
 ROOT = Path(__file__).parents[1]

@@ -11,7 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, C
 from transformers import CLIPVisionModelWithProjection as VisionModel
 
 from i2vgen import checkpoint, config
-from i2vgen.config import load_config
+from i2vgen.config_layers import load_config
 from i2vgen.encoders import ClipEncoders
 from weights_conversion import clip, rules
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from i2vgen import checkpoint, config, memory, pipeline, runtime, video
+from i2vgen import checkpoint, config_layers, memory, pipeline, runtime, video
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -188,8 +188,8 @@ def test_print_config_is_a_file_that_says_the_same(run, loads, tmp_path):
     ]
     status, out, _ = run(*words)
     (tmp_path / "printed.yaml").write_text(out)
-    printed = config.load_config(tmp_path / "printed.yaml")
-    assert status == 0 and loads == [] and printed == config.load_config(words[0], words[1:-1])
+    printed = config_layers.load_config(tmp_path / "printed.yaml")
+    assert status == 0 and loads == [] and printed == config_layers.load_config(words[0], words[1:-1])
     assert yaml.safe_load(out)["prompt"] == ["no: 1e3", ""]
     assert run("printed.yaml", "--print-config")[1] == out
 

@@ -97,7 +97,7 @@ def test_the_converter_is_used_by_its_checkers_only():
 
 def test_only_the_encoders_and_the_settings_know_open_clip():
     users = {path.name for path in CORE if inside(imports(path), "open_clip")}
-    assert users == {"encoders.py", "config.py"}
+    assert users == {"encoders.py", "config_layers.py"}
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_forbidden_words(path):
     allowed = set()
     if path.name in ("__main__.py", "cli.py"):  # they speak to the terminal
         allowed |= {"print("}
-    if path.name == "config.py" or path.parts[-2] == "weights_conversion":
+    if path.name == "config_layers.py" or path.parts[-2] == "weights_conversion":
         # `load_config(weights="folder")`, each name checked; a pickle's stand-ins take whatever comes
         allowed |= {"**kwargs"}
     found = [f"{path.name}:{n.lineno} {what}" for n, what in offences(parse(path)) if what not in allowed]

@@ -14,7 +14,7 @@ import torch
 from i2vgen import config
 from i2vgen.attention import FUNCTIONS, attend
 from i2vgen.conditioning import join
-from i2vgen.config import load_config
+from i2vgen.config_layers import load_config
 from i2vgen.lab import summary, trace
 from i2vgen.taps import attention_by, attention_maps, controlled, taps
 from i2vgen.unet import Residuals

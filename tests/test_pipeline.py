@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, config, load, pipeline, runtime, schedule, video
+from i2vgen import checkpoint, config, config_layers, load, pipeline, runtime, schedule, video
 
 PROMPTS = ["a boat", "a red boat on a lake", ""]
 SEEDS = [3, 1, 2**63 - 1]
@@ -252,7 +252,7 @@ def test_a_saved_clip_explains_itself(road, picture_file, tmp_path, name):
     frames, fps = video.load(path)
     assert frames.shape[1:] == (16, 16, 3) and fps == pytest.approx(8, rel=0.1)
 
-    settings = config.from_dict(record["settings"])
+    settings = config_layers.from_dict(record["settings"])
     assert settings.image == (str(picture_file),) and settings.prompt == ("a boat: no",)
     assert settings.sample.seed == (7,) and settings.output == str(path)
     parts = (road.unet, road.vae, road.clip, road.device)
@@ -264,7 +264,7 @@ def test_a_record_of_one_clip_of_many_names_that_clip_only(road, with_config, pi
     model = with_config(road, image=("a", "b"), prompt=("x", "y"), sample={"seed": (1, 2)}, items="list")
     made = model.generate([picture_file] * 2, ["x", "y"], [1, 2])[1]
     made.save(tmp_path / "b.gif")
-    settings = config.from_dict(json.loads((tmp_path / "b.json").read_text())["settings"])
+    settings = config_layers.from_dict(json.loads((tmp_path / "b.json").read_text())["settings"])
     assert (settings.prompt, settings.sample.seed, settings.items) == (("y",), (2,), "")
 
 
@@ -360,7 +360,7 @@ def test_load_from_a_folder(tiny, tiny_model, picture, tmp_path, recwarn):
 )
 def test_what_cannot_be_sampled_is_refused_before_loading(overrides, words, monkeypatch):
     from i2vgen import checkpoint
-    from i2vgen.config import load_config
+    from i2vgen.config_layers import load_config
 
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("a part was loaded"))
     cfg = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides, weights="random")

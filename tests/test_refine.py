@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, config, pipeline, refine, refine_video, runtime, speed, video
+from i2vgen import checkpoint, config, config_layers, pipeline, refine, refine_video, runtime, speed, video
 from i2vgen.conditioning import Conditions
 from i2vgen.meter import Meter
 from i2vgen.unet import UNet
@@ -31,7 +31,7 @@ def job(road):
 
 @pytest.fixture(scope="module")
 def refiner(job, road):
-    stage = config.second_stage(job)
+    stage = config_layers.second_stage(job)
     unet = checkpoint.load(
         "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
     )
@@ -89,7 +89,7 @@ def test_a_clip_is_refined_and_depends_on_its_seed_alone(refiner):
 def test_every_setting_does_something(refiner, told, job, changes):
     model = told(**changes)
     if "skip_filter" in changes:  # read where the network is built
-        stage = config.second_stage(dataclasses.replace(job, refine=model.config.refine))
+        stage = config_layers.second_stage(dataclasses.replace(job, refine=model.config.refine))
         assert stage.use.skip_filter == "sr600" and refiner.config.use.skip_filter == "none"
         unet = checkpoint.load(
             "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
@@ -236,8 +236,8 @@ def test_lost_words_are_told(refiner):
 def test_weights_of_another_kind_are_refused(job, road, tmp_path, tiny):
     folder = checkpoint.save(tmp_path / "first", {"vae": road.vae}, road.config)
     with pytest.raises(ValueError, match="holds no refiner"):
-        config.second_stage(dataclasses.replace(job, refine_weights=str(folder)))
-    stage = config.second_stage(job)
+        config_layers.second_stage(dataclasses.replace(job, refine_weights=str(folder)))
+    stage = config_layers.second_stage(job)
     folder = checkpoint.save(tmp_path / "second", {"vae": road.vae}, stage)
     with pytest.raises(ValueError, match="lacks the unet"):
         refine.homes_of(dataclasses.replace(job, refine_weights=str(folder)), stage)
@@ -249,7 +249,7 @@ def test_vae_and_clip_may_be_the_first_stages(job, refiner, road, tmp_path):
     first = checkpoint.save(tmp_path / "first", {"vae": road.vae, "clip": road.clip}, road.config)
     second = checkpoint.save(tmp_path / "second", {"unet": refiner.unet}, refiner.config)
     both = dataclasses.replace(job, weights=str(first), refine_weights=str(second))
-    homes = refine.homes_of(both, config.second_stage(both))
+    homes = refine.homes_of(both, config_layers.second_stage(both))
     assert homes == {"unet": str(second), "vae": str(first), "clip": str(first)}
 
 
@@ -258,9 +258,9 @@ def test_a_folder_brings_its_own_settings(refiner, tmp_path):
         refiner.config, refine=config.Refine(guidance=9.0, noise_level=700), refine_suffix=", own"
     )
     folder = str(checkpoint.save(tmp_path / "w", {"unet": refiner.unet}, told))
-    got = config.load_config(None, [f"refine_weights={folder}", "refine.guidance=4"], weights="random")
+    got = config_layers.load_config(None, [f"refine_weights={folder}", "refine.guidance=4"], weights="random")
     assert (got.refine.guidance, got.refine.noise_level, got.refine_suffix) == (4.0, 700, ", own")
-    assert config.second_stage(got).use == config.REFINER_USE
+    assert config_layers.second_stage(got).use == config.REFINER_USE
 
 
 def test_too_little_memory_is_told_before_the_first_stage(job, monkeypatch):
@@ -334,7 +334,7 @@ def run(monkeypatch, capsys, tmp_path, road, refiner):
     monkeypatch.setattr(
         refine,
         "load",
-        lambda settings: dataclasses.replace(refiner, config=config.second_stage(settings)),
+        lambda settings: dataclasses.replace(refiner, config=config_layers.second_stage(settings)),
     )
     Path("road.yaml").write_text(road.config.to_yaml())
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from i2vgen import checkpoint, config, runtime
+from i2vgen import checkpoint, config, config_layers, runtime
 from i2vgen.config import Runtime
 
 # --- noise
@@ -92,9 +92,9 @@ def test_named_precisions(name):
 def test_every_precision_of_the_settings_is_known():
     for field in ("dtype", "encoder_dtype", "vae_dtype"):
         for name in runtime.DTYPES:
-            assert config.load_config(None, [f"runtime.{field}={name}"])
+            assert config_layers.load_config(None, [f"runtime.{field}={name}"])
         with pytest.raises(ValueError, match=f"{field} is 'int8'"):
-            config.load_config(None, [f"runtime.{field}=int8"])
+            config_layers.load_config(None, [f"runtime.{field}=int8"])
 
 
 def test_apply_sets_what_is_asked():

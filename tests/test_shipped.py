@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from i2vgen import checkpoint, config, pipeline
+from i2vgen import checkpoint, config, config_layers, pipeline
 from i2vgen.training import reading, world
 
 SHIPPED = Path(config.SHIPPED)
@@ -27,7 +27,7 @@ def model():
 
 def clips(kind):
     """Evaluation clips of the model's size: seeds far below those of training."""
-    sample = config.load_config(weights=str(SHIPPED)).sample
+    sample = config_layers.load_config(weights=str(SHIPPED)).sample
     size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
     return [world.clip(seed, **size, kind=kind) for seed in range(7000, 7000 + CLIPS)]
 
@@ -92,7 +92,7 @@ def test_it_is_what_scripts_take_where_no_weights_are_named(root, tmp_path, monk
     assert not ended.value.code
     record = json.loads(Path("clip.json").read_text())
     assert record["settings"]["weights"] == str(SHIPPED)
-    settings = config.from_dict(record["settings"])
+    settings = config_layers.from_dict(record["settings"])
     size = settings.save.enlarge * settings.sample.width
     assert Image.open("clip.png").size == (size * settings.sample.frames, size)
     assert settings.save.enlarge > 1 and record["width"] == size

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from i2vgen import attention, checkpoint, config, runtime
+from i2vgen import attention, checkpoint, config, config_layers, runtime
 from i2vgen import unet as unet_module
 from i2vgen.config import Use
 from i2vgen.encoders import ClipEncoders
@@ -489,7 +489,7 @@ def test_towers_of_hugging_face_are_refused(tiny, tmp_path):
     card = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {"hf_tokenizer_name": "roberta-base"}}
     (tmp_path / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"clip\.text\.hf_tokenizer_name is set"):
-        config.load_config(None, [f"clip.model={tmp_path / 'card.json'}"])
+        config_layers.load_config(None, [f"clip.model={tmp_path / 'card.json'}"])
 
 
 def test_words_that_open_clip_does_not_know(tiny):

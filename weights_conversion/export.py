@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from i2vgen import checkpoint, config
+from i2vgen import checkpoint, config, config_layers
 from weights_conversion import diffusers_layout, rules, sources, unet_vgen
 from weights_conversion import vae as vae_tables
 
@@ -46,7 +46,7 @@ def export(
     parts = {p.part: p.tensors for p in sources.native(native)}
     if not parts:
         raise ValueError(f"{native} holds no part to export")
-    cfg = config.from_dict(config.read_stored_settings(native))
+    cfg = config_layers.from_dict(config_layers.read_stored_settings(native))
     if layout == "diffusers":
         total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
         tick = None if on_bytes is None else checkpoint.counter(total, on_bytes)

@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from i2vgen import checkpoint
-from i2vgen.config import SETTINGS_FILE, read_stored_settings
+from i2vgen.config import SETTINGS_FILE
+from i2vgen.config_layers import read_stored_settings
 from weights_conversion import diffusers_layout, readers
 from weights_conversion.recognise import WORDS, Found, recognise
 

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from i2vgen import checkpoint, pipeline, runtime, speed
-from i2vgen.config import Config, load_config
+from i2vgen.config import Config
+from i2vgen.config_layers import load_config
 from i2vgen.lab import study as studies
 from i2vgen.lab import summary, trace
 from i2vgen.lab.study import Budget, Run, Study

@@ -13,7 +13,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config, pipeline, sampler, video
+from i2vgen import checkpoint, config, config_layers, pipeline, sampler, video
 from i2vgen.conditioning import frame_planes
 from i2vgen.parity.report import Golden, Row, Settings, compare
 from weights_conversion import clip as clip_tables
@@ -131,7 +131,7 @@ def settings_of(description: Mapping) -> config.Config:
         "negative_prompt": description["negative_prompt"],
         "clip": dataclasses.asdict(clip),
     }
-    return config.from_dict(settings)
+    return config_layers.from_dict(settings)
 
 
 def build(golden: Golden, cfg: config.Config, settings: Settings) -> pipeline.I2VGenXL:

@@ -26,7 +26,8 @@ from torch import Tensor
 import i2vgen
 from i2vgen import memory, pipeline
 from i2vgen.conditioning import Conditions, Prepared
-from i2vgen.config import RANDOM, Config, load_config
+from i2vgen.config import RANDOM, Config
+from i2vgen.config_layers import load_config
 from i2vgen.pipeline import I2VGenXL
 from i2vgen.solvers import SOLVERS
 from i2vgen.training import evaluation_drift, world

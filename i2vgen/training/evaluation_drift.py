@@ -17,7 +17,8 @@ import numpy as np
 from torch import nn
 
 from i2vgen.conditioning import Prepared
-from i2vgen.config import QUALITIES, Config, with_quality
+from i2vgen.config import QUALITIES, Config
+from i2vgen.config_layers import with_quality
 from i2vgen.solvers import SOLVERS
 from i2vgen.training.evaluation_scores import psnr
 

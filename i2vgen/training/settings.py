@@ -1,6 +1,6 @@
 """The settings of a training run: the `train:` section of a YAML file, `train.name=value` on a command line.
 
-Everything else in such a file is read by `i2vgen.config.load_config`; what the model is stands there.
+Everything else in such a file is read by `i2vgen.config_layers.load_config`; what the model is stands there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from i2vgen.config import MAX_FRAMES, MAX_SEED, Config, load_config
+from i2vgen.config import MAX_FRAMES, MAX_SEED, Config
+from i2vgen.config_layers import load_config
 from i2vgen.training import world
 
 SECTION = "train"
