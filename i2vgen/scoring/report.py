@@ -1,0 +1,136 @@
+"""The scores of one model, or of two side by side, as tables and as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+import i2vgen
+from i2vgen.scoring.scores import METRICS, SETS, Found, Job, differences
+from i2vgen.scoring.stats import Mean
+from i2vgen.training.evaluation_page import NONE, Table, write_whole
+
+ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
+INSIDE = "inside the error bars"
+UNJUDGED = "no interval"
+DIGITS = 4  # significant ones
+
+
+def table(found: Sequence[Found], names: Sequence[str]) -> Table:
+    return alone(found[0], names) if len(found) == 1 else against(found[0], found[1], names)
+
+
+def alone(one: Found, names: Sequence[str]) -> Table:
+    rows = []
+    for name in names:
+        mean, metric = one.means[name], METRICS[name]
+        rows.append(
+            (name, figure(mean.value), interval(mean), str(mean.clips), metric.unit, ARROWS[metric.better])
+        )
+    return Table("", ("score", "mean", "95 % interval", "clips", "unit", "better"), tuple(rows), (0, 4, 5))
+
+
+def against(one: Found, other: Found, names: Sequence[str]) -> Table:
+    rows, apart = [], differences(one, other, names)
+    for name in names:
+        a, b = one.means[name].value, other.means[name].value
+        difference = apart.get(name) or Mean(None if None in (a, b) else a - b, None, None, 0)
+        cells = (figure(a), figure(b), figure(difference.value), interval(difference))
+        rows.append((name, *cells, verdict(name, difference), METRICS[name].unit))
+    head = ("score", "videos", "against", "difference", "95 % interval", "says", "unit")
+    return Table("", head, tuple(rows), (0, 5, 6))
+
+
+def verdict(name: str, difference: Mean) -> str:
+    """What a paired difference videos - against says, or that it says nothing."""
+    if difference.value is None or difference.low is None:
+        return UNJUDGED
+    if difference.holds_zero:
+        return INSIDE
+    higher, better = difference.value > 0, METRICS[name].better
+    if not better:
+        return "videos has more" if higher else "videos has less"
+    return "videos is better" if higher == (better == "higher") else "against is better"
+
+
+def figure(value: float | None) -> str:
+    """Four significant digits, never in powers of ten."""
+    if value is None:
+        return NONE
+    before = 1 if value == 0 else max(1, math.floor(math.log10(abs(value))) + 1)
+    return f"{value:.{max(0, min(DIGITS, DIGITS - before))}f}"
+
+
+def interval(mean: Mean) -> str:
+    return NONE if mean.low is None else f"{figure(mean.low)} to {figure(mean.high)}"
+
+
+def notes(job: Job, found: Sequence[Found]) -> list[str]:
+    """What a reader of the table has to know beside it."""
+    lines = []
+    if skipped := found[0].skipped:
+        name, why = next(iter(skipped.items()))
+        lines.append(
+            f"skipped {len(skipped)} of {len(job.models[0].clips)} clips, the first is {name}: {why}"
+        )
+    if job.unpaired:
+        lines.append(f"left out {len(job.unpaired)} clips that only one has, the first is {job.unpaired[0]}")
+    for need in dict.fromkeys(job.left_out.values()):
+        names = ", ".join(name for name, lack in job.left_out.items() if lack == need)
+        lines.append(f"not scored: {names}; needed: {need}")
+    return lines
+
+
+def to_dict(job: Job, found: Sequence[Found]) -> dict:
+    """Everything, per clip and in all; what is not there is null."""
+    plan = {k: v for k, v in dataclasses.asdict(job.plan).items() if v not in ("", (), 0)}
+    out = {
+        "settings": plan,
+        "definitions": {
+            n: {k: getattr(METRICS[n], k) for k in ("says", "unit", "better")} for n in job.names
+        },
+        **one_dict(found[0]),
+    }
+    if len(found) == 2:
+        apart = differences(*found, job.names)
+        out["against"] = one_dict(found[1])
+        out["differences"] = {n: {**d._asdict(), "says": verdict(n, d)} for n, d in apart.items()}
+        out["unpaired"] = list(job.unpaired)
+    out["versions"] = {
+        "i2vgen": i2vgen.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+    return out
+
+
+def one_dict(one: Found) -> dict:
+    rows = [
+        {"name": c.name, "file": str(c.file), "image": c.image, "prompt": c.prompt, "scores": row}
+        for c, row in zip(one.clips, one.rows, strict=True)
+    ]
+    means = {name: mean._asdict() for name, mean in one.means.items()}
+    return {"videos": one.place, "scores": means, "clips": rows, "skipped": one.skipped}
+
+
+def write_json(job: Job, found: Sequence[Found], path: Path) -> None:
+    text = json.dumps(to_dict(job, found), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def listing() -> str:
+    """Every metric by name, for --list."""
+    lines = []
+    for name, metric in METRICS.items():
+        unit = f" [{metric.unit}]" if metric.unit else ""
+        needs = f"; needs {', '.join(metric.needs)}" if metric.needs else ""
+        whole = "; one number for all clips" if name in SETS else ""
+        better = f"{metric.better} is better" if metric.better else "describes, neither is better"
+        lines.append(f"{name:18} {metric.says}{unit}; {better}{needs}{whole}")
+    return "\n".join(lines)

@@ -1,0 +1,392 @@
+"""Every score by name, what each needs, and the run over the clips of one model or two.
+
+What a score needs (a picture, a package, a network) is looked at before any clip is read; a score that is not
+asked for loads and computes nothing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from i2vgen import images, runtime, video
+from i2vgen.config import Runtime
+from i2vgen.scoring import clips as files
+from i2vgen.scoring import flow, metrics, networks, stats
+from i2vgen.scoring.clips import Clip
+from i2vgen.scoring.stats import Mean
+
+NEEDS = {
+    "picture": "the picture that each clip was made from: generate.py's JSON beside the clip, or a list",
+    "prompt": "the prompt of each clip: generate.py's JSON beside the clip, or a list",
+    "reference": "true videos: reference=FOLDER, or a list with the field reference",
+    "opencv": "OpenCV, which is not installed: python -m pip install 'i2vgen[eval]'",
+    "clip": "a CLIP: clip_weights=FOLDER, or clip_model=NAME clip_checkpoint=FILE",
+    "lpips": "lpips_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
+    "fvd": "fvd_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
+}
+SETS = ("fvd",)  # numbers of all clips together
+
+
+class Metric(NamedTuple):
+    unit: str
+    better: Literal["higher", "lower", ""]  # "": neither; it describes
+    needs: tuple[str, ...]
+    says: str
+
+
+METRICS = {
+    "first_frame_psnr": Metric("dB", "higher", ("picture",), "first frame against the picture, PSNR"),
+    "first_frame_ssim": Metric("", "higher", ("picture",), "first frame against the picture, SSIM"),
+    "first_frame_lpips": Metric("", "lower", ("picture", "lpips"), "first frame against the picture, LPIPS"),
+    "reference_psnr": Metric("dB", "higher", ("reference",), "all frames against the true clip, PSNR"),
+    "reference_ssim": Metric("", "higher", ("reference",), "all frames against the true clip, SSIM"),
+    "reference_lpips": Metric("", "lower", ("reference", "lpips"), "all frames against the true clip, LPIPS"),
+    "fvd": Metric("", "lower", ("reference", "fvd"), "Fréchet distance to the true clips, all together"),
+    "flicker": Metric("levels", "lower", (), "a frame against midway between its neighbours"),
+    "warp_error": Metric(
+        "levels", "lower", ("opencv",), "a frame against the next, pulled back along the flow"
+    ),
+    "clip_consistency": Metric("", "higher", ("clip",), "CLIP cosine of neighbouring frames"),
+    "clip_image": Metric("", "higher", ("clip", "picture"), "CLIP cosine of every frame and the picture"),
+    "clip_text": Metric("", "higher", ("clip", "prompt"), "CLIP cosine of every frame and the prompt"),
+    "motion": Metric("% of width", "", ("opencv",), "length of the optical flow, per frame"),
+    "frame_change": Metric("levels", "", (), "absolute difference of neighbouring frames"),
+    "sharpness": Metric("levels²", "", (), "variance of the Laplacian"),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is asked for; empty text and tuples: not given."""
+
+    videos: str
+    against: str = ""
+    reference: str = ""
+    metrics: tuple[str, ...] = ()  # none named: all whose needs are met
+    frames: int = 0  # the first so many of every clip; 0: all
+    fit: Literal["refuse", "crop"] = (
+        "refuse"  # true clips of another size: refused, or cropped as pictures are
+    )
+    clip_weights: str = ""
+    clip_model: str = ""
+    clip_checkpoint: str = ""
+    lpips_network: str = ""
+    fvd_network: str = ""
+    device: str = "auto"
+
+    def __post_init__(self):
+        if wrong := [name for name in self.metrics if name not in METRICS]:
+            raise ValueError(f"there is no metric {wrong[0]}; known are {', '.join(METRICS)}")
+        if self.frames < 0:
+            raise ValueError(f"frames is {self.frames}; give a number of frames, 0 for all")
+        if self.fit not in ("refuse", "crop"):
+            raise ValueError(f"fit is {self.fit}; give refuse or crop")
+        if bool(self.clip_model) != bool(self.clip_checkpoint):
+            raise ValueError("clip_model= and clip_checkpoint= belong together; give both, or clip_weights=")
+        if self.clip_weights and self.clip_model:
+            raise ValueError("clip_weights= and clip_model= both name a CLIP; give one of them")
+
+
+class Model(NamedTuple):
+    """The clips of one model and what is asked of them."""
+
+    place: str
+    clips: tuple[Clip, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    plan: Plan
+    models: tuple[Model, ...]  # one, or two whose clips have the same names in the same order
+    names: tuple[str, ...]  # of METRICS
+    left_out: dict[str, str]  # metrics that nobody asked for by name -> what they lack
+    unpaired: tuple[str, ...] = ()  # clips that only one of two models has
+
+
+@dataclass
+class Judges:
+    """The networks that the asked scores need."""
+
+    clip: networks.ClipJudge | None = None
+    lpips: networks.Lpips | None = None
+    fvd: networks.FvdFeatures | None = None
+
+
+@dataclass
+class Found:
+    """The numbers of one model."""
+
+    place: str
+    clips: list[Clip] = field(default_factory=list)
+    rows: list[dict[str, float | None]] = field(default_factory=list)  # one per clip
+    means: dict[str, Mean] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)  # clip -> why it could not be read
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before the work
+
+
+def prepare(plan: Plan) -> Job:
+    """Everything that can be said before a clip is read: what is there, what is lacking."""
+    places = [plan.videos, *([plan.against] if plan.against else [])]
+    found = [files.find(name, place) for name, place in zip(("videos", "against"), places, strict=False)]
+    found, unpaired = pair(found, places)
+    if plan.reference:
+        true = files.find("reference", plan.reference)
+        found = [files.match(clips, true) for clips in found]
+    for setting in ("lpips_network", "fvd_network"):
+        if getattr(plan, setting):
+            networks.check(setting, getattr(plan, setting))
+    lacking = {need: why for need, why in lacks(plan, [c for clips in found for c in clips])}
+    names, left_out = [], {}
+    for name, metric in METRICS.items():
+        missing = [need for need in metric.needs if need in lacking]
+        if plan.metrics and name not in plan.metrics:
+            continue
+        if not missing:
+            names.append(name)
+        elif plan.metrics:
+            raise ValueError(f"{name} needs {lacking[missing[0]]}")
+        else:
+            left_out[name] = lacking[missing[0]]
+    idle(plan, names)
+    if any("picture" in METRICS[name].needs for name in names):
+        for file in dict.fromkeys(clip.image for clips in found for clip in clips):
+            images.open_picture(file)
+    models = tuple(Model(place, tuple(clips)) for place, clips in zip(places, found, strict=True))
+    return Job(plan, models, tuple(names), left_out, unpaired)
+
+
+def lacks(plan: Plan, clips: Sequence[Clip]) -> Iterable[tuple[str, str]]:
+    """Needs that are not met -> what to do."""
+    for need, which in (("picture", "image"), ("prompt", "prompt"), ("reference", "reference")):
+        without = [str(clip.file) for clip in clips if not getattr(clip, which)]
+        if without:
+            where = (
+                ""
+                if len(without) == len(clips)
+                else f" ({len(without)} of {len(clips)} lack it: {without[0]})"
+            )
+            yield need, NEEDS[need] + where
+    if importlib.util.find_spec("cv2") is None:
+        yield "opencv", NEEDS["opencv"]
+    if not (plan.clip_weights or plan.clip_model):
+        yield "clip", NEEDS["clip"]
+    for need in ("lpips", "fvd"):
+        if not getattr(plan, f"{need}_network"):
+            yield need, NEEDS[need]
+
+
+def idle(plan: Plan, names: Sequence[str]) -> None:
+    """ValueError for something that was given and that no asked score reads."""
+    given = {
+        "reference": plan.reference,
+        "clip": plan.clip_weights or plan.clip_model,
+        "lpips": plan.lpips_network,
+        "fvd": plan.fvd_network,
+    }
+    needed = {need for name in names for need in METRICS[name].needs}
+    for need, value in given.items():
+        if value and need not in needed:
+            some = [name for name, metric in METRICS.items() if need in metric.needs]
+            raise ValueError(f"{value} is read by none of the scores asked for; ask for {' or '.join(some)}")
+
+
+def pair(found: list[list[Clip]], places: Sequence[str]) -> tuple[list[list[Clip]], tuple[str, ...]]:
+    """Two models' clips -> those of the same names, in one order; names of the others."""
+    if len(found) == 1:
+        return found, ()
+    first, second = ({clip.name: clip for clip in clips} for clips in found)
+    both = [name for name in first if name in second]
+    if not both:
+        raise ValueError(
+            f"no clip of {places[0]} has a partner of its name in {places[1]} ({next(iter(first))}, ... against "
+            f"{next(iter(second))}, ...); name them alike, or give lists"
+        )
+    alone = tuple(name for name in (*first, *second) if (name in first) != (name in second))
+    for name in both:
+        one, other = first[name], second[name]
+        told = [(c.prompt, Path(c.image).name) for c in (one, other)]
+        if all(c.prompt is not None and c.image for c in (one, other)) and told[0] != told[1]:
+            raise ValueError(
+                f"{one.file} and {other.file} have one name but were made from {told[0][1]}, {told[0][0]!r} and "
+                f"{told[1][1]}, {told[1][0]!r}; only clips of the same picture and prompt can be paired"
+            )
+    return [[first[name] for name in both], [second[name] for name in both]], alone
+
+
+def load_judges(job: Job) -> Judges:
+    needed = {need for name in job.names for need in METRICS[name].needs}
+    plan, judges = job.plan, Judges()
+    device = runtime.device(Runtime(device=plan.device))
+    if "clip" in needed:
+        judges.clip = (
+            networks.clip_from_weights(plan.clip_weights, device)
+            if plan.clip_weights
+            else networks.clip_from_checkpoint(plan.clip_model, plan.clip_checkpoint, device)
+        )
+    if "lpips" in needed:
+        judges.lpips = networks.Lpips(networks.load("lpips_network", plan.lpips_network, device), device)
+    if "fvd" in needed:
+        judges.fvd = networks.FvdFeatures(networks.load("fvd_network", plan.fvd_network, device), device)
+    return judges
+
+
+# ---------------------------------------------------------------------------------------------------
+# The work
+
+
+def run(job: Job, on_clip: Callable[[], None] = lambda: None) -> list[Found]:
+    """The scores of every model. A clip that cannot be read is skipped, by name, for all models."""
+    judges = load_judges(job)
+    found = [Found(model.place) for model in job.models]
+    features: list[list[np.ndarray]] = [[] for _ in job.models]
+    true_features: list[np.ndarray] = []
+    for same in zip(*(model.clips for model in job.models), strict=True):
+        try:
+            read = [files.frames(clip, job.plan.frames) for clip in same]
+        except ValueError as error:
+            for one, clip in zip(found, same, strict=True):
+                one.skipped[clip.name] = str(error)
+                on_clip()
+            continue
+        truth = None
+        for number, (one, clip, frames) in enumerate(zip(found, same, read, strict=True)):
+            truth = true_frames(clip, frames, job) if needs_truth(job) else None
+            one.clips.append(clip)
+            one.rows.append(score(clip, frames, truth, job.names, judges))
+            if judges.fvd is not None:
+                features[number].append(judges.fvd(frames))
+            on_clip()
+        if judges.fvd is not None:
+            true_features.append(judges.fvd(truth))
+    if not found[0].rows:
+        name, why = next(iter(found[0].skipped.items()))
+        raise ValueError(f"none of the {len(found[0].skipped)} clips can be read; {name}: {why}")
+    for one, own in zip(found, features, strict=True):
+        for name in job.names:
+            if name in SETS:
+                one.means[name] = set_distance(own, true_features)
+            else:
+                one.means[name] = stats.mean([row[name] for row in one.rows])
+    return found
+
+
+def needs_truth(job: Job) -> bool:
+    return any("reference" in METRICS[name].needs for name in job.names)
+
+
+def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
+    """The true clip, of as many frames and of the size of the generated one. ValueError if it is not."""
+    truth = video.load(clip.reference)[0]
+    truth = truth[: job.plan.frames] if job.plan.frames else truth
+    count, height, width, _ = frames.shape
+    if len(truth) != count:
+        raise ValueError(
+            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give as many, "
+            f"or frames={min(count, len(truth))} to compare the first ones"
+        )
+    if truth.shape != frames.shape and job.plan.fit == "refuse":
+        raise ValueError(
+            f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "
+            f"{truth.shape[2]} x {truth.shape[1]}; fit=crop prepares true clips as pictures are prepared"
+        )
+    return files.cropped(truth, width, height)
+
+
+def score(
+    clip: Clip, frames: np.ndarray, truth: np.ndarray | None, names: Sequence[str], judges: Judges
+) -> dict[str, float | None]:
+    """uint8 [f h w 3] -> the asked scores of one clip, by name. ValueError names the clip."""
+    wanted, picture = set(names), None
+    try:
+        row = alone(frames, wanted)
+        if any("picture" in METRICS[name].needs for name in names):
+            picture = files.picture(clip, frames.shape[2], frames.shape[1])
+            row |= against_picture(frames, picture, wanted, judges)
+        if truth is not None:
+            row |= against_truth(frames, truth, wanted, judges)
+        if judges.clip is not None:
+            row |= by_clip(clip, frames, picture, wanted, judges.clip)
+    except ValueError as error:
+        raise ValueError(f"{clip.file}: {error}") from error
+    return {name: row[name] for name in names if name not in SETS}
+
+
+def against_picture(frames: np.ndarray, picture: np.ndarray, wanted: set[str], judges: Judges) -> dict:
+    row = {}
+    if "first_frame_psnr" in wanted:
+        row["first_frame_psnr"] = metrics.psnr(frames[0], picture)
+    if "first_frame_ssim" in wanted:
+        row["first_frame_ssim"] = metrics.ssim(frames[0], picture)
+    if "first_frame_lpips" in wanted:
+        row["first_frame_lpips"] = judges.lpips(frames[:1], picture[None])
+    return row
+
+
+def against_truth(frames: np.ndarray, truth: np.ndarray, wanted: set[str], judges: Judges) -> dict:
+    row = {}
+    if "reference_psnr" in wanted:
+        row["reference_psnr"] = metrics.psnr(frames, truth)
+    if "reference_ssim" in wanted:
+        row["reference_ssim"] = metrics.ssim(frames, truth)
+    if "reference_lpips" in wanted:
+        row["reference_lpips"] = judges.lpips(frames, truth)
+    return row
+
+
+def alone(frames: np.ndarray, wanted: set[str]) -> dict:
+    row = {}
+    for name in ("flicker", "frame_change", "sharpness"):
+        if name in wanted:
+            row[name] = getattr(metrics, name)(frames)
+    if wanted & {"motion", "warp_error"}:
+        row |= flow.measure(frames)._asdict()
+    return row
+
+
+def by_clip(
+    clip: Clip,
+    frames: np.ndarray,
+    picture: np.ndarray | None,
+    wanted: set[str],
+    judge: networks.ClipJudge,
+) -> dict:
+    """Cosines, -1 to 1: frame consistency (Esser et al. 2023), and CLIPSIM (Wu et al. 2021) for the text."""
+    row, seen = {}, judge.pictures(list(frames))
+    if "clip_consistency" in wanted:
+        metrics.need_frames(frames, 2, "clip_consistency")
+        row["clip_consistency"] = float((seen[1:] * seen[:-1]).sum(-1).mean())
+    if "clip_image" in wanted:
+        row["clip_image"] = float((seen @ judge.pictures([picture]).T).mean())
+    if "clip_text" in wanted:
+        row["clip_text"] = float((seen @ judge.text(clip.prompt)).mean())
+    return row
+
+
+def set_distance(own: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Mean:
+    """One number for all clips: it has no interval over them."""
+    if len(own) <= len(own[0]):
+        warnings.warn(
+            f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes out "
+            "too high, and only values of as many clips can be compared",
+            stacklevel=2,
+        )
+    return Mean(stats.frechet(np.stack(own), np.stack(true)), None, None, len(own))
+
+
+def differences(one: Found, other: Found, names: Sequence[str]) -> dict[str, Mean]:
+    """Paired differences one - other, of scores that every clip has."""
+    return {
+        name: stats.paired([row[name] for row in one.rows], [row[name] for row in other.rows])
+        for name in names
+        if name not in SETS
+    }

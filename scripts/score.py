@@ -1,0 +1,97 @@
+"""Score videos of your own, by any model: how true to the picture, how steady, how much they move.
+
+python scripts/score.py videos=FOLDER [against=FOLDER] [reference=FOLDER] [metrics=NAME,NAME] [json=OUT.json]
+
+python scripts/score.py videos=outputs/mine
+python scripts/score.py videos=outputs/mine against=outputs/theirs metrics=flicker,motion
+python scripts/score.py videos=clips.jsonl reference=true clip_weights=weights/xl json=outputs/scores.json
+
+videos=         a folder of videos, one video, or a list (.jsonl, .csv) of file, image, prompt; beside clips
+                of generate.py stands what they were made from, so a folder is enough
+against=        another model's, paired by name: differences with intervals
+reference=      true videos by the same names; fit=crop prepares those of another size as pictures are
+metrics=        names, see --list; without it all whose needs are met
+frames=         the first so many frames of every clip
+clip_weights=   a native weights folder: its CLIP judges. Or open_clip's: clip_model=NAME clip_checkpoint=FILE
+lpips_network=, fvd_network=   FILE.py:NAME, MODULE:NAME or a TorchScript file: programs, so your own or
+                trusted ones only, see docs/evaluation.md
+device=         auto, cpu, cuda
+json=           everything, per clip and in all
+--list          every metric with its definition, and stop
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from i2vgen import cli
+from i2vgen.scoring import report, scores
+from i2vgen.scoring.scores import Plan
+from i2vgen.training import evaluation_page
+
+FLAGS = ("--list", "--help")
+KNOWN = tuple(f.name for f in dataclasses.fields(Plan))
+
+
+def main() -> int:
+    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags or not sys.argv[1:]:
+        print(__doc__)
+        return 0
+    if "--list" in flags:
+        print(report.listing())
+        return 0
+    if file is not None:
+        raise ValueError(f"{file} is no setting; write videos={file}")
+    given = take(words)
+    json_path = evaluation_page.check_file("json", Path(given.pop("json"))) if "json" in given else None
+    if "videos" not in given:
+        raise ValueError("no videos given; write videos=FOLDER")
+    job = scores.prepare(Plan(**given))
+
+    with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
+        found = scores.run(job, on_clip=bar.update)
+    print(describe(found))
+    print(evaluation_page.as_text(report.table(found, job.names)))
+    for line in report.notes(job, found):
+        print(line)
+    if json_path is not None:
+        report.write_json(job, found, json_path)
+        print(f"scores in {json_path}")
+    return 0
+
+
+def take(words: list[str]) -> dict:
+    """name=value words -> the fields of a Plan, and json"""
+    given = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if name not in (*KNOWN, "json"):
+            known = ", ".join(f"{n}=" for n in (*KNOWN, "json"))
+            raise ValueError(f"there is no setting {name}; known are {known}")
+        if name in given:
+            raise ValueError(f"{name}= is given twice; once is enough")
+        if not value:
+            raise ValueError(f"{word} is empty; give a value or leave it out")
+        if name == "frames":
+            if not value.isdigit():
+                raise ValueError(f"{word}: frames is a whole number")
+            value = int(value)
+        elif name == "metrics":
+            value = tuple(value.split(","))
+        given[name] = value
+    return given
+
+
+def describe(found: list[scores.Found]) -> str:
+    if len(found) == 1:
+        return f"{found[0].place}: {len(found[0].rows)} clips"
+    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips of the same names"
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
