@@ -1,23 +1,26 @@
 """Score videos of your own, by any model: how true to the picture, how steady, how much they move.
 
-python scripts/score.py videos=FOLDER [against=FOLDER] [reference=FOLDER] [metrics=NAME,NAME] [json=OUT.json]
+    python scripts/score.py videos=FOLDER [against=FOLDER] [reference=FOLDER] [metrics=NAME,NAME]
+    [json=OUT.json] [setting=value ...]
 
-python scripts/score.py videos=outputs/mine
-python scripts/score.py videos=outputs/mine against=outputs/theirs metrics=flicker,motion
-python scripts/score.py videos=clips.jsonl reference=true clip_weights=weights/xl json=outputs/scores.json
+    python scripts/score.py videos=outputs/mine
+    python scripts/score.py videos=outputs/mine against=outputs/theirs metrics=flicker,motion
+    python scripts/score.py videos=clips.jsonl reference=true clip_weights=weights/xl json=outputs/scores.json
 
-videos=         a folder of videos, one video, or a list (.jsonl, .csv) of file, image, prompt; beside clips
-                of generate.py stands what they were made from, so a folder is enough
-against=        another model's, paired by name: differences with intervals
-reference=      true videos by the same names; fit=crop prepares those of another size as pictures are
-metrics=        names, see --list; without it all whose needs are met
-frames=         the first so many frames of every clip
-clip_weights=   a native weights folder: its CLIP judges. Or open_clip's: clip_model=NAME clip_checkpoint=FILE
-lpips_network=, fvd_network=   FILE.py:NAME, MODULE:NAME or a TorchScript file: programs, so your own or
-                trusted ones only, see docs/evaluation.md
-device=         auto, cpu, cuda
-json=           everything, per clip and in all
---list          every metric with its definition, and stop
+    videos=         a folder of videos, one video, or a list (.jsonl, .csv) of file, image, prompt; clips of
+                    generate.py have beside them what they were made from, so their folder is enough
+    against=        another model's, paired by name: differences with intervals
+    reference=      true videos by the same names; fit=crop prepares those of another size as pictures are
+    metrics=        names, see --list; without it all whose needs are met
+    frames=         the first so many frames of every clip
+    clip_weights=   a native weights folder, whose CLIP judges
+    clip_model=, clip_checkpoint=   another judge: an open_clip model's name and the file of its weights
+    lpips_network=, fvd_network=    FILE.py:NAME, MODULE:NAME or a TorchScript file
+    device=         auto, cpu, cuda
+    json=           everything, per clip and in all
+    --list          every metric with its definition, and stop
+
+A network for LPIPS or FVD is a program: name your own or one you trust. docs/evaluation.md tells more.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ that generation writes beside it, or in a list, one line per clip:
     {"file": "a.mp4", "image": "a.png", "prompt": "a boat sails", "reference": "true/a.mp4"}     .jsonl
     file,image,prompt                                                                            .csv
 
-Only `file` must be there (`output`, as lists for generate.py have it, will do). Paths are those of the working
-folder, or of the list's own folder. `name`, by which the clips of two models are paired, is the file's without
-folder and ending, unless given.
+Only `file` must be there (`output`, as lists for generate.py have it, will do). Paths are those of the
+working folder, or of the list's own folder. `name`, by which the clips of two models are paired, is the
+file's without folder and ending, unless given.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def find(setting: str, path: str) -> list[Clip]:
         clips = [with_record(Clip(bare(Path(place.name), place), place))]
     elif place.exists():
         raise ValueError(
-            f"{setting}={path} is neither a video ({', '.join(VIDEOS)}, a folder of frame_0000.png, ...) nor a "
-            "folder of videos nor a list (.jsonl, .csv)"
+            f"{setting}={path} is neither a video ({', '.join(VIDEOS)}, a folder of frame_0000.png, ...), "
+            "nor a folder of videos, nor a list (.jsonl, .csv)"
         )
     else:
         raise ValueError(f"{setting}={path} does not exist; give a folder of videos, a video, or a list")
@@ -110,6 +110,8 @@ def read_list(setting: str, path: Path) -> Iterator[Clip]:
         if wrong := [n for n in FIELDS if not isinstance(row.get(n, ""), str)]:
             raise ValueError(f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}, expected text")
         file = near(path, row["file"])
+        if file.exists() and not is_video(file):
+            raise ValueError(f"{path}, line {number}: {file} is no video; known are {', '.join(VIDEOS)}")
         clip = with_record(Clip(row.get("name") or bare(Path(file.name), file), file))
         image = str(near(path, row["image"])) if row.get("image") else clip.image
         reference = str(near(path, row["reference"])) if row.get("reference") else ""
@@ -190,7 +192,7 @@ def match(clips: Sequence[Clip], true: Sequence[Clip]) -> list[Clip]:
     found = [replace(c, reference=c.reference or by_name.get(c.name, "")) for c in clips]
     if lacking := [clip.name for clip in found if not clip.reference]:
         raise ValueError(
-            f"{len(lacking)} of {len(clips)} clips have no true video of their name in reference=, the first is "
-            f"{lacking[0]}; give one each, or a list with the field reference"
+            f"{len(lacking)} of {len(clips)} clips have no true video of their name in reference=, the first "
+            f"is {lacking[0]}; give one each, or a list with the field reference"
         )
     return found

@@ -6,6 +6,7 @@ Axes: f frames, h w pixels; a flow is [h w 2], columns then rows, in pixels.
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import numpy as np
@@ -39,7 +40,7 @@ def measure(clip: np.ndarray) -> Moved:
         )
     flow = searcher()
     lengths, errors = [], []
-    for before, after in zip(clip[:-1], clip[1:], strict=True):
+    for before, after in itertools.pairwise(clip):
         there, back = flow(before, after), flow(after, before)
         lengths.append(np.linalg.norm(there, axis=-1).mean() / width * 100)
         pulled, seen = pull(after, there), in_sight(there, back)

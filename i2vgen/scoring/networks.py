@@ -4,7 +4,7 @@ None comes with the package and none is fetched. CLIP is weights alone, read as 
 nothing in the file runs. LPIPS and FVD are programs, and a program is trusted or not, so each is loaded only
 where the user names it:
 
-    FILE.py:NAME     a function or class of the user's own file; called without arguments, it gives the network
+    FILE.py:NAME     a function or class in a file; called without arguments, it gives the network
     MODULE:NAME      the same from an installed package, for example lpips:LPIPS
     FILE             a TorchScript file (torch.jit.save). It runs no Python, but what it holds is a program of
                      torch operations, which can read and write files: load only what you trust
@@ -209,8 +209,8 @@ class Lpips:
 class FvdFeatures:
     """The vector of a clip: float32 [1 3 f 224 224] in [-1, 1] -> [1 d] by the user's network.
 
-    The shorter side is resized to 224 and the centre cut out. StyleGAN-V's TorchScript I3D is told not to
-    rescale or resize again, and to give features.
+    Scaled to cover 224 x 224, by box filter, and cut to the centre. StyleGAN-V's TorchScript I3D is told
+    not to rescale or resize again, and to give features.
     """
 
     def __init__(self, network: Network, device: torch.device):

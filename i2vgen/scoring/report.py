@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import i2vgen
-from i2vgen.scoring.scores import METRICS, SETS, Found, Job, differences
+from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
 from i2vgen.training.evaluation_page import NONE, Table, write_whole
 
@@ -92,9 +92,7 @@ def to_dict(job: Job, found: Sequence[Found]) -> dict:
     plan = {k: v for k, v in dataclasses.asdict(job.plan).items() if v not in ("", (), 0)}
     out = {
         "settings": plan,
-        "definitions": {
-            n: {k: getattr(METRICS[n], k) for k in ("says", "unit", "better")} for n in job.names
-        },
+        "definitions": {name: definition(METRICS[name]) for name in job.names},
         **one_dict(found[0]),
     }
     if len(found) == 2:
@@ -108,6 +106,10 @@ def to_dict(job: Job, found: Sequence[Found]) -> dict:
         "python": platform.python_version(),
     }
     return out
+
+
+def definition(metric: Metric) -> dict:
+    return {"says": metric.says, "unit": metric.unit, "better": metric.better}
 
 
 def one_dict(one: Found) -> dict:

@@ -145,7 +145,7 @@ def prepare(plan: Plan) -> Job:
     for setting in ("lpips_network", "fvd_network"):
         if getattr(plan, setting):
             networks.check(setting, getattr(plan, setting))
-    lacking = {need: why for need, why in lacks(plan, [c for clips in found for c in clips])}
+    lacking = dict(lacks(plan, [clip for clips in found for clip in clips]))
     names, left_out = [], {}
     for name, metric in METRICS.items():
         missing = [need for need in metric.needs if need in lacking]
@@ -170,12 +170,8 @@ def lacks(plan: Plan, clips: Sequence[Clip]) -> Iterable[tuple[str, str]]:
     for need, which in (("picture", "image"), ("prompt", "prompt"), ("reference", "reference")):
         without = [str(clip.file) for clip in clips if not getattr(clip, which)]
         if without:
-            where = (
-                ""
-                if len(without) == len(clips)
-                else f" ({len(without)} of {len(clips)} lack it: {without[0]})"
-            )
-            yield need, NEEDS[need] + where
+            some = f" ({len(without)} of {len(clips)} lack it, the first is {without[0]})"
+            yield need, NEEDS[need] + (some if len(without) < len(clips) else "")
     if importlib.util.find_spec("cv2") is None:
         yield "opencv", NEEDS["opencv"]
     if not (plan.clip_weights or plan.clip_model):
@@ -208,8 +204,8 @@ def pair(found: list[list[Clip]], places: Sequence[str]) -> tuple[list[list[Clip
     both = [name for name in first if name in second]
     if not both:
         raise ValueError(
-            f"no clip of {places[0]} has a partner of its name in {places[1]} ({next(iter(first))}, ... against "
-            f"{next(iter(second))}, ...); name them alike, or give lists"
+            f"no clip of {places[0]} has a partner of its name in {places[1]} ({next(iter(first))}, ... "
+            f"against {next(iter(second))}, ...); name them alike, or give lists with the field name"
         )
     alone = tuple(name for name in (*first, *second) if (name in first) != (name in second))
     for name in both:
@@ -217,8 +213,8 @@ def pair(found: list[list[Clip]], places: Sequence[str]) -> tuple[list[list[Clip
         told = [(c.prompt, Path(c.image).name) for c in (one, other)]
         if all(c.prompt is not None and c.image for c in (one, other)) and told[0] != told[1]:
             raise ValueError(
-                f"{one.file} and {other.file} have one name but were made from {told[0][1]}, {told[0][0]!r} and "
-                f"{told[1][1]}, {told[1][0]!r}; only clips of the same picture and prompt can be paired"
+                f"{one.file} and {other.file} have one name but were made from {told[0][1]}, {told[0][0]!r} "
+                f"and {told[1][1]}, {told[1][0]!r}; clips of the same picture and prompt can be paired"
             )
     return [[first[name] for name in both], [second[name] for name in both]], alone
 
@@ -291,8 +287,8 @@ def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
     count, height, width, _ = frames.shape
     if len(truth) != count:
         raise ValueError(
-            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give as many, "
-            f"or frames={min(count, len(truth))} to compare the first ones"
+            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give as "
+            f"many, or frames={min(count, len(truth))} to compare the first ones"
         )
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
@@ -376,8 +372,8 @@ def set_distance(own: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Mean:
     """One number for all clips: it has no interval over them."""
     if len(own) <= len(own[0]):
         warnings.warn(
-            f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes out "
-            "too high, and only values of as many clips can be compared",
+            f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes "
+            "out too high, and only values of as many clips can be compared",
             stacklevel=2,
         )
     return Mean(stats.frechet(np.stack(own), np.stack(true)), None, None, len(own))

@@ -28,7 +28,7 @@ class Mean(NamedTuple):
 
 
 def mean(values: Sequence[float | None]) -> Mean:
-    """Values, None where a clip has none -> mean +- t standard errors (Student 1908), n - 1 degrees of freedom.
+    """Values, None where a clip has none -> mean +- t standard errors (Student 1908).
 
     The clips count as independent draws; several of one picture are less than that.
     """
@@ -69,8 +69,8 @@ def frechet(one: np.ndarray, other: np.ndarray) -> float:
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
     if one.ndim != 2 or other.ndim != 2 or one.shape[1] != other.shape[1] or min(len(one), len(other)) < 2:
         raise ValueError(
-            f"features of shapes {one.shape} and {other.shape}; a Fréchet distance needs [n d] and [m d] with "
-            "at least 2 clips each"
+            f"features of shapes {one.shape} and {other.shape}; a Fréchet distance needs [n d] and [m d] "
+            "with at least 2 clips each"
         )
     far = np.square(one.mean(axis=0) - other.mean(axis=0)).sum()
     first, second = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (one, other))
