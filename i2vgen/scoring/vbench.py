@@ -1,0 +1,186 @@
+"""Samples for VBench-I2V (Huang et al. 2025, "VBench++"): its pictures and prompts in, its file names out.
+
+The benchmark describes itself in a JSON list, one entry per prompt (`prompt_en`, `image_name`, `dimension`),
+and ships every picture cropped to four shapes (crop/1-1, 8-5, 7-4, 16-9). It wants five samples per prompt in
+one folder, as `{prompt}-{index}.mp4`, and takes the ending of whatever file that folder lists first: nothing
+else may lie there. So clips are made, with their records, in one folder and linked under their long names
+into another:
+
+    OUTPUT/clips/000012-3.mp4, .json    made and resumed here; what each was made from stands beside it
+    OUTPUT/videos/{prompt}-3.mp4        what the benchmark reads
+    OUTPUT/videos.jsonl                 file, image, prompt, seed of each, for score.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from i2vgen.config import MAX_SEED, Config
+from i2vgen.jobs import Job
+from i2vgen.training.evaluation_page import write_whole
+
+SAMPLES = 5  # per prompt, what the benchmark looks for
+RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, as its folders are called
+CAMERA = re.compile(r", camera [a-z ]+$")  # how a prompt of camera_motion ends
+LONGEST_NAME = 255  # bytes, of a file name
+
+
+class Entry(NamedTuple):
+    prompt: str
+    image_name: str
+    dimensions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip to make, and what the benchmark calls it."""
+
+    job: Job
+    name: str
+
+
+def read_info(path: str, dimensions: Sequence[str] = ()) -> list[tuple[int, Entry]]:
+    """The benchmark's list -> (place in it, entry), those of the dimensions asked for; none named: all.
+
+    Early versions of the list give no picture to prompts with a camera move: theirs is that of the prompt
+    without it.
+    """
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        rows = [(row["prompt_en"], row.get("image_name", ""), tuple(row["dimension"])) for row in raw]
+        if not all(isinstance(text, str) for row in rows for text in (*row[:2], *row[2])):
+            raise TypeError("a text was expected")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"info={path} is no list of VBench-I2V ({error!r}); give its vbench2_i2v_full_info.json"
+        ) from error
+    pictures = {prompt: image for prompt, image, _ in rows if image}
+    found: dict[str, tuple[int, Entry]] = {}
+    for place, (prompt, image, dims) in enumerate(rows):
+        image = image or pictures.get(CAMERA.sub("", prompt), "")
+        if not image:
+            raise ValueError(f"info={path}: {prompt!r} names no picture, and no prompt without a camera does")
+        if prompt in found and found[prompt][1].image_name != image:
+            raise ValueError(
+                f"info={path}: {prompt!r} stands there with {found[prompt][1].image_name} and with {image}; "
+                "samples are named by the prompt, so it can have one picture only"
+            )
+        before = found[prompt][1].dimensions if prompt in found else ()
+        place = found[prompt][0] if prompt in found else place
+        found[prompt] = place, Entry(prompt, image, tuple(dict.fromkeys((*before, *dims))))
+    known = tuple(dict.fromkeys(dim for _, entry in found.values() for dim in entry.dimensions))
+    if wrong := [dim for dim in dimensions if dim not in known]:
+        raise ValueError(f"info={path} has no dimension {wrong[0]}; it has {', '.join(known) or 'none'}")
+    wanted = set(dimensions or known)
+    chosen = [(place, entry) for place, entry in found.values() if wanted & set(entry.dimensions)]
+    if not chosen:
+        raise ValueError(f"info={path} holds no prompts")
+    return chosen
+
+
+def crops(folder: str, width: int, height: int, ratio: str = "") -> tuple[Path, str]:
+    """The benchmark's picture folder -> that of the shape nearest to the clips', and the shape's name.
+
+    A folder without such subfolders is taken as it is, its shape then said by `ratio`.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise ValueError(f"images={folder} is no folder; give the benchmark's crop folder")
+    there = [name for name in RATIOS if (place / name).is_dir()]
+    if ratio and ratio not in RATIOS:
+        raise ValueError(f"ratio={ratio} is none of the benchmark's; give {', '.join(RATIOS)}")
+    nearest = ratio or min(RATIOS, key=lambda name: abs(math.log(width / height / shape(name))))
+    if not there:
+        return place, nearest
+    if nearest not in there:
+        raise ValueError(
+            f"images={folder} has no {nearest}, the shape for {width} x {height} pixels; it has "
+            f"{', '.join(there)}: fetch it, or give one of these as ratio="
+        )
+    return place / nearest, nearest
+
+
+def shape(ratio: str) -> float:
+    """ "16-9" -> 16 / 9"""
+    width, height = ratio.split("-")
+    return int(width) / int(height)
+
+
+def plan(
+    entries: Sequence[tuple[int, Entry]], pictures: Path, output: Path, config: Config, samples: int = SAMPLES
+) -> list[Sample]:
+    """What is to be made. Every clip has its own seed: `sample.seed` + samples x place in the list + index."""
+    base = config.sample.seed[0]
+    if len(config.sample.seed) > 1:
+        raise ValueError(f"seed is {list(config.sample.seed)}; give one, from which every clip's is counted")
+    made = []
+    for place, entry in entries:
+        for index in range(samples):
+            name = file_name(entry.prompt, index)
+            seed = base + samples * place + index
+            if seed > MAX_SEED:
+                raise ValueError(
+                    f"seed {base} counts up to {seed}; the largest is {MAX_SEED}, give a smaller"
+                )
+            clip = output / "clips" / f"{place:06}-{index}.mp4"
+            made.append(Sample(Job(str(pictures / entry.image_name), entry.prompt, seed, clip), name))
+    if lacking := [s.job.image for s in made if not Path(s.job.image).is_file()]:
+        lacking = list(dict.fromkeys(lacking))
+        raise ValueError(f"{len(lacking)} of the pictures are not there, the first is {lacking[0]}")
+    return made
+
+
+def file_name(prompt: str, index: int) -> str:
+    """ValueError where the benchmark's own rule gives no file name."""
+    name = f"{prompt}-{index}.mp4"
+    if "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"the prompt {prompt!r} cannot be a file's name: it holds a slash or is longer than "
+            f"{LONGEST_NAME} bytes; the benchmark finds samples by their prompts only"
+        )
+    return name
+
+
+def lay_out(samples: Sequence[Sample], output: Path) -> Path:
+    """Links every clip that is there under the benchmark's name; ValueError if a stranger lies among them."""
+    folder = output / "videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    for sample in samples:
+        if sample.job.output.exists():
+            place(sample.job.output, folder / sample.name)
+    lines = [
+        {"file": str(folder / s.name), "image": s.job.image, "prompt": s.job.prompt, "seed": s.job.seed}
+        for s in samples
+        if (folder / s.name).exists()
+    ]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(output / "videos.jsonl", text)
+    return folder
+
+
+def place(clip: Path, name: Path) -> None:
+    """`name` becomes the same file as `clip`, or a copy where the disk knows no links."""
+    if name.exists() and os.path.samefile(clip, name):
+        return
+    temporary = name.with_name(f".writing-{os.getpid()}")
+    try:
+        try:
+            os.link(clip, temporary)
+        except OSError:
+            shutil.copyfile(clip, temporary)
+        temporary.replace(name)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def strangers(folder: Path) -> list[str]:
+    """Files of the benchmark's folder that are no videos: it would take their ending for that of all."""
+    return sorted(p.name for p in folder.iterdir() if p.suffix != ".mp4") if folder.is_dir() else []

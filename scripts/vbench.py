@@ -1,0 +1,114 @@
+"""Make the samples that the public benchmark VBench-I2V scores, under the names by which it finds them.
+
+    python scripts/vbench.py [config.yaml] info=vbench2_i2v_full_info.json images=CROP_FOLDER output=FOLDER
+    [dimensions=NAME,NAME] [samples=5] [ratio=16-9] [share=1/4] [setting=value ...]
+
+    python scripts/vbench.py info=vbench2_i2v_full_info.json images=crop output=outputs/vb weights=weights/xl
+    python scripts/vbench.py ... dimensions=i2v_subject,i2v_background share=2/4
+
+    info=         the benchmark's own list of prompts and pictures
+    images=       its folder `crop`: of 1-1, 8-5, 7-4, 16-9 the shape nearest to the clips' is taken
+    output=       videos/ is for the benchmark, clips/ holds the same files with their records
+    dimensions=   only the prompts of these
+    ratio=        another shape than the nearest
+    samples=      clips per prompt; the benchmark reads 5
+    share=        1/4 to 4/4: every fourth clip, for four machines or devices that write to one folder
+    seed=         the first clip's; every other one counts on from it by its place in the list
+
+A run that was stopped goes on where it was. All settings with their defaults stand in i2vgen/config.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from i2vgen import cli, jobs, pipeline, runtime
+from i2vgen.config import SHIPPED, Config
+from i2vgen.config_layers import load_config
+from i2vgen.scoring import vbench
+
+FLAGS = ("--help",)
+NAMES = ("info", "images", "dimensions", "ratio", "samples", "share")
+
+
+def main() -> int:
+    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
+    if "--help" in flags or not sys.argv[1:]:
+        print(__doc__)
+        return 0
+    own = {
+        word.partition("=")[0]: word.partition("=")[2] for word in words if word.partition("=")[0] in NAMES
+    }
+    rest = [word for word in words if word.partition("=")[0] not in NAMES]
+    config = load_config(file, rest, default_weights=SHIPPED)
+    samples, ratio = plan(own, config)
+    todo = share(own.get("share", "1/1"), samples)
+    jobs.check([sample.job for sample in todo], config)
+    left = [sample for sample in todo if not sample.job.done(config)]
+    print(f"{len(todo)} clips, of which {len(todo) - len(left)} are done")
+    if left:
+        make(config, left)
+    folder = vbench.lay_out(samples, Path(config.output))
+    there = sum((folder / sample.name).exists() for sample in samples)
+    print(f"{there} of {len(samples)} samples in {folder}; the benchmark's call for each dimension:")
+    print(f"python evaluate_i2v.py --videos_path {folder} --ratio {ratio} --dimension NAME")
+    return 0
+
+
+def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]:
+    """All samples of the benchmark, and the shape of its pictures."""
+    for name in ("info", "images"):
+        if not own.get(name):
+            raise ValueError(f"no {name} given; write info=LIST.json images=CROP_FOLDER output=FOLDER")
+    if not config.output:
+        raise ValueError("no output given; write output=FOLDER")
+    for name in ("image", "prompt", "items", "video", "refine_weights"):
+        if getattr(config, name):
+            raise ValueError(f"{name}= has no effect here: pictures and prompts are the benchmark's")
+    samples = own.get("samples", str(vbench.SAMPLES))
+    if not samples.isdigit() or samples == "0":
+        raise ValueError(f"samples={samples} is no number of clips; give 1 or more, the benchmark reads 5")
+    dimensions = tuple(name for name in own.get("dimensions", "").split(",") if name)
+    entries = vbench.read_info(own["info"], dimensions)
+    pictures, ratio = vbench.crops(
+        own["images"], config.sample.width, config.sample.height, own.get("ratio", "")
+    )
+    output = Path(config.output)
+    if odd := vbench.strangers(output / "videos"):
+        raise ValueError(
+            f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark takes the ending of any "
+            "file there for that of all: move it away"
+        )
+    return vbench.plan(entries, pictures, output, config, int(samples)), ratio
+
+
+def share(text: str, samples: list[vbench.Sample]) -> list[vbench.Sample]:
+    """ "2/4": the second of every four."""
+    if not (match := re.fullmatch(r"(\d+)/(\d+)", text)) or not 1 <= int(match[1]) <= int(match[2]):
+        raise ValueError(f"share={text}: write 1/4 for the first of four")
+    return samples[int(match[1]) - 1 :: int(match[2])]
+
+
+def make(config: Config, todo: list[vbench.Sample]) -> None:
+    size = min(config.runtime.batch, len(todo))
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=size))
+    runtime.apply(config.runtime)
+    model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
+    with tqdm(total=len(todo), unit="clip", mininterval=0.5) as bar:
+        for start in range(0, len(todo), size):
+            batch = [sample.job for sample in todo[start : start + size]]
+            clips = model.generate(
+                [job.image for job in batch], [job.prompt for job in batch], [job.seed for job in batch]
+            )
+            for job, clip in zip(batch, clips, strict=True):
+                dataclasses.replace(clip, config=job.settings(clip.config)).save(job.output)
+                bar.update()
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
