@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import warnings
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +36,8 @@ from i2vgen.encoders import ClipEncoders
 Network = Callable[..., Tensor]
 FVD_SIDE = 224  # what every I3D of the literature was trained on
 BATCH = 16  # frames at once
+# What the road asks of its own CLIP (widths of tokens, a block before the last) does not bind a judge.
+JUDGE = ("use.text=false", "use.global_tokens=false", "clip.text_layer=last")
 # The three arguments of the TorchScript I3D that most published FVDs come from (StyleGAN-V's).
 I3D_WORDS = {"rescale": False, "resize": False, "return_features": True}
 
@@ -89,8 +92,7 @@ def clip_from_weights(folder: str, device: torch.device) -> ClipJudge:
 
 def clip_from_checkpoint(model: str, file: str, device: torch.device) -> ClipJudge:
     """An open_clip model by name, or by a JSON file of open_clip's, with the weights of a local file."""
-    # The road's own needs (token widths) do not bind a judge: no text, no global tokens.
-    settings = load_config(None, [f"clip.model={model}", "use.text=false", "use.global_tokens=false"])
+    settings = load_config(None, [f"clip.model={model}", *JUDGE])
     encoders = checkpoint.build("clip", settings)
     state = read_state(file)
     checkpoint.fill(encoders, state, device=device, dtype=torch.float32, source=f"clip_checkpoint={file}")
@@ -161,7 +163,9 @@ def load(setting: str, spec: str, device: torch.device) -> Network:
     place, colon, name = spec.rpartition(":")
     if not colon:
         try:
-            network = torch.jit.load(spec, map_location=device)
+            with warnings.catch_warnings():  # PyTorch has other plans for the format; published I3Ds have not
+                warnings.simplefilter("ignore", FutureWarning)
+                network = torch.jit.load(spec, map_location=device)
         except RuntimeError as error:
             raise ValueError(
                 f"{setting}={spec} is no TorchScript file: {str(error).strip().splitlines()[0]}"

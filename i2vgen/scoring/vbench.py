@@ -7,8 +7,7 @@ else may lie there. So clips are made, with their records, in one folder and lin
 into another:
 
     OUTPUT/clips/000012-3.mp4, .json    made and resumed here; what each was made from stands beside it
-    OUTPUT/videos/{prompt}-3.mp4        what the benchmark reads
-    OUTPUT/videos.jsonl                 file, image, prompt, seed of each, for score.py
+    OUTPUT/videos/{prompt}-3.mp4        the same files, as the benchmark reads them
 """
 
 from __future__ import annotations
@@ -25,7 +24,6 @@ from typing import NamedTuple
 
 from i2vgen.config import MAX_SEED, Config
 from i2vgen.jobs import Job
-from i2vgen.training.evaluation_page import write_whole
 
 SAMPLES = 5  # per prompt, what the benchmark looks for
 RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, as its folders are called
@@ -117,7 +115,7 @@ def shape(ratio: str) -> float:
 def plan(
     entries: Sequence[tuple[int, Entry]], pictures: Path, output: Path, config: Config, samples: int = SAMPLES
 ) -> list[Sample]:
-    """What is to be made. Every clip has its own seed: `sample.seed` + samples x place in the list + index."""
+    """What is to be made. Seeds are all different: `sample.seed` + samples x place in the list + index."""
     base = config.sample.seed[0]
     if len(config.sample.seed) > 1:
         raise ValueError(f"seed is {list(config.sample.seed)}; give one, from which every clip's is counted")
@@ -150,23 +148,16 @@ def file_name(prompt: str, index: int) -> str:
 
 
 def lay_out(samples: Sequence[Sample], output: Path) -> Path:
-    """Links every clip that is there under the benchmark's name; ValueError if a stranger lies among them."""
+    """Links every clip that is there under the benchmark's name -> the folder of the links."""
     folder = output / "videos"
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
         if sample.job.output.exists():
-            place(sample.job.output, folder / sample.name)
-    lines = [
-        {"file": str(folder / s.name), "image": s.job.image, "prompt": s.job.prompt, "seed": s.job.seed}
-        for s in samples
-        if (folder / s.name).exists()
-    ]
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_whole(output / "videos.jsonl", text)
+            link(sample.job.output, folder / sample.name)
     return folder
 
 
-def place(clip: Path, name: Path) -> None:
+def link(clip: Path, name: Path) -> None:
     """`name` becomes the same file as `clip`, or a copy where the disk knows no links."""
     if name.exists() and os.path.samefile(clip, name):
         return

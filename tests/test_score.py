@@ -1,0 +1,485 @@
+"""scripts/score.py, as a user meets it: clips whose scores are known, networks of chance, and how it says no.
+
+LPIPS, FVD and open_clip judges run on tiny random networks here: that shows the road, no published number.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from i2vgen import pipeline, video
+from i2vgen.config import SHIPPED
+from i2vgen.config_layers import load_config
+from i2vgen.scoring import clips, flow, metrics, networks, scores, stats
+
+ROOT = Path(__file__).parents[1]
+NETWORKS = """
+import torch
+
+def distance():
+    return lambda one, other: (one - other).abs().flatten(1).mean(1)
+
+def features():
+    torch.manual_seed(0)
+    pool = torch.nn.AdaptiveAvgPool3d((2, 2, 2))
+    return torch.nn.Sequential(pool, torch.nn.Flatten(), torch.nn.Linear(24, 3))
+
+def wrong():
+    return 7
+"""
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): the script in this process, working in an empty folder -> (status, stdout, stderr)."""
+    spec = importlib.util.spec_from_file_location("score_script", ROOT / "scripts" / "score.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: the script installs its own
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["score.py", *map(str, words)])
+        status = script.cli.run(script.main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def refused(run, *words):
+    status, out, err = run(*words)
+    assert status == 2 and out == "" and err.count("\n") == 1, (out, err)
+    return err
+
+
+def texture(height=32, width=32, seed=0):
+    """uint8 [h w 3] of smooth colours, which optical flow can follow"""
+    rough = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
+    return np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def moving(step=2, frames=4, size=32, seed=0):
+    """uint8 [f size size 3]: a texture that moves `step` pixels to the right per frame"""
+    wide = texture(size, size + step * frames, seed)
+    return np.stack([wide[:, step * (frames - k) :][:, :size] for k in range(frames)])
+
+
+@functools.cache
+def shipped():
+    return load_config(None, (), weights=SHIPPED)
+
+
+def write(folder, name, frames, picture=None, prompt="it moves"):
+    """A clip with the record that generation leaves beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image = folder.parent / f"{name}-picture.png"
+    Image.fromarray(frames[0] if picture is None else picture).save(image)
+    config = dataclasses.replace(shipped(), save=dataclasses.replace(shipped().save, enlarge=1))
+    pipeline.Video(frames, str(image), prompt, 0, config).save(folder / name)
+
+
+def scored(run, *words):
+    status, out, err = run(*words, "json=scores.json")
+    assert status == 0, err
+    return json.loads(Path("scores.json").read_text()), out
+
+
+# --- numbers
+
+
+def test_pictures_agree_with_scikit_image():
+    skimage = pytest.importorskip("skimage.metrics")
+    one = np.stack([texture(24, 40, seed) for seed in range(2)])
+    other = np.clip(one + np.random.default_rng(1).normal(0, 12, one.shape), 0, 255).astype(np.uint8)
+    theirs = [
+        skimage.structural_similarity(
+            a,
+            b,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+            data_range=255,
+            channel_axis=-1,
+        )
+        for a, b in zip(one, other, strict=True)
+    ]
+    assert metrics.ssim(one, other) == pytest.approx(np.mean(theirs), abs=1e-12)
+    assert metrics.psnr(one, other) == pytest.approx(skimage.peak_signal_noise_ratio(one, other), abs=1e-12)
+    assert metrics.ssim(one, one) == 1.0 and metrics.psnr(one, one) == metrics.MAX_PSNR
+    with pytest.raises(ValueError, match="window of 11 x 11"):
+        metrics.ssim(one[:, :8], one[:, :8])
+
+
+def test_flicker_leaves_even_change_alone():
+    even = np.stack([np.full((8, 8, 3), 10 * k, np.uint8) for k in range(5)])
+    blinking = np.stack([np.full((8, 8, 3), 40 * (k % 2), np.uint8) for k in range(5)])
+    assert metrics.flicker(even) == 0 and metrics.frame_change(even) == 10
+    assert metrics.flicker(blinking) == 40 and metrics.frame_change(blinking) == 40
+    assert metrics.sharpness(even) == 0 < metrics.sharpness(texture()[None])
+
+
+def test_frechet_distance_of_gaussians_with_known_moments():
+    """Features laid out so that mean and covariance are exact: the distance is then a closed form."""
+
+    def cloud(mean, covariance):
+        n = len(mean)
+        root = np.linalg.cholesky(np.array(covariance)) * math.sqrt((2 * n - 1) / 2)
+        return np.array(mean) + np.concatenate([root.T, -root.T])  # covariance as asked, divided by 2n - 1
+
+    # Diagonal covariances: sum of (a - b)^2 of means and of deviations.
+    one, other = cloud([1.0, 2.0], np.diag([4.0, 9.0])), cloud([0.0, 4.0], np.diag([1.0, 16.0]))
+    assert np.cov(one, rowvar=False) == pytest.approx(np.diag([4.0, 9.0]))
+    assert stats.frechet(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 4) ** 2, abs=1e-10)
+    # Two that do not commute: tr (AB)^(1/2) of 2 x 2 is sqrt(tr AB + 2 sqrt(det AB)).
+    a, b = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([[1.0, -0.5], [-0.5, 4.0]])
+    want = np.trace(a + b) - 2 * math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))
+    assert stats.frechet(cloud([0, 0], a), cloud([0, 0], b)) == pytest.approx(want, abs=1e-10)
+    assert stats.frechet(one, one) == pytest.approx(0, abs=1e-10)
+    with pytest.raises(ValueError, match="at least 2 clips"):
+        stats.frechet(one[:1], other)
+
+
+@pytest.mark.parametrize(
+    ("freedom", "want"), [(1, 12.7062), (4, 2.7764), (5, 2.5706), (9, 2.2622), (30, 2.0423), (1000, 1.9623)]
+)
+def test_students_t(freedom, want):  # of any printed table
+    assert stats.student(freedom) == pytest.approx(want, abs=5e-4)
+
+
+def test_interval_covers_the_mean_as_often_as_it_says():
+    draw = np.random.default_rng(0)
+    hit = [
+        found.low <= 0 <= found.high for found in (stats.mean(list(draw.normal(size=5))) for _ in range(2000))
+    ]
+    assert 0.93 < np.mean(hit) < 0.97
+    assert stats.mean([3.0]) == (3.0, None, None, 1) and stats.mean([None]) == (None, None, None, 0)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_flow_reads_a_known_motion(step):
+    pytest.importorskip("cv2")
+    found = flow.measure(moving(step, size=64))
+    assert found.motion == pytest.approx(100 * step / 64, rel=0.1)
+    noisy = moving(step, size=64)
+    noisy[1] = np.clip(noisy[1].astype(int) + 20, 0, 255)
+    assert found.warp_error < 1 < flow.measure(noisy).warp_error  # following the motion leaves the blink
+
+
+def test_pulling_back_is_exact_on_a_plane():
+    rows, columns = np.mgrid[:20, :30].astype(float)
+    plane = (3 * columns + 2 * rows)[..., None]
+    shift = np.broadcast_to(np.array([1.25, -0.5]), (20, 30, 2))
+    inner = flow.in_sight(shift, -shift)
+    assert flow.pull(plane, shift)[inner] == pytest.approx((plane + 3 * 1.25 - 2 * 0.5)[inner], abs=1e-12)
+    assert inner.sum() == 28 * 19 and not flow.in_sight(shift, shift).any()  # back is not there again
+
+
+# --- the script
+
+
+def test_what_generation_writes_is_scored_without_another_word(run, tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    star = ROOT / "i2vgen" / "assets" / "star.png"
+    rows = [
+        {"image": str(star), "prompt": f"a star moves {way}", "output": f"made/{way}.mp4"}
+        for way in ("up", "down")
+    ]
+    Path("list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    monkeypatch.setattr(sys, "argv", ["generate.py", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"])
+    assert generate.cli.run(generate.main) == 0
+    capsys.readouterr()
+    found, out = scored(run, "videos=made", f"clip_weights={SHIPPED}", "device=cpu")
+    assert [clip["prompt"] for clip in found["clips"]] == ["a star moves down", "a star moves up"]
+    assert {"first_frame_psnr", "clip_text", "clip_image", "clip_consistency", "flicker"} <= found[
+        "scores"
+    ].keys()
+    assert found["scores"]["first_frame_psnr"]["value"] > 15 and found["scores"]["flicker"]["clips"] == 2
+    assert 0.5 < found["scores"]["clip_consistency"]["value"] <= 1
+    assert "not scored: reference_psnr" in out and "dB" in out
+    # The same clips by the list that made them.
+    again, _ = scored(run, "videos=list.jsonl", "metrics=first_frame_psnr")
+    assert again["scores"]["first_frame_psnr"]["value"] == found["scores"]["first_frame_psnr"]["value"]
+
+
+def test_the_first_frame_is_compared_with_the_picture_as_prepared(run, tmp_path):
+    """A wide picture with a hidden crop: only the preparation of generation makes the two equal."""
+    wide = texture(64, 160)
+    Image.fromarray(wide).save("wide.png")
+    prepared = clips.picture(clips.Clip("a", Path("a"), image="wide.png"), 32, 32)
+    clip = np.stack([prepared] * 4)
+    write(tmp_path / "made", "a", clip, picture=wide)
+    assert (
+        scored(run, "videos=made", "metrics=first_frame_psnr")[0]["scores"]["first_frame_psnr"]["value"] == 99
+    )
+    squeezed = np.asarray(Image.fromarray(wide).resize((32, 32)))  # the planted mistake: no crop
+    write(tmp_path / "made", "a", np.stack([squeezed] * 4), picture=wide)
+    assert (
+        scored(run, "videos=made", "metrics=first_frame_psnr")[0]["scores"]["first_frame_psnr"]["value"] < 25
+    )
+
+
+def test_enlarged_pixels_are_taken_back(tmp_path):
+    frames = moving()
+    folder = tmp_path / "made"
+    write(folder, "a", frames)
+    record = json.loads((folder.parent / "made" / "a.json").read_text())
+    video.save(frames, folder / "a", fps=8, enlarge=3)
+    record["settings"]["save"]["enlarge"] = 3
+    (folder / "a.json").write_text(json.dumps(record))
+    (clip,) = clips.find("videos", str(folder))
+    assert np.array_equal(clips.frames(clip), frames)
+    assert clips.frames(dataclasses.replace(clip, enlarge=1)).shape == (4, 96, 96, 3)
+
+
+def test_true_clips_by_name(run, tmp_path):
+    true = {name: moving(seed=seed) for seed, name in enumerate("abc")}
+    for name, frames in true.items():
+        write(tmp_path / "true", name, frames)
+        write(tmp_path / "made", name, np.clip(frames.astype(int) + 10, 0, 255).astype(np.uint8))
+    found, _ = scored(run, "videos=made", "reference=true", "metrics=reference_psnr,reference_ssim")
+    for clip in found["clips"]:
+        made = np.clip(true[clip["name"]].astype(int) + 10, 0, 255).astype(np.uint8)
+        assert clip["scores"]["reference_psnr"] == metrics.psnr(made, true[clip["name"]])
+    assert (
+        found["scores"]["reference_ssim"]["clips"] == 3
+        and found["scores"]["reference_ssim"]["low"] is not None
+    )
+
+
+def test_two_models_are_compared_clip_by_clip(run, tmp_path):
+    """Clips differ wildly, the models by little: only pairing tells. And equal models are told equal."""
+    draw = np.random.default_rng(0)
+    for n in range(6):
+        frames = moving(seed=n)
+        picture = frames[0]
+        noise = draw.normal(0, 4 + 4 * n, frames.shape)
+        bad, worse = (np.clip(frames + times * noise, 0, 255).astype(np.uint8) for times in (1, 1.2))
+        same = bad if n % 2 else worse
+        other = worse if n % 2 else bad
+        for model, clip in (("bad", bad), ("worse", worse), ("mixed", same), ("other", other)):
+            write(tmp_path / model, f"clip{n}", clip, picture=picture)
+    found, out = scored(run, "videos=bad", "against=worse", "metrics=first_frame_psnr,frame_change")
+    first = found["differences"]["first_frame_psnr"]
+    assert first["says"] == "videos is better" and first["low"] > 0 and first["clips"] == 6
+    both = found["scores"]["first_frame_psnr"], found["against"]["scores"]["first_frame_psnr"]
+    assert both[0]["low"] < both[1]["value"]  # unpaired, the intervals hide it
+    assert first["value"] == pytest.approx(both[0]["value"] - both[1]["value"])
+    assert found["differences"]["frame_change"]["says"] == "videos has less"
+    found, out = scored(run, "videos=mixed", "against=other", "metrics=first_frame_psnr")
+    assert found["differences"]["first_frame_psnr"]["says"] == "inside the error bars" in out
+    found, out = scored(run, "videos=worse", "against=bad", "metrics=first_frame_psnr")
+    assert found["differences"]["first_frame_psnr"]["says"] == "against is better"
+
+
+def test_clips_without_a_partner_are_left_out_and_told(run, tmp_path):
+    for model, names in (("one", "abc"), ("two", "bcd")):
+        for name in names:
+            write(tmp_path / model, name, moving())
+    found, out = scored(run, "videos=one", "against=two", "metrics=flicker")
+    assert [clip["name"] for clip in found["clips"]] == ["b", "c"] and found["unpaired"] == ["a", "d"]
+    assert "left out 2 clips" in out
+
+
+def test_a_damaged_clip_is_skipped_by_name(run, tmp_path):
+    write(tmp_path / "made", "whole", moving())
+    (tmp_path / "made" / "broken.mp4").write_bytes(b"no video")
+    found, out = scored(run, "videos=made", "metrics=flicker")
+    assert "broken" in found["skipped"] and [c["name"] for c in found["clips"]] == ["whole"]
+    assert "skipped 1 of 2 clips" in out and "broken" in out
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "broken.mp4").write_bytes(b"no video")
+    assert "none of the 1 clips can be read" in run("videos=bad")[2]
+
+
+def test_networks_that_the_user_names(run, tmp_path, monkeypatch):
+    """Tiny networks of chance. The FVD of a set to itself is 0, LPIPS of a clip to itself too."""
+    Path("mine.py").write_text(NETWORKS)
+    for seed in range(5):
+        for model in ("true", "same"):
+            write(tmp_path / model, f"c{seed}", moving(seed=seed))
+        write(tmp_path / "other", f"c{seed}", moving(step=1, seed=seed + 10))
+    words = ("lpips_network=mine.py:distance", "fvd_network=mine.py:features", "metrics=reference_lpips,fvd")
+    same, _ = scored(run, "videos=same", "reference=true", *words)
+    assert same["scores"]["reference_lpips"]["value"] == 0
+    assert same["scores"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
+    other, out = scored(run, "videos=other", "against=same", "reference=true", *words)
+    assert other["scores"]["fvd"]["value"] > 1e-3 and other["scores"]["reference_lpips"]["value"] > 0.01
+    assert other["scores"]["fvd"]["low"] is None and "no interval" in out
+    # A module by name gives the same.
+    monkeypatch.syspath_prepend(str(tmp_path))
+    named, _ = scored(
+        run, "videos=other", "reference=true", "lpips_network=mine:distance", "metrics=reference_lpips"
+    )
+    assert named["scores"]["reference_lpips"] == other["scores"]["reference_lpips"]
+    err = run("videos=same", "reference=true", "fvd_network=mine.py:wrong", "metrics=fvd")[2]
+    assert "gave int, expected a network" in err
+
+
+class I3dAlike(torch.nn.Module):
+    """The three arguments of the usual TorchScript I3D; it fails unless called as that one is called."""
+
+    def forward(
+        self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
+    ):
+        assert x.shape[-1] == 224 and x.min() >= -1
+        assert not rescale and not resize and return_features
+        return x.mean(dim=[2, 3, 4])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_torchscript_network(tmp_path):
+    torch.jit.script(I3dAlike()).save(tmp_path / "i3d.pt")
+    device = torch.device("cpu")
+    network = networks.load("fvd_network", str(tmp_path / "i3d.pt"), device)
+    vector = networks.FvdFeatures(network, device)(np.full((4, 32, 48, 3), 255, np.uint8))
+    assert vector == pytest.approx([1, 1, 1])
+
+
+def test_an_open_clip_checkpoint_of_the_users(run, tmp_path):
+    """Random weights of a tiny card; the same numbers as the towers give when called by hand."""
+    from i2vgen import checkpoint
+
+    card = {
+        "embed_dim": 8,
+        "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    Path("card.json").write_text(json.dumps(card))
+    settings = load_config(None, ["clip.model=card.json", *networks.JUDGE])
+    built = checkpoint.build("clip", settings)
+    state = dict(checkpoint.random_state(built, seed=0))
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, "weights.pt")
+    write(tmp_path / "made", "a", moving())
+    judge = ("clip_model=card.json", "clip_checkpoint=weights.pt", "device=cpu")
+    found, _ = scored(run, "videos=made", *judge, "metrics=clip_consistency,clip_text")
+    checkpoint.fill(built, state)
+    views = torch.stack([networks.ClipJudge(built).view(frame) for frame in moving()])
+    with torch.no_grad():
+        seen = built.eval().model.encode_image(views, normalize=True)
+        text = built.model.encode_text(built.tokenize(["it moves"]), normalize=True)
+    values = {name: score["value"] for name, score in found["scores"].items()}
+    assert values["clip_consistency"] == pytest.approx(float((seen[1:] * seen[:-1]).sum(-1).mean()), abs=1e-5)
+    assert values["clip_text"] == pytest.approx(float((seen @ text.T).mean()), abs=1e-5)
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    torch.save({"state_dict": Evil()}, "weights.pt")
+    assert "cannot be read as weights" in refused(run, "videos=made", *judge).replace("\n", " ") + "\n"
+    assert not (tmp_path / "executed").exists()
+
+
+# --- lists and refusals
+
+
+def test_lists(run, tmp_path):
+    write(tmp_path / "made", "a", moving())
+    (tmp_path / "made" / "a.json").unlink()
+    Path("list.csv").write_text('file,image,prompt\nmade/a,a-picture.png,"left, then right"\n')
+    found, _ = scored(run, "videos=list.csv", "metrics=first_frame_psnr")
+    assert (
+        found["scores"]["first_frame_psnr"]["value"] == 99
+        and found["clips"][0]["prompt"] == "left, then right"
+    )
+    for text, told in (
+        ("{", "no JSON"),
+        ("[1]", "expected an object"),
+        ('{"image": "a"}', "names no file"),
+        ("", "no videos"),
+    ):
+        Path("list.jsonl").write_text(text)
+        assert told in refused(run, "videos=list.jsonl")
+
+
+def test_needs_are_told_before_anything_is_read(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(clips, "frames", lambda *_: pytest.fail("a clip was read"))
+    monkeypatch.setattr(scores, "load_judges", lambda *_: pytest.fail("a network was loaded"))
+    write(tmp_path / "made", "a", moving())
+    write(tmp_path / "made", "b", moving())
+    for name, told in (
+        ("clip_text", "clip_weights=FOLDER"),
+        ("first_frame_lpips", "lpips_network="),
+        ("reference_psnr", "reference=FOLDER"),
+        ("beauty", "there is no metric beauty"),
+    ):
+        assert told in refused(run, "videos=made", f"metrics={name}")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install" in refused(run, "videos=made", "metrics=motion")
+    assert "pip install nowhere" in refused(run, "videos=made", "lpips_network=nowhere:Net")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clips, "frames", lambda *_: pytest.fail("a clip was read"))
+    (tmp_path / "made" / "b.json").unlink()
+    err = refused(run, "videos=made", "metrics=first_frame_psnr")
+    assert "1 of 2 lack it" in err and "made/b" in err
+    err = refused(run, "videos=made", "metrics=clip_text", f"clip_weights={SHIPPED}")
+    assert "prompt of each clip" in err and "1 of 2" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["videos=nowhere"], "does not exist"),
+        (["videos=empty"], "holds no videos"),
+        (["videos=notes.txt"], "neither a video"),
+        (["made"], "write videos=made"),
+        (["metrics=flicker"], "no videos given"),
+        (["videos=made", "videos=made"], "given twice"),
+        (["videos=made", "metrics="], "is empty"),
+        (["videos=made", "speed=1"], "no setting speed"),
+        (["videos=made", "frames=many"], "whole number"),
+        (["videos=made", "fit=squeeze"], "give refuse or crop"),
+        (["videos=made", "device=abacus", "metrics=clip_text", "clip_weights=SHIPPED"], "device"),
+        (["videos=made", "against=strangers"], "no clip of made has a partner"),
+        (["videos=made", "against=others"], "of the same picture and prompt"),
+        (["videos=made", "reference=strangers"], "no true video of their name"),
+        (["videos=made", "reference=short", "metrics=reference_psnr"], "frames=3 to compare"),
+        (["videos=made", "reference=small", "metrics=reference_psnr"], "fit=crop"),
+        (["videos=made", "reference=made", "metrics=flicker"], "read by none of the scores"),
+        (["videos=made", "clip_model=ViT-B-32"], "belong together"),
+        (["videos=made", "clip_model=RN50", "clip_checkpoint=x", "clip_weights=y"], "give one of them"),
+        (["videos=made", "fvd_network=notes.txt", "reference=made"], "is no TorchScript file"),
+        (["videos=made", "lpips_network=no.py:net"], "no.py does not exist"),
+        (["videos=made", "lpips_network=a-b:net"], "no module's name"),
+        (["videos=made", "json=made"], "is a folder"),
+    ],
+)
+def test_refusals(run, tmp_path, words, told):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "notes.txt").write_text("hello")
+    write(tmp_path / "made", "a", moving())
+    write(tmp_path / "strangers", "z", moving())
+    write(tmp_path / "others", "a", moving(), prompt="another thing")
+    write(tmp_path / "short", "a", moving(frames=3))
+    write(tmp_path / "small", "a", moving(size=16))
+    status, _, err = run(*(word.replace("SHIPPED", SHIPPED) for word in words))
+    assert status == 2 and told in err and "Traceback" not in err
+
+
+def test_ways_out_of_the_refusals(run, tmp_path):
+    write(tmp_path / "made", "a", moving())
+    write(tmp_path / "large", "a", moving(step=4, frames=6, size=64))
+    found, _ = scored(run, "videos=made", "reference=large", "metrics=reference_psnr", "frames=3", "fit=crop")
+    want = clips.cropped(moving(step=4, frames=6, size=64)[:3], 32, 32)
+    assert found["scores"]["reference_psnr"]["value"] == metrics.psnr(moving()[:3], want)
+
+
+def test_every_metric_is_listed_with_its_needs(run):
+    status, out, _ = run("--list")
+    lines = {line.split()[0]: line for line in out.splitlines()}
+    assert status == 0 and lines.keys() == scores.METRICS.keys()
+    for name, metric in scores.METRICS.items():
+        assert metric.says in lines[name] and all(need in lines[name] for need in metric.needs)
+    assert {need for metric in scores.METRICS.values() for need in metric.needs} == scores.NEEDS.keys()

@@ -1,0 +1,134 @@
+"""scripts/vbench.py on a made-up list of two prompts: names, pictures, seeds, and going on where it was."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from i2vgen import pipeline, video
+from i2vgen.scoring import vbench
+
+ROOT = Path(__file__).parents[1]
+STAR = ROOT / "i2vgen" / "assets" / "star.png"
+# As the benchmark's first lists had it: the prompt with a camera names no picture.
+INFO = [
+    {"prompt_en": "a star", "dimension": ["i2v_subject"], "image_type": "other", "image_name": "a star.png"},
+    {"prompt_en": "a star, camera pans left", "dimension": ["camera_motion"], "image_type": "other"},
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, tmp_path):
+    """run(*words): the script with a list and pictures of four shapes beside it."""
+    spec = importlib.util.spec_from_file_location("vbench_script", ROOT / "scripts" / "vbench.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr("warnings.showwarning", None)
+    monkeypatch.chdir(tmp_path)
+    Path("info.json").write_text(json.dumps(INFO))
+    for ratio in vbench.RATIOS:
+        Path("crop", ratio).mkdir(parents=True)
+        Image.open(STAR).save(Path("crop", ratio, "a star.png"))
+
+    def run(
+        *words, defaults=("info=info.json", "images=crop", "output=out", "steps=1", "batch=4", "device=cpu")
+    ):
+        monkeypatch.setattr(sys, "argv", ["vbench.py", *defaults, *map(str, words)])
+        status = script.cli.run(script.main)
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def names(folder="out/videos"):
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+def test_samples_lie_as_the_benchmark_wants_them(run, monkeypatch):
+    status, out, err = run("samples=2", "seed=100")
+    assert status == 0, err
+    # Every file there ends in .mp4: the benchmark takes the ending of any of them for that of all.
+    assert names() == [
+        f"{prompt}-{i}.mp4" for prompt in ("a star, camera pans left", "a star") for i in (0, 1)
+    ]
+    assert video.load("out/videos/a star-0.mp4")[0].shape[0] == 8
+    records = {path.stem: json.loads(path.read_text()) for path in Path("out/clips").glob("*.json")}
+    assert {name: record["seed"] for name, record in records.items()} == {
+        "000000-0": 100, "000000-1": 101, "000001-0": 102, "000001-1": 103
+    }  # fmt: skip
+    assert records["000001-0"]["settings"]["image"] == [
+        "crop/1-1/a star.png"
+    ]  # of the prompt without a camera
+    assert records["000001-0"]["settings"]["prompt"] == ["a star, camera pans left"]
+    assert "--ratio 1-1" in out and "4 of 4 samples" in out
+
+    # Again: nothing to do. One lost, one link lost: exactly these come back.
+    monkeypatch.setattr(pipeline, "load_parts", lambda *_, **__: pytest.fail("nothing was left to make"))
+    assert "4 clips, of which 4 are done" in run("samples=2", "seed=100")[1]
+    Path("out/videos/a star-0.mp4").unlink()
+    assert run("samples=2", "seed=100")[0] == 0 and len(names()) == 4
+    monkeypatch.undo()
+
+
+def test_only_what_is_missing_is_made(run, monkeypatch, tmp_path):
+    assert run("samples=1", "dimensions=i2v_subject")[0] == 0
+    assert names() == ["a star-0.mp4"]
+    before = Path("out/clips/000000-0.mp4").read_bytes()
+    status, out, _ = run("samples=1")
+    assert status == 0 and "2 clips, of which 1 are done" in out and len(names()) == 2
+    assert Path("out/clips/000000-0.mp4").read_bytes() == before
+
+
+def test_shares_are_disjoint_and_together_all(run):
+    status, out, err = run("samples=2", "share=1/2")
+    assert status == 0 and "2 of 4 samples" in out, err
+    assert names() == ["a star, camera pans left-0.mp4", "a star-0.mp4"]
+    assert "4 of 4 samples" in run("samples=2", "share=2/2")[1]
+
+
+def test_the_nearest_shape_is_taken(tmp_path):
+    for ratio in vbench.RATIOS:
+        (tmp_path / ratio).mkdir()
+    for size, ratio in (((1280, 704), "16-9"), ((512, 512), "1-1"), ((448, 256), "7-4"), ((512, 320), "8-5")):
+        assert vbench.crops(str(tmp_path), *size) == (tmp_path / ratio, ratio)
+    assert vbench.crops(str(tmp_path), 1280, 704, "7-4")[1] == "7-4"
+    (tmp_path / "16-9").rmdir()
+    with pytest.raises(ValueError, match="has no 16-9"):
+        vbench.crops(str(tmp_path), 1280, 704)
+
+
+@pytest.mark.parametrize(
+    ("info", "words", "told"),
+    [
+        (INFO, ["info=nowhere.json"], "is no list of VBench-I2V"),
+        ({"prompt": 1}, [], "is no list of VBench-I2V"),
+        ([{"prompt_en": "a", "dimension": ["x"]}], [], "names no picture"),
+        ([*INFO, {**INFO[0], "image_name": "b.png"}], [], "one picture only"),
+        ([{**INFO[0], "prompt_en": "up/down"}], [], "cannot be a file's name"),
+        ([{**INFO[0], "prompt_en": "x" * 250}], [], "longer than"),
+        ([{**INFO[0], "image_name": "b.png"}], [], "1 of the pictures are not there"),
+        (INFO, ["dimensions=beauty"], "has no dimension beauty"),
+        (INFO, ["samples=none"], "no number of clips"),
+        (INFO, ["share=3/2"], "write 1/4"),
+        (INFO, ["ratio=4-3"], "none of the benchmark's"),
+        (INFO, ["images=nowhere"], "is no folder"),
+        (INFO, ["seed=[1,2]"], "give one"),
+        (INFO, ["seed=9223372036854775807"], "counts up to"),
+        (INFO, ["prompt=a"], "has no effect here"),
+        (INFO, ["output="], "no output given"),
+    ],
+)
+def test_refusals(run, monkeypatch, info, words, told):
+    monkeypatch.setattr(pipeline, "load_parts", lambda *_, **__: pytest.fail("it went on"))
+    Path("info.json").write_text(json.dumps(info))
+    status, _, err = run(*words)
+    assert status == 2 and told in err and "Traceback" not in err
+
+
+def test_a_stranger_among_the_samples_is_told(run):
+    Path("out/videos").mkdir(parents=True)
+    Path("out/videos/notes.json").write_text("{}")
+    assert "notes.json, which is no sample" in run()[2]
