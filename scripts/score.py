@@ -55,9 +55,10 @@ def main() -> int:
     if "videos" not in given:
         raise ValueError("no videos given; write videos=FOLDER")
     job = scores.prepare(Plan(**given))
+    judges = scores.load_judges(job)
 
     with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
-        found = scores.run(job, on_clip=bar.update)
+        found = scores.run(job, judges, on_clip=bar.update)
     print(describe(found))
     print(evaluation_page.as_text(report.table(found, job.names)))
     for line in report.notes(job, found):

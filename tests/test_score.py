@@ -377,7 +377,7 @@ def test_an_open_clip_checkpoint_of_the_users(run, tmp_path):
             return Path.touch, (tmp_path / "executed",)
 
     torch.save({"state_dict": Evil()}, "weights.pt")
-    assert "cannot be read as weights" in refused(run, "videos=made", *judge).replace("\n", " ") + "\n"
+    assert "cannot be read as weights" in refused(run, "videos=made", *judge)
     assert not (tmp_path / "executed").exists()
 
 

@@ -220,6 +220,7 @@ def pair(found: list[list[Clip]], places: Sequence[str]) -> tuple[list[list[Clip
 
 
 def load_judges(job: Job) -> Judges:
+    """The networks that the job's scores need, and no other."""
     needed = {need for name in job.names for need in METRICS[name].needs}
     plan, judges = job.plan, Judges()
     device = runtime.device(Runtime(device=plan.device))
@@ -240,9 +241,8 @@ def load_judges(job: Job) -> Judges:
 # The work
 
 
-def run(job: Job, on_clip: Callable[[], None] = lambda: None) -> list[Found]:
+def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) -> list[Found]:
     """The scores of every model. A clip that cannot be read is skipped, by name, for all models."""
-    judges = load_judges(job)
     found = [Found(model.place) for model in job.models]
     features: list[list[np.ndarray]] = [[] for _ in job.models]
     true_features: list[np.ndarray] = []
