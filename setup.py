@@ -30,6 +30,7 @@ setup(
         "av",
     ],
     extras_require={
+        "eval": ["opencv-python-headless"],  # optical flow for scripts/score.py
         "train": ["tensorboard"],  # scripts/train.py writes its curves there too, where it is installed
         # diffusers is the live reference; from transformers 5.6 on its I2VGen-XL pipeline fails by default
         "test": [
@@ -37,6 +38,7 @@ setup(
             "pytest-xdist",
             "ruff",
             "scikit-image",
+            "opencv-python-headless",
             "matplotlib",
             "diffusers",
             "transformers<5.6",

@@ -26,7 +26,7 @@ NEEDS = {
     "picture": "the picture that each clip was made from: generate.py's JSON beside the clip, or a list",
     "prompt": "the prompt of each clip: generate.py's JSON beside the clip, or a list",
     "reference": "true videos: reference=FOLDER, or a list with the field reference",
-    "opencv": "OpenCV, which is not installed: python -m pip install 'i2vgen[eval]'",
+    "opencv": "OpenCV, which is not installed: python -m pip install opencv-python-headless",
     "clip": "a CLIP: clip_weights=FOLDER, or clip_model=NAME clip_checkpoint=FILE",
     "lpips": "lpips_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
     "fvd": "fvd_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
