@@ -315,6 +315,7 @@ def test_networks_that_the_user_names(run, tmp_path, monkeypatch):
     assert same["scores"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
     other, out = scored(run, "videos=other", "against=same", "reference=true", *words)
     assert other["scores"]["fvd"]["value"] > 1e-3 and other["scores"]["reference_lpips"]["value"] > 0.01
+    assert other["against"]["scores"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
     assert other["scores"]["fvd"]["low"] is None and "no interval" in out
     # A module by name gives the same.
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -245,7 +245,7 @@ def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) ->
     """The scores of every model. A clip that cannot be read is skipped, by name, for all models."""
     found = [Found(model.place) for model in job.models]
     features: list[list[np.ndarray]] = [[] for _ in job.models]
-    true_features: list[np.ndarray] = []
+    true_features: list[list[np.ndarray]] = [[] for _ in job.models]
     for same in zip(*(model.clips for model in job.models), strict=True):
         try:
             read = [files.frames(clip, job.plan.frames) for clip in same]
@@ -254,23 +254,21 @@ def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) ->
                 one.skipped[clip.name] = str(error)
                 on_clip()
             continue
-        truth = None
         for number, (one, clip, frames) in enumerate(zip(found, same, read, strict=True)):
             truth = true_frames(clip, frames, job) if needs_truth(job) else None
             one.clips.append(clip)
             one.rows.append(score(clip, frames, truth, job.names, judges))
             if judges.fvd is not None:
                 features[number].append(judges.fvd(frames))
+                true_features[number].append(judges.fvd(truth))
             on_clip()
-        if judges.fvd is not None:
-            true_features.append(judges.fvd(truth))
     if not found[0].rows:
         name, why = next(iter(found[0].skipped.items()))
         raise ValueError(f"none of the {len(found[0].skipped)} clips can be read; {name}: {why}")
-    for one, own in zip(found, features, strict=True):
+    for one, own, true in zip(found, features, true_features, strict=True):
         for name in job.names:
             if name in SETS:
-                one.means[name] = set_distance(own, true_features)
+                one.means[name] = set_distance(own, true)
             else:
                 one.means[name] = stats.mean([row[name] for row in one.rows])
     return found
