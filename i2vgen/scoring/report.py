@@ -19,7 +19,7 @@ from i2vgen.training.evaluation_page import NONE, Table, write_whole
 ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
 INSIDE = "inside the error bars"
 UNJUDGED = "no interval"
-DIGITS = 4  # significant ones
+DIGITS = 4  # significant ones; of numbers below 1, behind the point
 
 
 def table(found: Sequence[Found], names: Sequence[str]) -> Table:
@@ -60,11 +60,11 @@ def verdict(name: str, difference: Mean) -> str:
 
 
 def figure(value: float | None) -> str:
-    """Four significant digits, never in powers of ten."""
+    """Four digits, never in powers of ten."""
     if value is None:
         return NONE
-    before = 1 if value == 0 else max(1, math.floor(math.log10(abs(value))) + 1)
-    return f"{value:.{max(0, min(DIGITS, DIGITS - before))}f}"
+    before = 0 if abs(value) < 1 else math.floor(math.log10(abs(value))) + 1
+    return f"{value:.{max(0, DIGITS - before)}f}"
 
 
 def interval(mean: Mean) -> str:
