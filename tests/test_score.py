@@ -114,6 +114,8 @@ def test_pictures_agree_with_scikit_image():
     ]
     assert metrics.ssim(one, other) == pytest.approx(np.mean(theirs), abs=1e-12)
     assert metrics.psnr(one, other) == pytest.approx(skimage.peak_signal_noise_ratio(one, other), abs=1e-12)
+    uniform = skimage.structural_similarity(one[0], other[0], data_range=255, channel_axis=-1)
+    assert abs(metrics.ssim(one[0], other[0]) - uniform) > 1e-4  # the planted mistake: another window
     assert metrics.ssim(one, one) == 1.0 and metrics.psnr(one, one) == metrics.MAX_PSNR
     with pytest.raises(ValueError, match="window of 11 x 11"):
         metrics.ssim(one[:, :8], one[:, :8])
