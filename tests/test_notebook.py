@@ -22,7 +22,7 @@ def stored():
 
 
 def shown(notebook):
-    """Of each code cell what it prints, without the digits that rounding may change, and its kinds of pictures."""
+    """What each code cell prints, but for digits that rounding may change, and its kinds of pictures."""
     found = []
     for cell in notebook.cells:
         outputs = cell.get("outputs", [])
