@@ -3,6 +3,7 @@
 After a change: `jupyter execute --inplace examples/architecture.ipynb` (of nbclient), and look at it.
 """
 
+import os
 import re
 from pathlib import Path
 
@@ -35,11 +36,10 @@ def shown(notebook):
 
 
 def test_it_runs_and_shows_what_is_stored(stored, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
     fresh = nbformat.read(FILE, as_version=4)
-    nbclient.NotebookClient(
-        fresh, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(fresh, timeout=600, startup_timeout=300, resources=resources).execute()
     assert shown(fresh) == shown(stored)
     assert list(tmp_path.iterdir()) == []  # it leaves nothing behind where it is opened
 
