@@ -44,6 +44,8 @@ setup(
             "transformers<5.6",
             "tensorboard",
             "peft",
+            "nbclient",  # the notebook, in a kernel as a reader would run it
+            "ipykernel",
         ],
     },
 )

@@ -57,7 +57,7 @@ from i2vgen.sampler import (
     guided,
     guided_pair,
 )
-from i2vgen.schedule import Schedule, make_betas, timesteps
+from i2vgen.schedule import Schedule, timesteps
 from i2vgen.solvers import SOLVERS
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
@@ -478,21 +478,12 @@ def refuse_unsampleable(config: Config) -> None:
 
 
 def make_schedule(config: Config) -> Schedule:
-    s = config.schedule
-    if s.kind == "logsnr_cosine":
+    if config.schedule.kind == "logsnr_cosine":
         raise ValueError(
             f"schedule.kind is logsnr_cosine, a refiner's: give {config.weights or 'its folder'} as "
             "refine_weights=, and the weights of a first stage as weights= or a clip as video="
         )
-    betas = make_betas(
-        kind=s.kind,
-        num_timesteps=s.num_timesteps,
-        cosine_s=s.cosine_s,
-        init_beta=s.init_beta,
-        last_beta=s.last_beta,
-        zero_terminal_snr=s.zero_terminal_snr,
-    )
-    return Schedule(betas, prediction=s.prediction, variance=s.variance)
+    return Schedule.of(config.schedule)
 
 
 def open_picture(picture: str | Path | Image.Image, config: Config) -> Image.Image:

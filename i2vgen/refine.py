@@ -29,7 +29,7 @@ from i2vgen.config_layers import second_stage
 from i2vgen.encoders import ClipEncoders
 from i2vgen.refine_sampler import Levels
 from i2vgen.sampler import OnStep, Predict
-from i2vgen.schedule import Schedule, make_betas
+from i2vgen.schedule import Schedule
 from i2vgen.unet import UNet
 from i2vgen.vae import AutoencoderKL
 
@@ -194,7 +194,7 @@ def levels(config: Config) -> Levels:
         raise ValueError(f"schedule.prediction is {schedule.prediction}; the refining sampler needs v")
     if schedule.kind == "logsnr_cosine":
         return sampling.refiner_levels(schedule.num_timesteps, schedule.logsnr_shift)
-    return Levels.of(_schedule(schedule))
+    return Levels.of(Schedule.of(schedule))
 
 
 def grid(config: Config) -> sampling.Grid:
@@ -214,19 +214,7 @@ def inversion_schedule(config: Config) -> Schedule:
     if config.refine.inversion_table == "refiner":
         return levels(config).schedule()
     cosine = settings.Schedule(num_timesteps=config.schedule.num_timesteps, zero_terminal_snr=False)
-    return _schedule(cosine)
-
-
-def _schedule(s: settings.Schedule) -> Schedule:
-    betas = make_betas(
-        kind=s.kind,
-        num_timesteps=s.num_timesteps,
-        cosine_s=s.cosine_s,
-        init_beta=s.init_beta,
-        last_beta=s.last_beta,
-        zero_terminal_snr=s.zero_terminal_snr,
-    )
-    return Schedule(betas)
+    return Schedule.of(cosine)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from i2vgen import config
+
 BetaKind = Literal["cosine", "linear", "linear_sd", "quadratic"]
 Prediction = Literal["v", "eps", "x0", "previous"]
 Variance = Literal["fixed_small", "fixed_large"]
@@ -211,6 +213,19 @@ class Schedule:
             raise ValueError(f"prediction is {self.prediction!r}; choose v, eps, x0 or previous")
         if self.variance not in ("fixed_small", "fixed_large"):
             raise ValueError(f"variance is {self.variance!r}; choose fixed_small or fixed_large")
+
+    @classmethod
+    def of(cls, settings: config.Schedule) -> Schedule:
+        """The process that the settings describe by betas, which `kind=logsnr_cosine` does not."""
+        betas = make_betas(
+            kind=settings.kind,
+            num_timesteps=settings.num_timesteps,
+            cosine_s=settings.cosine_s,
+            init_beta=settings.init_beta,
+            last_beta=settings.last_beta,
+            zero_terminal_snr=settings.zero_terminal_snr,
+        )
+        return cls(betas, prediction=settings.prediction, variance=settings.variance)
 
     @property
     def num_timesteps(self) -> int:

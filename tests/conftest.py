@@ -1,8 +1,12 @@
 """What the tests share: one thread, a fixed start of every random stream, small models with real numbers."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
+import io
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +54,27 @@ def _same_start():
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """run_script(name, *words): a script in this process -> exit status, all that it printed."""
+    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: scripts install their own
+
+    def run(name, *words):
+        out, before = io.StringIO(), sys.argv
+        sys.argv = [name, *map(str, words)]
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            try:
+                runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code
+            finally:
+                sys.argv = before
+        return status, out.getvalue()
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """Studies: what is refused, how numbers and error bars come about, and one study from the command line."""
 
-import contextlib
 import csv
-import io
+import functools
 import json
-import runpy
 import sys
 from pathlib import Path
 
@@ -27,18 +25,9 @@ train: {learning_rate: 0.001, log_every: 1}
 """
 
 
-def run(*words):
-    out, before = io.StringIO(), sys.argv
-    sys.argv = ["ablate.py", *map(str, words)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            runpy.run_path(str(ROOT / "scripts" / "ablate.py"), run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            sys.argv = before
-    return status, out.getvalue()
+@pytest.fixture
+def run(run_script):
+    return functools.partial(run_script, "ablate.py")
 
 
 @pytest.fixture
@@ -82,7 +71,7 @@ def test_the_paper_s_central_study_is_there():
     ],
     ids=lambda v: v[1] if isinstance(v, tuple) else "",
 )
-def test_mistakes_are_told_before_any_run(study_file, tmp_path, change, message):
+def test_mistakes_are_told_before_any_run(run, study_file, tmp_path, change, message):
     file = study_file(SMALL.replace(*change))
     with pytest.raises(ValueError, match=message):
         studies.read(file)
@@ -90,7 +79,7 @@ def test_mistakes_are_told_before_any_run(study_file, tmp_path, change, message)
     assert status == 2 and out.startswith("error: ") and not (tmp_path / "out").exists()
 
 
-def test_the_command_line_refuses(study_file, tmp_path, monkeypatch):
+def test_the_command_line_refuses(run, study_file, tmp_path, monkeypatch):
     file = study_file()
     assert "there is no budget=tiny" in run(file, f"output={tmp_path}", "budget=tiny")[1]
     assert "give a study and a folder" in run(file)[1]
@@ -140,7 +129,7 @@ def test_differences_inside_the_error_bars_are_called_so(study_file):
 # --- a whole study
 
 
-def test_a_study_from_the_command_line(study_file, tmp_path):
+def test_a_study_from_the_command_line(run, study_file, tmp_path):
     file, folder = study_file(), tmp_path / "out"
     status, out = run(file, "budget=smoke", f"output={folder}", "workers=1")
     assert status == 0, out

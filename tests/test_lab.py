@@ -1,11 +1,7 @@
 """Taps, traces and summaries: what looks into a network from outside."""
 
-import contextlib
 import dataclasses
-import io
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,21 +17,6 @@ from i2vgen.unet import Residuals
 
 ROOT = Path(__file__).parents[1]
 TINY = [ROOT / "configs" / "tiny.yaml", "weights=random"]
-
-
-def run(script, *words):
-    """Status and output of a script called with these words, in this process."""
-    out, before = io.StringIO(), sys.argv
-    sys.argv = [script, *map(str, words)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-        try:
-            runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            sys.argv = before
-    return status, out.getvalue()
 
 
 @pytest.fixture
@@ -119,7 +100,7 @@ def test_a_trace_counts_what_is_broken():
     assert trace.difference(one, whole) == float("inf")
 
 
-def test_trace_script_finds_a_changed_setting(tmp_path):
+def test_trace_script_finds_a_changed_setting(run_script, tmp_path):
     file = tmp_path / "trace.jsonl"
     small = [
         ROOT / "configs" / "tiny.yaml",
@@ -129,31 +110,31 @@ def test_trace_script_finds_a_changed_setting(tmp_path):
         "frames=3",
         "device=cpu",
     ]
-    status, out = run("trace.py", *small, f"output={file}")
+    status, out = run_script("trace.py", *small, f"output={file}")
     assert status == 0 and "modules" in out
-    assert run("trace.py", *small, f"against={file}")[0] == 0
-    status, out = run("trace.py", *small, f"against={file}", "use.concat_gain=1.0")
+    assert run_script("trace.py", *small, f"against={file}")[0] == 0
+    status, out = run_script("trace.py", *small, f"against={file}", "use.concat_gain=1.0")
     assert status == 1 and "at conv_in (call 0)" in out
-    status, out = run("trace.py", *small, f"against={tmp_path / 'none.jsonl'}")
+    status, out = run_script("trace.py", *small, f"against={tmp_path / 'none.jsonl'}")
     assert status == 2 and "does not exist" in out
     file.write_text("no trace\n")
-    assert "is no trace" in run("trace.py", *small, f"against={file}")[1]
-    assert "calls is 0" in run("trace.py", *small, "calls=0")[1]
+    assert "is no trace" in run_script("trace.py", *small, f"against={file}")[1]
+    assert "calls is 0" in run_script("trace.py", *small, "calls=0")[1]
 
 
 @pytest.mark.reference
-def test_trace_beside_diffusers():
+def test_trace_beside_diffusers(run_script):
     pytest.importorskip("diffusers")
     shape = ["unet.image_vector_width=64", "clip.embed_dim=64", "width=64", "height=64", "frames=3"]
     words = [*TINY, *shape, "device=cpu", "dtype=float64", "against=diffusers"]
-    status, out = run("trace.py", *words)
+    status, out = run_script("trace.py", *words)
     assert status == 1 and "at conv_in (call 0)" in out  # the concat branch, twice here and once there
     port = ["use.concat_gain=1.0", "use.sinusoid=exp", "use.frame_planes=network", "tolerance=1e-9"]
-    status, out = run("trace.py", *words, *port)
+    status, out = run_script("trace.py", *words, *port)
     assert status == 0 and "none differs" in out
     compared = int(out.split(" calls compared")[0].splitlines()[-1])
     assert compared > 800
-    status, out = run("trace.py", *TINY, "against=diffusers")
+    status, out = run_script("trace.py", *TINY, "against=diffusers")
     assert status == 2 and "unet.image_vector_width is 32" in out
 
 
@@ -178,23 +159,25 @@ def test_a_summary_adds_up():
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "clip"])
-def test_summary_script(part, tmp_path):
+def test_summary_script(run_script, part, tmp_path):
     file = tmp_path / "rows.json"
-    status, out = run("summary.py", ROOT / "configs" / "tiny.yaml", f"part={part}", "depth=1", f"json={file}")
+    status, out = run_script(
+        "summary.py", ROOT / "configs" / "tiny.yaml", f"part={part}", "depth=1", f"json={file}"
+    )
     assert status == 0 and "100.0%" in out
     rows = json.loads(file.read_text())
     assert rows[0]["path"] == "" and rows[0]["flops"] > 0 and rows[0]["parameters"] > 0
 
 
-def test_summary_of_the_released_model_has_its_parameters():
-    status, out = run("summary.py", "depth=1", "device=cpu")
+def test_summary_of_the_released_model_has_its_parameters(run_script):
+    status, out = run_script("summary.py", "depth=1", "device=cpu")
     assert status == 0 and "1,420,469,224" in out
 
 
-def test_summary_refuses():
-    assert "there is no part=net" in run("summary.py", "part=net")[1]
-    assert "depth is 0" in run("summary.py", "depth=0")[1]
-    assert "did you mean unet.base_width" in run("summary.py", "unet.base_widht=3")[1]
+def test_summary_refuses(run_script):
+    assert "there is no part=net" in run_script("summary.py", "part=net")[1]
+    assert "depth is 0" in run_script("summary.py", "depth=0")[1]
+    assert "did you mean unet.base_width" in run_script("summary.py", "unet.base_widht=3")[1]
 
 
 # --- attention and residuals

@@ -1,8 +1,6 @@
 """Low-rank adapters: exact on and off, small on disk, readable by peft, through the scripts."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -169,23 +167,11 @@ RUN = ["train.part=diffusion", f"weights={SHIPPED}", "train.lora_rank=2", "train
        "train.log_every=1", "device=cpu"]  # fmt: skip
 
 
-def run(script, *words):
-    before = sys.argv
-    sys.argv = [script, *map(str, words)]
-    try:
-        runpy.run_path(str(ROOT / "scripts" / script), run_name="__main__")
-        return 0
-    except SystemExit as end:
-        return end.code
-    finally:
-        sys.argv = before
-
-
-def test_train_then_sample(tmp_path, capsys):
+def test_train_then_sample(run_script, tmp_path):
     train = [*RUN, "train.steps=2", "train.learning_rate=0.01", f"output={tmp_path / 'run'}"]
-    assert run("train.py", *train) == 0
+    status, out = run_script("train.py", *train)
     adapter = tmp_path / "run" / "adapter"
-    assert str(adapter) in capsys.readouterr().out and not (tmp_path / "run" / "weights").exists()
+    assert status == 0 and str(adapter) in out and not (tmp_path / "run" / "weights").exists()
     assert sum(f.stat().st_size for f in files(adapter)) < 1_000_000
 
     words = ["steps=2", "seed=3", "device=cpu"]
@@ -197,19 +183,20 @@ def test_train_then_sample(tmp_path, capsys):
     assert not np.array_equal(plain, adapted)
     out = tmp_path / "clip.png"
     job = [f"image={picture}", f"prompt={prompt}", f"output={out}", f"adapter={adapter}"]
-    assert run("generate.py", *job, *words) == 0
+    assert run_script("generate.py", *job, *words)[0] == 0
     assert json.loads((tmp_path / "clip.json").read_text())["settings"]["adapter"] == str(adapter)
 
-    assert run("generate.py", f"image={picture}", "prompt=x", "output=x.png", f"adapter={tmp_path}") == 2
-    assert "is no adapter" in capsys.readouterr().err
-    assert run("train.py", "train.part=vae", "train.lora_rank=2", f"output={tmp_path / 'no'}") == 2
-    assert "train.lora_rank is for the UNet" in capsys.readouterr().err
+    job = [f"image={picture}", "prompt=x", "output=x.png", f"adapter={tmp_path}"]
+    status, out = run_script("generate.py", *job)
+    assert status == 2 and "is no adapter" in out
+    status, out = run_script("train.py", "train.part=vae", "train.lora_rank=2", f"output={tmp_path / 'no'}")
+    assert status == 2 and "train.lora_rank is for the UNet" in out
 
 
-def test_a_killed_adapter_run_resumes_to_the_same_numbers(tmp_path):
+def test_a_killed_adapter_run_resumes_to_the_same_numbers(run_script, tmp_path):
     words = [*RUN, "train.save_every=1", "train.decay=constant"]
-    assert run("train.py", *words, "train.steps=2", f"output={tmp_path / 'whole'}") == 0
-    assert run("train.py", *words, "train.steps=1", f"output={tmp_path / 'parts'}") == 0
-    assert run("train.py", *words, "train.steps=2", f"output={tmp_path / 'parts'}", "--resume") == 0
+    assert run_script("train.py", *words, "train.steps=2", f"output={tmp_path / 'whole'}")[0] == 0
+    assert run_script("train.py", *words, "train.steps=1", f"output={tmp_path / 'parts'}")[0] == 0
+    assert run_script("train.py", *words, "train.steps=2", f"output={tmp_path / 'parts'}", "--resume")[0] == 0
     logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "parts")]
     assert logs[0] == logs[1]

@@ -8,6 +8,7 @@ which they all started, has its own rows (`sd_rows`).
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from i2vgen import config
+from i2vgen.unet import declared_drops
 from weights_conversion.rules import Place, Row, Table, expand
 
 MLP: Table = (("0", "linear1", "affine"), ("2", "linear2", "affine"))
@@ -85,7 +87,13 @@ TEMPORAL_ENDS: Table = (
 
 
 def rows(unet: config.UNet, use: config.Use) -> list[Row]:
-    return expand(places(unet, use))
+    """Of the model under these switches: where `places` does not know one, its declared drops leave out."""
+    patterns = declared_drops(unet, use).patterns
+
+    def dropped(row: Row) -> bool:
+        return any(fnmatch.fnmatchcase(name, pattern) for name in row.ours for pattern in patterns)
+
+    return [row for row in expand(places(unet, use)) if not dropped(row)]
 
 
 def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
