@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from i2vgen import config
-from i2vgen.attention import Keys, for_any_heads
+from i2vgen.attention import Keys, for_any_heads, one_batch
 from i2vgen.layers import Conv, Mlp, per_frame, sinusoid, zero_
 from i2vgen.temporal import FrameEncoder
 
@@ -31,6 +31,12 @@ class Conditions(NamedTuple):
     image_vector: Tensor | None  # [b v] pooled CLIP image vector, not normalised; None leaves its tokens out
     image_latent: Tensor | None  # [b c h w] scaled VAE latent of the first frame
     fps: Tensor | None  # [b] the motion asked for, in frames per second
+
+
+class Unconditional(Conditions):
+    """The same of the branch that guidance leads away from, for whoever has to tell the two apart."""
+
+    __slots__ = ()
 
 
 class Prepared(NamedTuple):
@@ -55,10 +61,10 @@ def join(branches: Sequence[Prepared]) -> Prepared | None:
             return None
     keys = None
     if all(branch.keys is not None for branch in branches):
-        readers = zip(*(branch.keys for branch in branches), strict=True)
-        keys = tuple(
-            Keys(torch.cat([one.k for one in each]), torch.cat([one.v for one in each])) for each in readers
-        )
+        readers = list(zip(*(branch.keys for branch in branches), strict=True))
+        if not all(each[0].fits(other) for each in readers for other in each[1:]):
+            return None
+        keys = tuple(one_batch(each) for each in readers)
     return first._replace(context=torch.cat([branch.context for branch in branches]), keys=keys)
 
 
@@ -72,7 +78,7 @@ class ConditionStem(nn.Module):
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.use = use
-        self.base_width = unet.base_width
+        self.base_width, self.context_width = unet.base_width, unet.context_width
         if use.fps:
             self.fps = Mlp(unet.base_width, unet.embedding_width, unet.embedding_width)
             zero_(self.fps.linear2)

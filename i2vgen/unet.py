@@ -119,6 +119,7 @@ class Residuals(NamedTuple):
 
 
 Control = Callable[[Tensor, Tensor], Residuals]  # the UNet's own x [b c f h w] and t [b]
+Extra = Callable[[Conditions, Prepared], Prepared]  # what `prepare` was given, and what it made of it
 
 
 class Level(nn.Module):
@@ -149,6 +150,7 @@ class UNet(nn.Module):
     """
 
     control: Control | None = None  # is asked at every call; see `taps.controlled`
+    extra: Extra | None = None  # is asked at every `prepare`; see `extra_tokens.py`
     together = False  # several contexts of a sample as one batch; else one after the other
     project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
@@ -210,9 +212,23 @@ class UNet(nn.Module):
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not see the timestep; once per video."""
         prepared = self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
-        if not self.project_once:
+        if self.extra is not None:
+            prepared = self.extra(conditions, prepared)
+        if not self.project_once or prepared.keys is not None:
             return prepared
-        return prepared._replace(keys=tuple(part.keys(prepared.context) for part in self.readers()))
+        return prepared._replace(keys=self.keys(prepared.context))
+
+    def keys(self, context: Tensor) -> tuple[Keys, ...]:
+        """Of all cross-attentions for context [b k d]"""
+        return tuple(part.keys(context) for part in self.readers())
+
+    def with_context(self, prepared: Prepared, context: Tensor) -> Prepared:
+        """`prepared` with another context [b k d]; its keys are made again, what stands beside them stays."""
+        keys = prepared.keys
+        if keys is not None:
+            again = zip(self.keys(context), keys, strict=True)
+            keys = tuple(new._replace(beside=old.beside) for new, old in again)
+        return prepared._replace(context=context, keys=keys)
 
     def readers(self) -> Iterator[Attention]:
         """The cross-attentions, in the order in which `forward` meets them."""
