@@ -152,6 +152,7 @@ class ConcatBranch(nn.Module):
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.gain, self.planes = use.concat_gain, use.frame_planes
+        self.later = use.later_frames
         self.conv1 = Conv(unet.image_channels, unet.concat_hidden, 3, padding=1)
         self.conv2 = Conv(unet.concat_hidden, unet.concat_hidden, 3, padding=1)
         self.conv3 = Conv(unet.concat_hidden, unet.concat_channels, 3, padding=1)
@@ -171,6 +172,8 @@ class ConcatBranch(nn.Module):
     def forward(self, latent: Tensor, frames: int) -> Tensor:
         """[b c h w] -> [b f h w c]"""
         x = frame_planes(latent, frames, self.planes)
+        if self.later != "position":
+            x = without_position(x, self.later)
         x = F.silu(per_frame(self.conv1, x))
         x = F.silu(per_frame(self.conv2, x))
         x = per_frame(self.conv3, x)
@@ -190,3 +193,10 @@ def frame_planes(latent: Tensor, frames: int, rounding: str = "float32") -> Tens
     b, _, h, w, c = first.shape
     planes = repeat(positions.to(latent.dtype), "f -> b f h w c", b=b, h=h, w=w, c=c)
     return torch.cat([first, planes], dim=1)
+
+
+def without_position(planes: Tensor, later: str) -> Tensor:
+    """[b f h w c] of `frame_planes` -> "picture" or "zeros" in the place of the frames after the first"""
+    first = planes[:, :1]
+    rest = first if later == "picture" else torch.zeros_like(first)
+    return torch.cat([first, rest.expand_as(planes[:, 1:])], dim=1)
