@@ -72,6 +72,7 @@ def test_the_paper_s_central_study_is_there():
     [
         (("use.concat=false", "use.concta=false"), r"variant 'without': .*did you mean use\.concat"),
         (("[use.concat=false]", "[]"), "'without' changes nothing"),
+        (("use.concat=false", "use.concat=true"), "'with it' and 'without' have the same settings"),
         (("without:", "With It:"), "would share the result folder with_it"),
         (("first_frame_psnr", "beauty"), "no score 'beauty'"),
         (("cost, untrained", "price, untrained"), "no measure 'price'"),
