@@ -174,8 +174,7 @@ class _Extra:
 
     def keys_beside(self, tokens: Tensor, prepared: Prepared, negative: bool) -> tuple[Keys, ...]:
         """The keys of all cross-attentions, with those of the tokens at the end of what stands beside."""
-        dtype = prepared.context.dtype
-        tokens = tokens.to(next(self.through.parameters()).dtype)
+        context, tokens = prepared.context, tokens.to(next(self.through.parameters()))
         paths = {module: path for path, module in self.unet.named_modules()}
         made = [self.through(paths[reader], tokens) for reader in self.unet.readers()]
         idle = not torch.is_grad_enabled() and not negative and self.scale
@@ -183,9 +182,9 @@ class _Extra:
             warnings.warn(
                 "extra tokens change nothing: `through` is untrained, its values are 0", stacklevel=2
             )
-        keys = self.unet.keys(prepared.context) if prepared.keys is None else prepared.keys
+        keys = self.unet.keys(context) if prepared.keys is None else prepared.keys
         return tuple(
-            old if new is None else _behind(old, Keys(new.k.to(dtype), (self.scale * new.v).to(dtype)))
+            old if new is None else _behind(old, Keys(new.k.to(context), (self.scale * new.v).to(context)))
             for old, new in zip(keys, made, strict=True)
         )
 
