@@ -1,10 +1,13 @@
 """Say by four numbers instead of words what moves how: context tokens from a small trained projection.
 
-    python examples/extra_tokens.py outputs/tokens steps=300
+    python examples/extra_tokens.py outputs/tokens steps=200
 
 Trains dx, dy, growth and turn -> two tokens, and the keys and values by which cross-attention reads them, on
 clips of the procedural world with one object and without captions; the model itself stays as it is. Writes
 OUT/tokens.safetensors, and of one picture OUT/still.gif, right.gif, up.gif, grow.gif and between.gif.
+
+A third of a second of one CPU core for each step. After 160 of them the ways and the growth were heard, while
+"still" drifted yet.
 """
 
 import argparse
@@ -71,9 +74,9 @@ def train(model, tokens, steps, batch=4):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("settings", nargs="*", help="steps=300")
+    parser.add_argument("settings", nargs="*", help="steps=200")
     given = parser.parse_args()
-    steps = int(dict(s.split("=") for s in given.settings).get("steps", 300))
+    steps = int(dict(s.split("=") for s in given.settings).get("steps", 200))
     torch.manual_seed(0)
     model = i2vgen.load()
     tokens = MotionTokens(model.unet).to(model.device)
