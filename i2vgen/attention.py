@@ -91,13 +91,32 @@ def for_any_heads(backend: str) -> str:
 
 
 class Keys(NamedTuple):
-    """Context tokens as a cross-attention reads them: keys and values [n m k d]."""
+    """Context tokens as a cross-attention reads them: keys and values [n m k d].
+
+    What stands `beside` them is read by a softmax of its own and added; see `extra_tokens.py`.
+    """
 
     k: Tensor
     v: Tensor
+    beside: Keys | None = None
 
     def split(self, n: int) -> list[Keys]:
-        return [Keys(k, v) for k, v in zip(self.k.split(n), self.v.split(n), strict=True)]
+        parts = [Keys(k, v) for k, v in zip(self.k.split(n), self.v.split(n), strict=True)]
+        if self.beside is None:
+            return parts
+        return [p._replace(beside=b) for p, b in zip(parts, self.beside.split(n), strict=True)]
+
+    def fits(self, other: Keys) -> bool:
+        """Whether both can be one batch."""
+        if self.k.shape[1:] != other.k.shape[1:] or (self.beside is None) != (other.beside is None):
+            return False
+        return self.beside is None or self.beside.fits(other.beside)
+
+
+def one_batch(keys: Sequence[Keys]) -> Keys:
+    """Keys that fit each other, one below the other: [(n b) m k d]"""
+    k, v = (torch.cat(parts) for parts in zip(*(one[:2] for one in keys), strict=True))
+    return Keys(k, v, None if keys[0].beside is None else one_batch([one.beside for one in keys]))
 
 
 def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
@@ -159,12 +178,17 @@ class Attention(nn.Module):
 
     def inside(self, x: Tensor, context: Tensor | Keys | None = None) -> Tensor:
         """What the output projection reads: [n t c] -> [n t (m d)]"""
+        beside = None
         if context is None:
             q, k, v = (self.heads_first(y) for y in self.project(x))
         else:
             q = self.heads_first(self.to_q(x))
-            k, v = context if isinstance(context, Keys) else self.keys(context)
-        return rearrange(attend(q, k, v, self.backend), "n m t d -> n t (m d)")
+            k, v, beside = context if isinstance(context, Keys) else self.keys(context)
+        y = attend(q, k, v, self.backend)
+        while beside is not None:
+            y = y + attend(q, beside.k, beside.v, self.backend)
+            beside = beside.beside
+        return rearrange(y, "n m t d -> n t (m d)")
 
     def keys(self, context: Tensor) -> Keys:
         """Context tokens [n k d] -> what `forward` takes in their place, as often as it likes."""

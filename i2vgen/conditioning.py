@@ -19,7 +19,7 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from i2vgen import config
-from i2vgen.attention import Keys, for_any_heads
+from i2vgen.attention import Keys, for_any_heads, one_batch
 from i2vgen.layers import Conv, Mlp, per_frame, sinusoid, zero_
 from i2vgen.temporal import FrameEncoder
 
@@ -31,6 +31,12 @@ class Conditions(NamedTuple):
     image_vector: Tensor | None  # [b v] pooled CLIP image vector, not normalised; None leaves its tokens out
     image_latent: Tensor | None  # [b c h w] scaled VAE latent of the first frame
     fps: Tensor | None  # [b] the motion asked for, in frames per second
+
+
+class Unconditional(Conditions):
+    """The same of the branch that guidance leads away from, for whoever has to tell the two apart."""
+
+    __slots__ = ()
 
 
 class Prepared(NamedTuple):
@@ -55,10 +61,10 @@ def join(branches: Sequence[Prepared]) -> Prepared | None:
             return None
     keys = None
     if all(branch.keys is not None for branch in branches):
-        readers = zip(*(branch.keys for branch in branches), strict=True)
-        keys = tuple(
-            Keys(torch.cat([one.k for one in each]), torch.cat([one.v for one in each])) for each in readers
-        )
+        readers = list(zip(*(branch.keys for branch in branches), strict=True))
+        if not all(each[0].fits(other) for each in readers for other in each[1:]):
+            return None
+        keys = tuple(one_batch(each) for each in readers)
     return first._replace(context=torch.cat([branch.context for branch in branches]), keys=keys)
 
 
@@ -72,7 +78,7 @@ class ConditionStem(nn.Module):
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.use = use
-        self.base_width = unet.base_width
+        self.base_width, self.context_width = unet.base_width, unet.context_width
         if use.fps:
             self.fps = Mlp(unet.base_width, unet.embedding_width, unet.embedding_width)
             zero_(self.fps.linear2)
@@ -146,6 +152,7 @@ class ConcatBranch(nn.Module):
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.gain, self.planes = use.concat_gain, use.frame_planes
+        self.later = use.later_frames
         self.conv1 = Conv(unet.image_channels, unet.concat_hidden, 3, padding=1)
         self.conv2 = Conv(unet.concat_hidden, unet.concat_hidden, 3, padding=1)
         self.conv3 = Conv(unet.concat_hidden, unet.concat_channels, 3, padding=1)
@@ -165,6 +172,8 @@ class ConcatBranch(nn.Module):
     def forward(self, latent: Tensor, frames: int) -> Tensor:
         """[b c h w] -> [b f h w c]"""
         x = frame_planes(latent, frames, self.planes)
+        if self.later != "position":
+            x = without_position(x, self.later)
         x = F.silu(per_frame(self.conv1, x))
         x = F.silu(per_frame(self.conv2, x))
         x = per_frame(self.conv3, x)
@@ -184,3 +193,10 @@ def frame_planes(latent: Tensor, frames: int, rounding: str = "float32") -> Tens
     b, _, h, w, c = first.shape
     planes = repeat(positions.to(latent.dtype), "f -> b f h w c", b=b, h=h, w=w, c=c)
     return torch.cat([first, planes], dim=1)
+
+
+def without_position(planes: Tensor, later: str) -> Tensor:
+    """[b f h w c] of `frame_planes` -> "picture" or "zeros" in the place of the frames after the first"""
+    first = planes[:, :1]
+    rest = first if later == "picture" else torch.zeros_like(first)
+    return torch.cat([first, rest.expand_as(planes[:, 1:])], dim=1)

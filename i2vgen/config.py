@@ -72,6 +72,9 @@ class Use:
     sinusoid: Literal["pow", "exp"] = "pow"
     # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
     frame_planes: Literal["float32", "network"] = "float32"
+    # What the concat branch sees of the frames after the first: a plane with the frame's position k/(f-1)
+    # (official), zeros, or the picture again.
+    later_frames: Literal["position", "zeros", "picture"] = "position"
     # "half": every level has half the rows and columns of the one above it. "margin", the refiners': one row
     # more above and below, cut off again on the way up. It fixes which heights fit, see `UNet.margin`.
     resampling: Literal["half", "margin"] = "half"

@@ -40,7 +40,7 @@ from i2vgen import (
     storage,
     video,
 )
-from i2vgen.conditioning import Conditions, Prepared, join
+from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
 from i2vgen.config import RANDOM, SHIPPED, Config
 from i2vgen.config_layers import load_config
 from i2vgen.deep_cache import DeepCache
@@ -354,7 +354,7 @@ def encode(
             clip_pixels = torch.stack([view.clip_pixels for view in views]).to(device)
             vector_cond = model.clip.image(clip_pixels)
             vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
-    return Conditions(text[0], vector[0], latent, fps), Conditions(text[1], vector[1], latent, fps)
+    return Conditions(text[0], vector[0], latent, fps), Unconditional(text[1], vector[1], latent, fps)
 
 
 def sees_latent(config: Config) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from i2vgen import checkpoint, compiled, refine_video, runtime, speed, video
 from i2vgen import config as settings
 from i2vgen import refine_sampler as sampling
-from i2vgen.conditioning import Conditions, Prepared, join
+from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
 from i2vgen.config import Config
 from i2vgen.config_layers import second_stage
 from i2vgen.encoders import ClipEncoders
@@ -144,7 +144,8 @@ def texts(model: Refiner, prompt: str) -> tuple[Prepared, Prepared]:
         warnings.simplefilter("ignore")
         tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
     states = model.clip.text(tokens.to(model.device))
-    with_, without = (model.unet.prepare(Conditions(one[None], None, None, None), 1) for one in states)
+    kinds = zip((Conditions, Unconditional), states, strict=True)
+    with_, without = (model.unet.prepare(kind(one[None], None, None, None), 1) for kind, one in kinds)
     return with_, without
 
 

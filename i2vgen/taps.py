@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping
 from torch import Tensor, nn
 
 from i2vgen.attention import FUNCTIONS, Attention
-from i2vgen.unet import Control, UNet
+from i2vgen.unet import Control, Residuals, UNet
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `attention.attend`
 Tap = Callable[[str, Tensor], Tensor | None]  # path and output -> None leaves it, a tensor takes its place
@@ -118,14 +118,29 @@ def _functions(chosen: Mapping[tuple[str, Attention], AttentionFunction]) -> Ite
 def controlled(unet: UNet, control: Control) -> Iterator[None]:
     """Inside, what `control` makes of x [b c f h w] and t [b] is added in the UNet; see `unet.Residuals`.
 
-    A module may be given: it does not become a part of the UNet, whose weights stay what they are.
+    A module may be given: it does not become a part of the UNet, whose weights stay what they are. A warning
+    at the end if nothing was ever added.
     """
-    before = unet.control
-    object.__setattr__(unet, "control", control)  # past nn.Module, which would register a module
+    before, added = unet.control, False
+
+    def listening(x: Tensor, t: Tensor) -> Residuals:
+        nonlocal added
+        given = control(x, t)
+        single, lists = (given.entrance, given.middle), (given.down, given.skips, given.up)
+        added = added or any(one is not None for part in (single, *lists) for one in part)
+        return given
+
+    object.__setattr__(unet, "control", listening)  # past nn.Module, which would register a module
     try:
         yield
     finally:
         object.__setattr__(unet, "control", before)
+    if not added:
+        warnings.warn(
+            "the control changed nothing: the network was not called inside the `with`, or no residual was "
+            "given",
+            stacklevel=3,
+        )
 
 
 def matching(network: nn.Module, pattern: str) -> dict[str, nn.Module]:

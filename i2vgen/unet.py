@@ -119,6 +119,7 @@ class Residuals(NamedTuple):
 
 
 Control = Callable[[Tensor, Tensor], Residuals]  # the UNet's own x [b c f h w] and t [b]
+Extra = Callable[[Conditions, Prepared], Prepared]  # what `prepare` was given, and what it made of it
 
 
 class Level(nn.Module):
@@ -149,6 +150,7 @@ class UNet(nn.Module):
     """
 
     control: Control | None = None  # is asked at every call; see `taps.controlled`
+    extra: Extra | None = None  # is asked at every `prepare`; see `extra_tokens.py`
     together = False  # several contexts of a sample as one batch; else one after the other
     project_once = False  # keys and values of all cross-attentions belong to `prepare`; see `speed.py`
 
@@ -210,9 +212,23 @@ class UNet(nn.Module):
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not see the timestep; once per video."""
         prepared = self.stem.prepare(conditions, frames, self.conv_in.weight.dtype)
-        if not self.project_once:
+        if self.extra is not None:
+            prepared = self.extra(conditions, prepared)
+        if not self.project_once or prepared.keys is not None:
             return prepared
-        return prepared._replace(keys=tuple(part.keys(prepared.context) for part in self.readers()))
+        return prepared._replace(keys=self.keys(prepared.context))
+
+    def keys(self, context: Tensor) -> tuple[Keys, ...]:
+        """Of all cross-attentions for context [b k d]"""
+        return tuple(part.keys(context) for part in self.readers())
+
+    def with_context(self, prepared: Prepared, context: Tensor) -> Prepared:
+        """`prepared` with another context [b k d]; its keys are made again, what stands beside them stays."""
+        keys = prepared.keys
+        if keys is not None:
+            again = zip(self.keys(context), keys, strict=True)
+            keys = tuple(new._replace(beside=old.beside) for new, old in again)
+        return prepared._replace(context=context, keys=keys)
 
     def readers(self) -> Iterator[Attention]:
         """The cross-attentions, in the order in which `forward` meets them."""
@@ -247,7 +263,7 @@ class UNet(nn.Module):
         if prepared.fps_embedding is not None:
             embedding = embedding + prepared.fps_embedding
 
-        added = Residuals() if self.control is None else self.control(x, t)
+        added = Residuals() if self.control is None else self.residuals(x, t)
         x = rearrange(x.to(dtype), "b c f h w -> b f h w c")
         if prepared.concat is not None:
             x = torch.cat([x, prepared.concat], dim=-1)
@@ -270,6 +286,19 @@ class UNet(nn.Module):
             else:
                 outs.append(self.blocks_and_head(*inputs, added, start, deep))
         return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def residuals(self, x: Tensor, t: Tensor) -> Residuals:
+        """What an adapter adds; ValueError if it counts other blocks than there are."""
+        added = self.control(x, t)
+        down, up = (sum(len(level.blocks) for level in side) for side in (self.down, self.up))
+        skips = 1 + down + sum(level.resample is not None for level in self.down)
+        for name, there in (("down", down), ("skips", skips), ("up", up)):
+            if (given := len(getattr(added, name))) not in (0, there):
+                raise ValueError(
+                    f"the adapter adds {given} residuals to `{name}`, where this network has {there}: it is "
+                    "for another architecture"
+                )
+        return added
 
     def branches(self, prepared: Prepared, b: int) -> list[Prepared]:
         """`prepared` as it is, or the n contexts of every sample apart."""
@@ -381,7 +410,14 @@ def joined(x: Tensor, skip: Tensor, gains: tuple[float, float] | None) -> Tensor
 
 def plus(x: Tensor, residual: Tensor | None) -> Tensor:
     """x [(n b) ...] + residual [b ...], the same for each of the n contexts of a sample"""
-    return x if residual is None else x + repeated(residual.to(x.dtype), len(x) // len(residual))
+    if residual is None:
+        return x
+    if residual.shape[1:] != x.shape[1:] or len(x) % len(residual):
+        raise ValueError(
+            f"a residual of shape {list(residual.shape)} meets {list(x.shape)} (b f h w c): the adapter is "
+            "for another architecture or size"
+        )
+    return x + repeated(residual.to(x.dtype), len(x) // len(residual))
 
 
 def repeated(x: Tensor, n: int) -> Tensor:

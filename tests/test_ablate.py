@@ -1,6 +1,7 @@
 """Studies: what is refused, how numbers and error bars come about, and one study from the command line."""
 
 import csv
+import dataclasses
 import functools
 import json
 import sys
@@ -12,6 +13,7 @@ from PIL import Image
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 from i2vgen.lab.report import Cell
+from i2vgen.lab.study import Run
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
@@ -59,6 +61,7 @@ def test_the_paper_s_central_study_is_there():
     [
         (("use.concat=false", "use.concta=false"), r"variant 'without': .*did you mean use\.concat"),
         (("[use.concat=false]", "[]"), "'without' changes nothing"),
+        (("use.concat=false", "use.concat=true"), "'with it' and 'without' have the same settings"),
         (("without:", "With It:"), "would share the result folder with_it"),
         (("first_frame_psnr", "beauty"), "no score 'beauty'"),
         (("cost, untrained", "price, untrained"), "no measure 'price'"),
@@ -124,6 +127,29 @@ def test_differences_inside_the_error_bars_are_called_so(study_file):
     said = report.verdict(study, apart)
     assert "without in clip, PSNR" in said and "this run shows none" not in said
     assert report.as_text("clip_psnr", Cell(25, 24, 26), Cell(20, 19, 21)).endswith("*")
+
+
+def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
+    study = studies.read(study_file())
+    study = dataclasses.replace(study, measures=("untrained",), scores=("clip_psnr",))
+
+    def results(*calls):
+        return {
+            Run(variant, "untrained", 0, tmp_path): {**result(20.0, 19.0, 21.0), "calls": count, "loss": None}
+            for variant, count in zip(study.variants, calls, strict=True)
+        }
+
+    table = report.score_tables(study, results(40, 9))[0][0]
+    assert table.head[:2] == ("variant", "UNet calls a clip") and [row[1] for row in table.rows] == [
+        "40",
+        "9",
+    ]
+    assert Image.open(report.plots(study, results(40, 9), None, tmp_path)[0]).width > 200
+    report.write_csv(study, results(40, 9), None, tmp_path / "r.csv")
+    assert "without,untrained,calls,9,,," in (tmp_path / "r.csv").read_text()
+    # All alike, they are no news.
+    assert report.score_tables(study, results(40, 40))[0][0].head[1] == "clip, PSNR"
+    assert report.plots(study, results(40, 40), None, tmp_path) == []
 
 
 # --- a whole study

@@ -106,11 +106,14 @@ def test_everything_that_may_be_off_together(make_unet, inputs):
         assert not [n for n, _ in unet.named_modules() if "tempor" in n or "concat" in n]
 
 
-@pytest.mark.parametrize("name", CONVENTIONS)
-def test_conventions_change_arithmetic_and_no_parameter(make_unet, full, inputs, full_output, name):
-    default = getattr(Use(), name)
-    choices = typing.get_args(typing.get_type_hints(Use)[name])
-    other = next(c for c in choices if c != default) if choices else default / 2
+def others(name):
+    """Every other choice of a convention, or half of a number."""
+    default, choices = getattr(Use(), name), typing.get_args(typing.get_type_hints(Use)[name])
+    return [choice for choice in choices if choice != default] or [default / 2]
+
+
+@pytest.mark.parametrize(("name", "other"), [(name, other) for name in CONVENTIONS for other in others(name)])
+def test_conventions_change_arithmetic_and_no_parameter(make_unet, full, inputs, full_output, name, other):
     use = dataclasses.replace(Use(), **{name: other})
     assert declared_drops(config.UNet(), use) == declared_drops(config.UNet(), Use())
     unet = make_unet(use)

@@ -523,6 +523,7 @@ def test_configs_that_are_none_of_ours_are_refused(copy, name, values, message):
             ("use", {switch: False}, rf"use\.{switch} is false")
             for switch in config.STRUCTURAL_SWITCHES
         ),
+        ("use", {"later_frames": "picture"}, r"use\.later_frames is picture; .* only have position"),
         ("unet", {"concat_layers": 2}, r"unet\.concat_layers is 2; .* only have 1"),
         ("unet", {"num_global_tokens": 5}, r"unet\.num_global_tokens is 5; .* only have 4"),
         ("unet", {"image_vector_width": 32}, r"unet\.image_vector_width is 32"),

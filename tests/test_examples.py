@@ -113,3 +113,22 @@ def test_control(tmp_path):
     made = {name: video.load(tmp_path / f"{name}.gif")[0] for name in ("edges", "with", "without")}
     assert made["with"].shape == made["edges"].shape and not np.array_equal(made["with"], made["without"])
     assert (tmp_path / "adapter.safetensors").stat().st_size < 500_000
+
+
+def test_extra_tokens(tmp_path):
+    call("extra_tokens", tmp_path, "steps=2")
+    names = ("still", "right", "up", "grow", "between")
+    made = [video.load(tmp_path / f"{name}.gif")[0] for name in names]
+    assert all(clip.shape == (8, 192, 192, 3) for clip in made)
+    assert not any(np.array_equal(made[0], clip) for clip in made[1:])
+    assert (tmp_path / "tokens.safetensors").stat().st_size < 500_000
+
+    numbers = load("extra_tokens")["numbers"]
+    for kind, told in (("up", (0, -1, 0, 0)), ("grow", (0, 0, 1, 0)), ("rotate", (0, 0, 0, 1))):
+        facts = next(
+            facts
+            for facts in (world.sample_facts(s, kind="basic") for s in range(999))
+            if (facts.moves[0].kind, facts.moves[0].speed) == (kind, "quickly")
+        )
+        amount = {"up": 0.72, "grow": np.log(1.85), "rotate": np.radians(110.0)}[kind]
+        assert numbers(facts).tolist() == pytest.approx([amount * one for one in told], abs=1e-6)

@@ -274,7 +274,26 @@ def test_an_adapter_does_not_become_a_part(network):
     adapter = torch.nn.Linear(2, 2)
     adapter.forward = lambda x, t: Residuals()
     names = list(unet.state_dict())
-    with controlled(unet, adapter):
-        call()
-        assert list(unet.state_dict()) == names
+    seen = []
+    with pytest.warns(UserWarning, match="no residual was given"), controlled(unet, adapter):
+        seen += [call(), *unet.state_dict()]
+    assert seen[1:] == names
+    assert unet.control is None
+
+
+@torch.no_grad()
+def test_an_adapter_for_another_network_is_refused(network):
+    unet, call = network
+    entrance = torch.ones(1, 3, 4, 6, 32, dtype=torch.float64)
+    for given, message in (
+        (Residuals(down=[None] * 3), r"3 residuals to `down`, where this network has 2"),
+        (Residuals(skips=[None] * 3), r"3 residuals to `skips`, where this network has 4"),
+        (Residuals(up=[None]), r"1 residuals to `up`, where this network has 4"),
+        (Residuals(entrance=entrance[..., :16]), r"\[1, 3, 4, 6, 16\] meets \[1, 3, 4, 6, 32\]"),
+        (Residuals(entrance=entrance[:, :1]), "for another architecture or size"),
+    ):
+        with pytest.raises(ValueError, match=message), controlled(unet, lambda x, t, given=given: given):
+            call()
+    with pytest.warns(UserWarning, match="not called inside"), controlled(unet, lambda x, t: given):
+        pass
     assert unet.control is None

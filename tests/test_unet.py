@@ -198,6 +198,24 @@ def test_frame_planes():
     assert frame_planes(latent, 1).shape == (2, 1, 2, 2, 3)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("later", ["zeros", "picture"])
+def test_later_frames_of_the_concat_branch(make_unet, make_inputs, later, monkeypatch):
+    _, _, conditions = make_inputs(batch=2)
+    got = make_unet(Use(later_frames=later)).prepare(conditions, 5).concat
+
+    def planes(latent, frames, rounding):
+        shown = latent.movedim(1, -1)[:, None].repeat(1, frames, 1, 1, 1)
+        shown[:, 1:] *= later == "picture"
+        return shown
+
+    unet = make_unet()
+    assert not unet.prepare(conditions, 5).concat.allclose(got)
+    monkeypatch.setattr("i2vgen.conditioning.frame_planes", planes)
+    assert unet.prepare(conditions, 5).concat.equal(got)
+    assert make_unet(Use(later_frames=later)).prepare(conditions, 1).concat.shape[1] == 1
+
+
 # --- training
 
 

@@ -162,6 +162,10 @@ def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
     for switch in config.STRUCTURAL_SWITCHES if use else ():
         if not getattr(use, switch):
             raise ValueError(f"use.{switch} is false; diffusers' I2VGenXLUNet always has this part")
+    if use and use.later_frames != "position":
+        raise ValueError(
+            f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet can only have position here"
+        )
     down = ["CrossAttnDownBlock3D" if attends else "DownBlock3D" for attends in unet.attention_levels]
     written = {
         "_class_name": "I2VGenXLUNet",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import statistics
 import time
@@ -22,6 +23,7 @@ from i2vgen.lab.study import Budget, Run, Study
 from i2vgen.meter import Meter
 from i2vgen.training import data, diffusion, evaluation, evaluation_page, loop
 from i2vgen.training.evaluation import Evaluation, Plan
+from i2vgen.training.evaluation_drift import Sampled, counting
 
 RESULT, STRIP = "result.json", "strip.png"
 STRIPS = 3  # clips in a run's strip
@@ -109,7 +111,9 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         config = load_config(None, sample, weights=str(weights))
     settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
     config = dataclasses.replace(config, runtime=settings)
-    found = evaluation.evaluate(pipeline.load_parts(config), Plan(clips=budget.clips))
+    model, plan, sampled = pipeline.load_parts(config), Plan(clips=budget.clips), Sampled()
+    with counting(model.unet, sampled):
+        found = evaluation.evaluate(model, plan)
     evaluation_page.write_report(found, run.folder)
     save_strip(found, run.folder / STRIP)
     facts = {
@@ -119,6 +123,7 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "fingerprint": studies.fingerprint(study, run, budget),
         "scores": found.scores.values,
         "intervals": found.scores.intervals,
+        "calls": sampled.whole // math.ceil(len(evaluation.items(plan)) / BATCH),
         "loss": loss,
         "seconds": round(time.perf_counter() - begun, 1),
     }

@@ -20,6 +20,7 @@ from i2vgen.training.evaluation_page import LABELS, Table, as_html, as_markdown,
 
 # Student's t for 95 %, by degrees of freedom (seeds - 1).
 STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+CALLS = "UNet calls a clip"  # a pair of guidance counts two
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
 
 
@@ -68,6 +69,12 @@ def cells(study: Study, results: dict[Run, dict], measure: str) -> dict[str, dic
     return table
 
 
+def calls(results: dict[Run, dict], measure: str) -> dict[str, int]:
+    """variant -> UNet calls per clip, if a study's variants differ in them"""
+    made = {run.variant: r.get("calls") for run, r in results.items() if run.measure == measure}
+    return made if len(set(made.values())) > 1 else {}
+
+
 def read_results(runs: Sequence[Run]) -> dict[Run, dict]:
     return {run: json.loads((run.folder / RESULT).read_text()) for run in runs}
 
@@ -92,6 +99,9 @@ def score_tables(study: Study, results: dict[Run, dict]) -> list[tuple[Table, st
             for variant, line in table.items()
         ]
         head = ("variant", *(LABELS[score] for score in study.scores))
+        if made := calls(results, measure):
+            head = (head[0], CALLS, *head[1:])
+            rows = [(name, str(made[name]), *rest) for name, *rest in rows]
         found.append((Table(title, head, tuple(rows)), verdict(study, table)))
     return found
 
@@ -166,6 +176,8 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
             rows.writerow((name, "cost", key, figures[key], "", "", ""))
     for measure in study.measures:
         if measure != "cost":
+            for variant, count in calls(results, measure).items():
+                rows.writerow((variant, measure, "calls", count, "", "", ""))
             for variant, line in cells(study, results, measure).items():
                 for score, c in line.items():
                     rows.writerow((variant, measure, score, c.value, c.low, c.high, c.over))
@@ -189,7 +201,10 @@ def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Pa
         axes.legend(fontsize=8)
         made.append(_save(picture, folder / "loss.png"))
     measure = "trained" if "trained" in study.measures else "untrained"
-    if costs and measure in study.measures:
+    spent, axis = calls(results, measure), CALLS
+    if costs and not spent:
+        spent, axis = {name: c["flops"] / 1e9 for name, c in costs.items()}, "GFLOP a call"
+    if spent and measure in study.measures:
         picture = Figure(figsize=(3.2 * len(study.scores), 3.4), layout="constrained")
         table = cells(study, results, measure)
         for axes, score in zip(
@@ -199,9 +214,9 @@ def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Pa
                 c = table[variant][score]
                 if c.value is not None:
                     reach = None if c.low is None else [[c.value - c.low], [c.high - c.value]]
-                    x = costs[variant]["flops"] / 1e9
+                    x = spent[variant]
                     axes.errorbar(x, c.value, yerr=reach, fmt="o", color=f"C{i}", label=variant, capsize=3)
-            axes.set(xlabel="GFLOP a call", title=LABELS[score])
+            axes.set(xlabel=axis, title=LABELS[score])
         picture.axes[0].legend(fontsize=7)
         made.append(_save(picture, folder / "score_against_cost.png"))
     return made

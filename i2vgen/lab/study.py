@@ -143,14 +143,29 @@ def _check(study: Study, file: str | Path) -> None:
                 f"{slug(name)}; rename one"
             )
         folders[slug(name)] = name
+    known: dict[str, tuple] = {}
     for name in study.variants:
         try:
-            if "trained" in study.measures:
-                trained(study, name, BUDGETS["smoke"], 0)
-            if "untrained" in study.measures or "cost" in study.measures:
-                untrained(study, name, BUDGETS["smoke"])
+            both = _settings(study, name, BUDGETS["smoke"]), _settings(study, name, BUDGETS["full"])
         except ValueError as error:
             raise ValueError(f"{file}: the variant {name!r}: {error}") from error
+        known[name] = both[1]
+        same = next(other for other, held in known.items() if held == both[1])
+        if same != name:
+            raise ValueError(
+                f"{file}: the variants {same!r} and {name!r} have the same settings, so there is nothing to "
+                "compare"
+            )
+
+
+def _settings(study: Study, variant: str, budget: Budget) -> tuple:
+    """All that a variant is measured under; ValueError if it cannot be."""
+    found: list = []
+    if "trained" in study.measures:
+        found += trained(study, variant, budget, 0)
+    if "untrained" in study.measures or "cost" in study.measures:
+        found.append(untrained(study, variant, budget))
+    return tuple(found)
 
 
 def slug(name: str) -> str:

@@ -195,7 +195,7 @@ class Without:
         if self.missing == "local tokens":
             context = prepared.context.clone()
             context[:, self.local] = 0.0
-            prepared = prepared._replace(context=context, keys=None)  # made of what is gone now
+            prepared = self.unet.with_context(prepared, context)
         return prepared
 
     def __call__(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
