@@ -4,10 +4,12 @@
 
     python scripts/ablate.py configs/ablations/hierarchical_encoders.yaml budget=smoke output=outputs/smoke
     python scripts/ablate.py configs/ablations/concat_gain.yaml output=outputs/concat_gain
+    python scripts/ablate.py configs/ablations/temporal.yaml measures=cost,untrained output=outputs/temporal
 
     budget=    smoke: does it run; quick: within an hour on two cores (default); full: enough to believe
     output=    a folder per run with settings, log, scores, clips; table.md, results.csv, plots, index.html
     workers=   runs at once: one per GPU, else one per core
+    measures=  only these of what the study measures: cost,untrained takes minutes
 
 A study that was killed goes on where it was; what is there is not made again. How a study is written stands
 in i2vgen/lab/study.py.
@@ -15,6 +17,7 @@ in i2vgen/lab/study.py.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import multiprocessing
@@ -32,7 +35,7 @@ from i2vgen.lab import study as studies
 from i2vgen.training import evaluation_page
 
 FLAGS = ("--help",)
-NAMES = ("budget", "output", "workers")
+NAMES = ("budget", "output", "workers", "measures")
 
 
 def main() -> int:
@@ -53,7 +56,7 @@ def main() -> int:
         raise ValueError(
             "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
         )
-    study, budget = studies.read(file), studies.BUDGETS[name]
+    study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
     folder = evaluation_page.check_folder("output", Path(given["output"]))
     todo = studies.runs(study, budget, folder)
     left = [run for run in todo if not measure.finished(study, run, budget)]
@@ -71,6 +74,19 @@ def main() -> int:
     print((folder / "table.md").read_text())
     print(f"page in {page}")
     return 0
+
+
+def chosen(study: studies.Study, names: str | None) -> studies.Study:
+    """The study with these of its measures alone."""
+    if names is None:
+        return study
+    measures = tuple(names.split(","))
+    if wrong := [m for m in measures if m not in study.measures]:
+        raise ValueError(
+            f"measures={names}: this study does not measure {wrong[0]!r}, it measures "
+            f"{', '.join(study.measures)}"
+        )
+    return dataclasses.replace(study, measures=measures)
 
 
 def places(given: dict[str, str], runs: int) -> list[str]:

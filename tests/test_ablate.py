@@ -87,6 +87,7 @@ def test_the_command_line_refuses(run, study_file, tmp_path, monkeypatch):
     assert "there is no budget=tiny" in run(file, f"output={tmp_path}", "budget=tiny")[1]
     assert "give a study and a folder" in run(file)[1]
     assert "there is no steps=" in run(file, f"output={tmp_path}", "steps=3")[1]
+    assert "it measures" in run(file, f"output={tmp_path}", "measures=cost,taste")[1]
     assert "workers is 0" in run(file, f"output={tmp_path / 'o'}", "workers=0", "budget=smoke")[1]
     assert "does not exist" in run(tmp_path / "none.yaml", f"output={tmp_path}")[1]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -190,6 +191,13 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     assert kept.stat().st_mtime_ns == stamp
     again = (folder / "results.csv").read_text().splitlines()
     assert [r for r in again if ",cost," not in r] == [r for r in table_before if ",cost," not in r]
+
+    status, out = run(file, "budget=smoke", f"output={folder}", "measures=untrained")
+    assert (
+        status == 0
+        and "2 runs, of which 2 are done" in out
+        and ",cost," not in (folder / "results.csv").read_text()
+    )
 
     status, out = run(study_file(SMALL.replace("use.concat=false", "use.fps=false")), "budget=smoke",
                       f"output={folder}")  # fmt: skip
