@@ -578,6 +578,7 @@ class Runtime:
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
     in_place: bool = True  # feed-forwards and SiLU without copies
     sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
+    fold_products: bool = True  # with sum_in_place: where a transformer is twice as wide inside, two in one
     # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
     kernels: Literal["auto", "triton", "plain"] = "auto"
     weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
