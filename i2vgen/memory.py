@@ -28,7 +28,7 @@ from i2vgen.unet import UNet
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "balanced": {"offload": "parts", "token_chunk": 56_320, "vae_chunk": 1},
-    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1},
+    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "vae_tile": 64},
 }
 META = torch.device("meta")
 
@@ -161,6 +161,7 @@ class Ledger:
         """What settings of a plan take, on their device or the one named."""
         device = device or runtime.device(config.runtime).type
         speed.apply(self.parts["unet"], config.runtime)
+        self.parts["vae"].set_tile(config.runtime.vae_tile)
         plain = runtime.estimate_memory(config, self.parts)
         needs = {
             ("VAE encoder", "vae"): peak(lambda: encode(self.parts["vae"], config), plain.decoder),
