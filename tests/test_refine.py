@@ -315,16 +315,16 @@ def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
 def test_the_plan_is_the_fastest_that_fits(job, monkeypatch):
     stage = config_layers.second_stage(job)
     monkeypatch.setitem(memory.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
-    needs = {}
-    for plan in memory.PLANS:
-        asked = dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory=plan))
-        needs[plan] = refine.choose_plan(asked, (16, 12), 9)[1]
+
+    def asking(plan):
+        return dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory=plan))
+
+    needs = {plan: refine.choose_plan(asking(plan), (16, 12), 9)[1] for plan in memory.PLANS}
     assert needs["full"].total > needs["low"].total
     monkeypatch.setattr(runtime, "free_memory", lambda where: needs["low"].total)
-    assert refine.choose_plan(stage, (16, 12), 9)[1].plan == "low"
-    asked = dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory="full"))
+    assert refine.choose_plan(asking("auto"), (16, 12), 9)[1].plan == "low"
     with pytest.raises(ValueError, match=r"second stage at 20 x 16.*memory=(balanced|low) would fit"):
-        refine.choose_plan(asked, (16, 12), 9)
+        refine.choose_plan(asking("full"), (16, 12), 9)
 
 
 # --- clips from files
