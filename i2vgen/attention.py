@@ -119,6 +119,14 @@ def one_batch(keys: Sequence[Keys]) -> Keys:
     return Keys(k, v, None if keys[0].beside is None else one_batch([one.beside for one in keys]))
 
 
+class Projected(NamedTuple):
+    """What a self-attention makes of its input first, where that has been made already."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
 def lay_side_by_side(layers: Sequence[nn.Linear]) -> None:
     """Put the weights of layers of one input width into one storage, so that `joined` copies nothing."""
     sizes = [len(layer.weight) for layer in layers]
@@ -170,7 +178,7 @@ class Attention(nn.Module):
 
     def add_to(self, y: Tensor, *inputs: Tensor | Keys) -> None:
         """y [... c] += what `forward` makes of `inputs` but for the last bias; see `stream.py`."""
-        add_product(y, self.inside(*inputs), self.to_out)
+        add_product(y, self.inside(*inputs), self.to_out.weight)
 
     @property
     def last(self) -> nn.Module:
@@ -214,10 +222,10 @@ class FrameAttention(Attention):
 
     kernel = False  # without gradients: short clips by a kernel of their own; see `speed.py`
 
-    def inside(self, x: Tensor) -> Tensor:
+    def inside(self, x: Tensor | Projected) -> Tensor:
         """[b f p c] -> [b f p (m d)]"""
-        q, k, v = self.project(x)
-        short = x.shape[1] <= kernels.MAX_FRAMES and self.backend not in FUNCTIONS
+        q, k, v = x if isinstance(x, Projected) else self.project(x)
+        short = q.shape[1] <= kernels.MAX_FRAMES and self.backend not in FUNCTIONS
         if self.kernel and short and not torch.is_grad_enabled():
             return kernels.frame_attention(q, k, v, self.heads)
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))

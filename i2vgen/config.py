@@ -561,6 +561,7 @@ class Runtime:
     # as written; flash, cudnn, efficient, flash3: that kernel or an error.
     attention: Literal["auto", "sdpa", "math", "flash", "cudnn", "efficient", "flash3"] = "auto"
     vae_chunk: int = 2  # frames decoded at once; memory only, any value gives the same frames
+    vae_tile: int = 0  # rows of a picture in a layer of the VAE at once; exact, memory only; 0: all
     batch: int = 1  # clips sampled at once; memory and speed only
     tf32: bool = False  # faster float32 products on recent GPUs, three digits less
     compile: bool = False  # torch.compile for each kind of the UNet's blocks
@@ -581,6 +582,7 @@ class Runtime:
     subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
     in_place: bool = True  # feed-forwards and SiLU without copies
     sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
+    fold_products: bool = True  # with sum_in_place: where a transformer is twice as wide inside, two in one
     # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
     kernels: Literal["auto", "triton", "plain"] = "auto"
     weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
@@ -592,6 +594,8 @@ class Runtime:
             raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
         if self.batch < 1:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
+        if self.vae_tile < 0:
+            raise ValueError(f"runtime.vae_tile is {self.vae_tile}; give a number of rows, 0 for all")
         for name in ("feed_forward_chunk", "token_chunk"):
             if getattr(self, name) < 0:
                 raise ValueError(

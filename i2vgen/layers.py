@@ -80,10 +80,14 @@ class FeedForward(nn.Module):
         done = [self.proj_out(self.gated(part)) for part in self.parts(x.contiguous())]
         return (done[0] if len(done) == 1 else torch.cat(done)).view_as(x)
 
-    def add_to(self, y: Tensor, x: Tensor) -> None:
-        """y [n ... c] += what `forward` makes of x [n ... c] but for the last bias; see `stream.py`."""
+    def add_to(self, y: Tensor, x: Tensor, last: Tensor | None = None) -> None:
+        """y [n ... c'] += what `forward` makes of x [n ... c] but for the last bias; see `stream.py`.
+
+        `last` [c' 4c] in place of the last weights.
+        """
+        last = self.proj_out.weight if last is None else last
         for part, into in zip(self.parts(x.contiguous()), self.parts(y), strict=True):
-            add_product(into, self.gated(part), self.proj_out)
+            add_product(into, self.gated(part), last)
 
     def parts(self, x: Tensor) -> tuple[Tensor, ...]:
         """At most `chunk` tokens are eight times as wide at a time."""
@@ -97,9 +101,8 @@ class FeedForward(nn.Module):
         if not (self.in_place and untouched(self.proj_in, nn.Linear)):
             value, gate = self.proj_in(x).chunk(2, dim=-1)
             return value * F.gelu(gate)
-        weights, biases = self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2)
-        gate = torch.ops.aten.gelu_(F.linear(x, weights[1], biases[1]))
-        return gate.mul_(F.linear(x, weights[0], biases[0]))
+        value, gate = zip(self.proj_in.weight.chunk(2), self.proj_in.bias.chunk(2), strict=True)
+        return torch.ops.aten.gelu_(product(x, *gate)).mul_(product(x, *value))
 
 
 class Conv(nn.Conv2d):
@@ -181,9 +184,16 @@ def untouched(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     return not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def add_product(y: Tensor, x: Tensor, linear: nn.Linear) -> None:
-    """y [... c] += x [... k] times the layer's matrix, inside the product; the bias is left out."""
-    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), linear.weight.t())
+def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x [n k] times a layer's weight [c k], plus its bias -> [n c]"""
+    if x.device.type == "cpu":  # PyTorch fills the result with the bias first, and that takes longer
+        return torch.mm(x, weight.t()).add_(bias)
+    return F.linear(x, weight, bias)
+
+
+def add_product(y: Tensor, x: Tensor, weight: Tensor) -> None:
+    """y [... c] += x [... k] times a layer's weight [c k], inside the product; its bias is left out."""
+    y.view(-1, y.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
 
 
 def per_frame(module: nn.Module, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from i2vgen.unet import UNet
 PLANS: dict[str, dict[str, object]] = {
     "full": {},
     "balanced": {"offload": "parts", "token_chunk": 56_320, "vae_chunk": 1},
-    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1},
+    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "vae_tile": 64},
 }
 META = torch.device("meta")
 
@@ -94,12 +94,10 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
     """
     if free is None:
         free = runtime.free_memory(runtime.device(config.runtime))
-    ledger, wanted = Ledger(config), config.runtime.memory
-    for plan in PLANS if wanted == "auto" else [wanted]:
-        settled = settle(config, plan)
-        estimate = ledger.estimate(settled)
-        if estimate.total <= free or not config.runtime.check_memory:
-            return settled, estimate
+    ledger = Ledger(config)
+    settled, estimate = fastest(config, ledger, free)
+    if estimate.total <= free or not config.runtime.check_memory:
+        return settled, estimate
     sample = config.sample
     raise ValueError(
         f"{sample.width} x {sample.height} x {sample.frames} needs {estimate} and {amount(free)} are "
@@ -107,13 +105,29 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
     )
 
 
-def _advice(config: Config, ledger: Ledger, free: int) -> str:
+def fastest(config: Config, ledger: Ledger, free: int) -> tuple[Config, Estimate]:
+    """Settings and needs of the first plan that fits, of those that were asked for; else of the last."""
+    wanted = config.runtime.memory
+    for plan in PLANS if wanted == "auto" else [wanted]:
+        settled = settle(config, plan)
+        estimate = ledger.estimate(settled)
+        if estimate.total <= free or not config.runtime.check_memory:
+            break
+    return settled, estimate
+
+
+def leaner(config: Config, ledger: Ledger, free: int) -> str | None:
+    """A plan that would fit where the one that was asked for does not."""
     names = list(PLANS)
-    leaner = [] if config.runtime.memory == "auto" else names[names.index(config.runtime.memory) + 1 :]
-    for plan in leaner:
-        if ledger.estimate(settle(config, plan)).total <= free:
-            return f"memory={plan} would fit"
-    leanest = settle(config, names[-1])
+    others = [] if config.runtime.memory == "auto" else names[names.index(config.runtime.memory) + 1 :]
+    return next((p for p in others if ledger.estimate(settle(config, p)).total <= free), None)
+
+
+def _advice(config: Config, ledger: Ledger, free: int) -> str:
+    plan = leaner(config, ledger, free)
+    if plan is not None:
+        return f"memory={plan} would fit"
+    leanest = settle(config, list(PLANS)[-1])
     sizes = smaller_sizes(config)
     low, high = 0, len(sizes)  # the first that fits, largest size first
     while low < high:
@@ -125,7 +139,7 @@ def _advice(config: Config, ledger: Ledger, free: int) -> str:
     if low == len(sizes):
         return "no size fits: use a machine with more memory"
     width, height = sizes[low]
-    return f"memory={names[-1]} width={width} height={height} would fit"
+    return f"memory={leanest.runtime.memory} width={width} height={height} would fit"
 
 
 def smaller_sizes(config: Config) -> list[tuple[int, int]]:
@@ -161,6 +175,7 @@ class Ledger:
         """What settings of a plan take, on their device or the one named."""
         device = device or runtime.device(config.runtime).type
         speed.apply(self.parts["unet"], config.runtime)
+        self.parts["vae"].set_tile(config.runtime.vae_tile)
         plain = runtime.estimate_memory(config, self.parts)
         needs = {
             ("VAE encoder", "vae"): peak(lambda: encode(self.parts["vae"], config), plain.decoder),

@@ -448,6 +448,7 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
     storage.store(unet, config.runtime.weight_storage)
     speed.apply(unet, config.runtime, device)
+    vae.set_tile(config.runtime.vae_tile)
     if config.runtime.attention == "auto" and device.type == "cuda":
         machine.choose_attention(unet, config, device)
     if config.runtime.compile:

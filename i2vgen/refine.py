@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from torch import Tensor
+from torch import Tensor, nn
 
-from i2vgen import checkpoint, compiled, refine_video, runtime, speed, video
+from i2vgen import checkpoint, compiled, machine, memory, refine_video, runtime, speed, storage, video
 from i2vgen import config as settings
 from i2vgen import refine_sampler as sampling
 from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
 from i2vgen.config import Config
 from i2vgen.config_layers import second_stage
 from i2vgen.encoders import ClipEncoders
+from i2vgen.offload import Guest
 from i2vgen.refine_sampler import Levels
 from i2vgen.sampler import OnStep, Predict
 from i2vgen.schedule import Schedule
@@ -43,6 +45,7 @@ class Refiner:
     vae: AutoencoderKL
     clip: ClipEncoders
     device: torch.device
+    waiting: dict[str, Guest] = field(default_factory=dict)  # parts on the CPU until they are needed
 
     def __call__(
         self, frames: np.ndarray, prompt: str, *, seed: int = 0, on_step: OnStep | None = None
@@ -68,33 +71,38 @@ def refine(
     draws = runtime.SampleNoise(seed)
     table = levels(config)
 
-    latents = encode(model, frames, shape, draws)
+    with memory.here(model.waiting, "vae"):
+        latents = encode(model, frames, shape, draws)
     latents = repeat(latents, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
-    cond, uncond = texts(model, prompt)
-    if job.start == "noise":
-        noise = draws.draw(tuple(latents.shape[1:])).to(latents)
-        start = table.noised(latents, noise, job.noise_level - 1)
-    else:
-        start = sampling.invert(
-            windows(model, lambda x, t: model.unet(x, t, uncond)),
-            latents,
-            inversion_schedule(config),
-            total=job.noise_level,
-            steps=job.steps,
+    states = texts(model, prompt)
+    with memory.here(model.waiting, "unet"):
+        kinds = zip((Conditions, Unconditional), states, strict=True)
+        cond, uncond = (model.unet.prepare(kind(one[None], None, None, None), 1) for kind, one in kinds)
+        if job.start == "noise":
+            noise = draws.draw(tuple(latents.shape[1:])).to(latents)
+            start = table.noised(latents, noise, job.noise_level - 1)
+        else:
+            start = sampling.invert(
+                windows(model, lambda x, t: model.unet(x, t, uncond)),
+                latents,
+                inversion_schedule(config),
+                total=job.noise_level,
+                steps=job.steps,
+                on_step=on_step,
+            )
+        latents = sampling.refine(
+            windows(model, network(model, cond, uncond)),
+            start,
+            table,
+            grid(config),
+            solver=job.solver,
+            start=job.start_scale,
+            eta=job.eta,
+            noise=lambda x: draws.draw(tuple(x.shape[1:])).to(x),
             on_step=on_step,
         )
-    latents = sampling.refine(
-        windows(model, network(model, cond, uncond)),
-        start,
-        table,
-        grid(config),
-        solver=job.solver,
-        start=job.start_scale,
-        eta=job.eta,
-        noise=lambda x: draws.draw(tuple(x.shape[1:])).to(x),
-        on_step=on_step,
-    )
-    return decode(model, latents[0, :, :: job.repeat_frames], shape)
+    with memory.here(model.waiting, "vae"):
+        return decode(model, latents[0, :, :: job.repeat_frames], shape)
 
 
 def geometry(config: Config, size: tuple[int, int]) -> refine_video.Geometry:
@@ -136,17 +144,15 @@ def decode(model: Refiner, latents: Tensor, shape: refine_video.Geometry) -> np.
     return torch.cat(frames).numpy()
 
 
-def texts(model: Refiner, prompt: str) -> tuple[Prepared, Prepared]:
-    """What the network reads with the prompt and without it: prompt and suffix, and the negative prompt."""
+def texts(model: Refiner, prompt: str) -> Tensor:
+    """What the network reads with the prompt and its suffix, and with the negative prompt: [2 k d]"""
     config = model.config
     tell_lost_words(model.clip, prompt, config.refine_suffix)
     with warnings.catch_warnings():  # it has been told above, in words of this stage
         warnings.simplefilter("ignore")
         tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
-    states = model.clip.text(tokens.to(model.device))
-    kinds = zip((Conditions, Unconditional), states, strict=True)
-    with_, without = (model.unet.prepare(kind(one[None], None, None, None), 1) for kind, one in kinds)
-    return with_, without
+    with memory.here(model.waiting, "clip"):
+        return model.clip.text(tokens.to(model.device))
 
 
 def tell_lost_words(clip: ClipEncoders, prompt: str, suffix: str) -> None:
@@ -245,40 +251,52 @@ def check(job: Config, size: tuple[int, int], frames: int) -> None:
     config = second_stage(job)
     refuse_unrefinable(config)
     homes_of(job, config)
-    check_memory(config, size, frames)
+    machine.refuse_missing(config, runtime.device(config.runtime))
+    choose_plan(config, size, frames)
 
 
-def check_memory(config: Config, size: tuple[int, int], frames: int) -> runtime.MemoryEstimate:
-    """The estimate for a clip of (width, height) and so many frames; ValueError if that is not free."""
+def choose_plan(config: Config, size: tuple[int, int], frames: int) -> tuple[Config, memory.Estimate]:
+    """Settings for clips of (width, height) and so many frames -> those of a memory plan, and what it takes.
+
+    `sample` has the size and the frames that the network sees at once. ValueError if no plan fits.
+    """
     job = config.refine
     width, height = geometry(config, size).legal
     at_once = min(min(frames, job.frames or frames) * job.repeat_frames, job.window)
     sized = dataclasses.replace(
         config,
-        sample=dataclasses.replace(config.sample, width=width, height=height, frames=at_once),
+        sample=dataclasses.replace(
+            config.sample, width=width, height=height, frames=at_once, guidance=job.guidance
+        ),
         runtime=dataclasses.replace(config.runtime, batch=1),
     )
-    estimate = runtime.estimate_memory(
-        sized, {part: checkpoint.build(part, sized) for part in checkpoint.PARTS}
-    )
-    free = runtime.free_memory(runtime.device(config.runtime))
+    ledger, free = memory.Ledger(sized), runtime.free_memory(runtime.device(config.runtime))
+    settled, estimate = memory.fastest(sized, ledger, free)
     if config.runtime.check_memory and estimate.total > free:
+        plan = memory.leaner(sized, ledger, free)
+        advice = "give a smaller refine.width and refine.height or refine.window"
         raise ValueError(
-            f"the second stage at {width} x {height}, {at_once} frames at once, needs about {estimate} and "
-            f"{free / runtime.GIB:.1f} GiB are free; give a smaller refine.width and refine.height or "
-            "refine.window (runtime.check_memory=false runs anyway)"
+            f"the second stage at {width} x {height}, {at_once} frames at once, needs {estimate} and "
+            f"{memory.amount(free)} are free; {advice if plan is None else f'memory={plan} would fit'} "
+            "(runtime.check_memory=false runs anyway)"
         )
-    return estimate
+    return settled, estimate
 
 
 # ---------------------------------------------------------------------------------------------------
 # Weights
 
 
-def load(job: Config) -> Refiner:
+def load(
+    job: Config,
+    size: tuple[int, int] | None = None,
+    frames: int = 0,
+    tell: Callable[[memory.Estimate], None] | None = None,
+) -> Refiner:
     """Settings of a job with `refine_weights` -> the second stage on its device. ValueError if it cannot run.
 
-    The VAE and CLIP that both stages share may lie in either folder.
+    The VAE and CLIP that both stages share may lie in either folder. The memory plan is for clips of a `size`
+    (width, height) and so many frames, none given: for the largest; `tell` hears of it.
     """
     config = second_stage(job)
     refuse_unrefinable(config)
@@ -287,22 +305,36 @@ def load(job: Config) -> Refiner:
         warnings.warn(
             "refine_weights=random: the refined clip is NOISE, only the road is driven", stacklevel=2
         )
-    device, dtypes = runtime.device(config.runtime), runtime.DTYPES
-    precision = {
-        "unet": runtime.dtype(config.runtime),
-        "vae": dtypes[config.runtime.vae_dtype],
-        "clip": dtypes[config.runtime.encoder_dtype],
-    }
+    device = runtime.device(config.runtime)
+    machine.refuse_missing(config, device)
+    largest = (config.refine.width, config.refine.height)
+    sized, estimate = choose_plan(config, size or largest, frames or config.refine.window)
+    if tell is not None:
+        tell(estimate)
+    config = dataclasses.replace(config, runtime=sized.runtime)
+    parts = load_parts(config, homes, device)
+    if config.runtime.attention == "auto" and device.type == "cuda":
+        machine.choose_attention(parts["unet"], sized, device)
+    if config.runtime.compile:
+        compiled.compile_blocks(parts["unet"])
+    return Refiner(config, **parts, device=device, waiting=memory.guests(parts, config, device))
+
+
+def load_parts(config: Config, homes: dict[str, str], device: torch.device) -> dict[str, nn.Module]:
+    place = "cpu" if config.runtime.offload != "none" else device
     parts = {
         part: checkpoint.load(
-            part, dataclasses.replace(config, weights=homes[part]), device=device, dtype=precision[part]
+            part,
+            dataclasses.replace(config, weights=homes[part]),
+            device=place,
+            dtype=memory.dtype(part, config.runtime),
         )
         for part in checkpoint.PARTS
     }
-    speed.apply(parts["unet"], config.runtime)
-    if config.runtime.compile:
-        compiled.compile_blocks(parts["unet"])
-    return Refiner(config, **parts, device=device)
+    storage.store(parts["unet"], config.runtime.weight_storage)
+    speed.apply(parts["unet"], config.runtime, device)
+    parts["vae"].set_tile(config.runtime.vae_tile)
+    return parts
 
 
 def homes_of(job: Config, config: Config) -> dict[str, str]:

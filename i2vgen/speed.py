@@ -32,6 +32,8 @@ def apply(model: nn.Module, runtime: Runtime, device: torch.device | None = None
             module.kernel = kernel
         if isinstance(module, SpatialTransformer | TemporalTransformer):
             module.sum_in_place = runtime.sum_in_place
+        if isinstance(module, TemporalTransformer):
+            module.fold = runtime.fold_products
         if isinstance(module, UNet):
             module.project_once, module.together = runtime.project_once, runtime.batch_guidance
         elif isinstance(module, Attention):

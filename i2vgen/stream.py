@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i2vgen import kernels
+from i2vgen import folding, kernels
 from i2vgen.attention import Attention, FrameAttention
 from i2vgen.layers import FeedForward, add_product, untouched
 
@@ -34,7 +34,9 @@ class Stream:
             return norm(self.x)
         if self.kernel:
             return kernels.layer_norm(self.x, self.owed, norm.weight, norm.bias, norm.eps)
-        return norm(self.x + self.owed)
+        if self.x.itemsize < 4:  # half precision would round the sum once more
+            return norm(self.x + self.owed)
+        return norm(self.settle())
 
     def add(self, part: nn.Module, *inputs: object) -> None:
         """x + part(*inputs)"""
@@ -58,11 +60,19 @@ class Stream:
         if self.owed is not None:
             bias = F.linear(self.owed, linear.weight, bias)
         out = x + bias
-        add_product(out, self.x, linear)
+        add_product(out, self.x, linear.weight)
+        return out
+
+    def onto_folded(self, x: Tensor, part: FeedForward, read: Tensor, linear: nn.Linear) -> Tensor:
+        """x + linear(stream + part(read)), the last products of both as one -> like x"""
+        owed = part.last.bias if self.owed is None else self.owed + part.last.bias
+        out = x + F.linear(owed, linear.weight, linear.bias)
+        add_product(out, self.x, linear.weight)
+        part.add_to(out, read, folding.joined(linear, part))
         return out
 
     def settle(self) -> Tensor:
         """x, nothing owed"""
         if self.owed is not None:
-            self.x, self.owed, self.own = self.x + self.owed, None, True
+            self.x, self.owed = self.x.add_(self.owed), None  # x is our own since the first sum
         return self.x

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from i2vgen import folding
 from i2vgen.attention import FrameAttention
 from i2vgen.layers import (
     RES_EPS,
@@ -90,8 +91,8 @@ class TemporalTransformer(nn.Module):
     """Two self-attentions over the frames of every pixel, each with its own weights, and a feed-forward."""
 
     tokens = 0  # at once, in whole pixels; 0: all; see `speed.py`
-    # Without gradients, see `stream.py` and `speed.py`.
-    sum_in_place = kernel = False
+    # Without gradients, see `stream.py`, `folding.py` and `speed.py`.
+    sum_in_place = kernel = fold = False
 
     def __init__(
         self,
@@ -128,11 +129,18 @@ class TemporalTransformer(nn.Module):
 
     def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
         """x [b f p c] -> same"""
-        own = untouched(self.proj_in, nn.Linear)
-        y = Stream(self.proj_in(norm(x)), in_place=self.sum_in_place, kernel=self.kernel, own=own)
-        y.add(self.attention1, y.read(self.norm1))
+        own, entering = untouched(self.proj_in, nn.Linear), norm(x)
+        y = Stream(self.proj_in(entering), in_place=self.sum_in_place, kernel=self.kernel, own=own)
+        pays = self.fold and folding.pays(x.shape[:3].numel(), x.shape[-1], y.x.shape[-1])
+        if pays and y.fits(self.attention1) and folding.foldable(self.proj_in, self.norm1, self.attention1):
+            first = folding.projected(entering, y.x, self.proj_in, self.norm1, self.attention1)
+        else:
+            first = y.read(self.norm1)
+        y.add(self.attention1, first)
         if self.attention2 is not None:
             y.add(self.attention2, y.read(self.norm2))
+        if pays and y.fits(self.feed_forward) and untouched(self.proj_out, nn.Linear):
+            return y.onto_folded(x, self.feed_forward, y.read(self.norm3), self.proj_out)
         y.add(self.feed_forward, y.read(self.norm3))
         return y.onto(x, self.proj_out)
 

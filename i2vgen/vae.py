@@ -1,13 +1,14 @@
 """The KL autoencoder of Stable Diffusion 2.1, or a smaller one of its family: pixels <-> scaled latents.
 
-It knows no frames: a video is decoded frame by frame, in chunks of any size with the same result.
-Channels are last inside; the public functions speak [n c h w].
+It knows no frames: a video is decoded frame by frame, in chunks of any size with the same result, and a frame
+in bands of rows (`bands.py`). Channels are last inside; the public functions speak [n c h w].
 
 Axes: n pictures or frames, c channels, h w rows and columns, p = h w flattened.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,9 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen import config
+from i2vgen import bands, config
 from i2vgen.attention import attend
-from i2vgen.layers import TRANSFORMER_EPS, Conv, GroupNorm
+from i2vgen.layers import TRANSFORMER_EPS, Conv, GroupNorm, as_written, untouched
 from i2vgen.spatial import nearest_twice
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # the posterior's log-variance is clamped so
@@ -50,6 +51,8 @@ class Posterior(NamedTuple):
 
 
 class ResBlock(nn.Module):
+    rows = 0  # at once; 0: all; see `bands.py`
+
     def __init__(self, width_in: int, width: int, groups: int):
         super().__init__()
         self.norm1 = GroupNorm(groups, width_in, eps=TRANSFORMER_EPS)
@@ -60,6 +63,10 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n h w c] -> [n h w c']"""
+        if bands.pays(self.rows, x) and as_written(self, GroupNorm, Conv, nn.Identity):
+            y = bands.convolved(self.conv1, x, self.rows, bands.norm_silu(self.norm1, x, self.rows))
+            y = bands.convolved(self.conv2, y, self.rows, bands.norm_silu(self.norm2, y, self.rows))
+            return bands.add(y, self.skip, x, self.rows)
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return self.skip(x) + y
@@ -96,11 +103,15 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    rows = 0  # at once; 0: all; see `bands.py`
+
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if bands.pays(self.rows, x) and as_written(self, Conv):
+            return bands.convolved(self.conv, x, self.rows, nearest_twice, enlarge=2)
         return self.conv(nearest_twice(x))
 
 
@@ -114,11 +125,26 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts():
+            x = part(x)
+        return x
+
+    def parts(self) -> Iterator[nn.Module]:
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            yield block
             if len(self.attentions):
-                x = self.attentions[i](x)
-        return x if self.resample is None else self.resample(x)
+                yield self.attentions[i]
+        if self.resample is not None:
+            yield self.resample
+
+
+def each_part(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
+    """One by one, so that nobody holds on to what entered a level; a level that was changed as a whole."""
+    for level in levels:
+        if untouched(level, Level):
+            yield from level.parts()
+        else:
+            yield level
 
 
 class Middle(nn.Module):
@@ -156,13 +182,15 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
+        for part in each_part(self.down):
+            x = part(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
     """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run backwards."""
+
+    rows = 0  # at once; 0: all; see `bands.py`
 
     def __init__(self, vae: config.VAE, backend: str):
         super().__init__()
@@ -184,8 +212,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
-        for level in reversed(self.up):
-            x = level(x)
+        for part in each_part(reversed(self.up)):
+            x = part(x)
+        if (
+            bands.pays(self.rows, x)
+            and untouched(self.norm_out, GroupNorm)
+            and untouched(self.conv_out, Conv)
+        ):
+            return bands.convolved(self.conv_out, x, self.rows, bands.norm_silu(self.norm_out, x, self.rows))
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -197,6 +231,12 @@ class AutoencoderKL(nn.Module):
         self.decoder = Decoder(vae, backend)
         self.quant_conv = Conv(2 * vae.z_channels, 2 * vae.embed_dim, 1)
         self.post_quant_conv = Conv(vae.embed_dim, vae.z_channels, 1)
+
+    def set_tile(self, rows: int) -> None:
+        """How many rows of a picture a wide layer computes at once; 0: all. The numbers stay."""
+        for module in self.modules():
+            if isinstance(module, ResBlock | Upsample | Decoder):
+                module.rows = rows
 
     def posterior(self, pixels: Tensor) -> Posterior:
         """Pixels [n 3 H W] in [-1, 1] -> posterior of unscaled latents; odd rests of H and W are cut."""

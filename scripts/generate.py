@@ -116,7 +116,11 @@ def second_stage(
     config: Config, clips: list[tuple[jobs.Job, pipeline.Video]]
 ) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
     """Clips to refined clips, one at a time."""
-    refiner, told = refine.load(config), config.refine
+    count, height, width, _ = clips[0][1].frames.shape  # they are all of one size
+    refiner = refine.load(
+        config, (width, height), count, tell=lambda estimate: print(f"memory of the second stage: {estimate}")
+    )
+    told = config.refine
     print(
         f"second stage: inside {told.width} x {told.height} pixels, noise level {told.noise_level}, "
         f"{told.steps} steps of {told.solver}, guidance {told.guidance:g}, on {refiner.device}"

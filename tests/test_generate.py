@@ -276,6 +276,8 @@ REFUSED = [
     # memory
     ([*GOOD, "memory=tiny"], "runtime.memory is 'tiny'"),
     ([*GOOD, "token_chunk=-1"], "runtime.token_chunk is -1"),
+    ([*GOOD, "vae_tile=-1"], "runtime.vae_tile is -1"),
+    ([*GOOD, "quality=best"], "quality"),
     ([*GOOD, "offload=blocks", "compile=true"], "runtime.compile cannot follow"),
     # outputs
     ([*GOOD, "output=whole.png/sub/clip.mp4"], "cannot create its folder"),
@@ -376,7 +378,8 @@ def test_a_run_that_breaks_down_says_where(run, quick, loads, mistakes):
 def test_a_lean_plan_gives_the_same_frames(run, picture_file, monkeypatch):
     """Through the door: plan and estimate are told first, and the frames are those of memory=full."""
     # At this size nothing is long enough to be cut; so the plan cuts finer, and a CPU keeps what a GPU would.
-    monkeypatch.setitem(memory.PLANS, "low", {"offload": "blocks", "token_chunk": 40, "vae_chunk": 1})
+    finer = {"offload": "blocks", "token_chunk": 40, "vae_chunk": 1, "vae_tile": 6}
+    monkeypatch.setitem(memory.PLANS, "low", finer)
     frames = {}
     for plan in ("full", "low"):
         words = [*QUICK, f"image={picture_file}", "prompt=a boat", f"output={plan}", f"memory={plan}"]

@@ -14,7 +14,18 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, config, config_layers, pipeline, refine, refine_video, runtime, speed, video
+from i2vgen import (
+    checkpoint,
+    config,
+    config_layers,
+    memory,
+    pipeline,
+    refine,
+    refine_video,
+    runtime,
+    speed,
+    video,
+)
 from i2vgen.conditioning import Conditions
 from i2vgen.meter import Meter
 from i2vgen.unet import UNet
@@ -269,6 +280,53 @@ def test_too_little_memory_is_told_before_the_first_stage(job, monkeypatch):
         refine.check(job, (16, 12), 9)
 
 
+# --- memory
+
+
+@pytest.fixture
+def loaded(job, monkeypatch):
+    """loaded(name=value, ...): the second stage under settings of `runtime` -> it and what its plan takes."""
+
+    def make(**settings):
+        told = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            changed = dataclasses.replace(
+                job, runtime=config.Runtime(device="cpu", dtype="float64", vae_dtype="float64",
+                                            encoder_dtype="float64", **settings)
+            )  # fmt: skip
+            return refine.load(changed, (16, 12), 9, tell=told.append), told[0]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "plan", [{"memory": "low", "offload": "blocks"}, {"memory": "low", "vae_tile": 3}], ids=str
+)
+def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
+    monkeypatch.setitem(memory.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
+    (whole, full), (lean, low) = loaded(memory="full"), loaded(**plan)
+    assert full.plan == "full" and low.plan == "low" == lean.config.runtime.memory
+    assert lean.config.runtime.token_chunk == 20 and bool(lean.waiting) == ("offload" in plan)
+    one, other = (model(clip(5), "a boat", seed=3).astype(int) for model in (whole, lean))
+    assert np.abs(one - other).max() <= 1 and one.std() > 1
+
+
+def test_the_plan_is_the_fastest_that_fits(job, monkeypatch):
+    stage = config_layers.second_stage(job)
+    monkeypatch.setitem(memory.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
+
+    def asking(plan):
+        return dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory=plan))
+
+    needs = {plan: refine.choose_plan(asking(plan), (16, 12), 9)[1] for plan in memory.PLANS}
+    assert needs["full"].total > needs["low"].total
+    monkeypatch.setattr(runtime, "free_memory", lambda where: needs["low"].total)
+    assert refine.choose_plan(asking("auto"), (16, 12), 9)[1].plan == "low"
+    with pytest.raises(ValueError, match=r"second stage at 20 x 16.*memory=(balanced|low) would fit"):
+        refine.choose_plan(asking("full"), (16, 12), 9)
+
+
 # --- clips from files
 
 
@@ -334,7 +392,9 @@ def run(monkeypatch, capsys, tmp_path, road, refiner):
     monkeypatch.setattr(
         refine,
         "load",
-        lambda settings: dataclasses.replace(refiner, config=config_layers.second_stage(settings)),
+        lambda settings, *size, tell: dataclasses.replace(
+            refiner, config=config_layers.second_stage(settings)
+        ),
     )
     Path("road.yaml").write_text(road.config.to_yaml())
 

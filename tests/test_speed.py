@@ -23,6 +23,7 @@ OFF = {
     "weight_layout": False,
     "convolution_products": False,
     "sum_in_place": False,
+    "fold_products": False,
 }
 SAVINGS = [
     {"project_once": True},

@@ -43,6 +43,7 @@ OFF = {
     "subpixel_upsampling": False,
     "in_place": False,
     "sum_in_place": False,
+    "fold_products": False,
     "weight_layout": False,
 }
 PLANS = {
