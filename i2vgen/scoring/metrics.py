@@ -1,0 +1,123 @@
+"""Numbers of pictures and clips that need no network: numpy and torch alone, in float64.
+
+Pictures are uint8 [.. h w 3], clips uint8 [f h w 3]; "levels" are those of a byte, 0 to 255.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MAX_PSNR = 99.0  # of equal pictures, in place of infinity
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+# Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III.
+SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
+
+
+def psnr(one: np.ndarray, other: np.ndarray) -> float:
+    """uint8 [..], uint8 [..] -> peak signal-to-noise ratio in dB, higher is nearer; equal ones have MAX_PSNR.
+
+    10 log10(255^2 / mean squared error), the error over all values of the two at once.
+    """
+    same_shape(one, other)
+    error = np.square(one.astype(np.float64) - other).mean()
+    return MAX_PSNR if error == 0 else min(MAX_PSNR, 10.0 * math.log10(255.0**2 / error))
+
+
+def ssim(one: np.ndarray, other: np.ndarray) -> float:
+    """uint8 [.. h w 3], uint8 [.. h w 3] -> structural similarity, -1 to 1, higher is nearer.
+
+    Wang et al. 2004, equation 13: a Gaussian window of 11 x 11 pixels with deviation 1.5, where it fits in
+    whole; mean over pixels, colour channels and pictures.
+    """
+    same_shape(one, other)
+    if min(one.shape[-3:-1]) < SSIM_WINDOW:
+        raise ValueError(
+            f"pictures of {one.shape[-2]} x {one.shape[-3]} pixels are smaller than SSIM's window of "
+            f"{SSIM_WINDOW} x {SSIM_WINDOW}; leave SSIM out"
+        )
+    c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
+    found = []
+    for a, b in zip(_planes(one), _planes(other), strict=True):  # a picture at a time: memory
+        mean_a, mean_b = _window(a), _window(b)
+        var_a, var_b = _window(a * a) - mean_a**2, _window(b * b) - mean_b**2
+        cov = _window(a * b) - mean_a * mean_b
+        same = (2 * mean_a * mean_b + c1) * (2 * cov + c2)
+        found.append((same / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean().item())
+    return float(np.mean(found))
+
+
+def sharpness(clip: np.ndarray) -> float:
+    """uint8 [.. h w 3] -> variance of the Laplacian of the luma, in levels squared; detail, or noise, is more.
+
+    Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy": the 4-neighbour Laplacian,
+    variance per picture, mean over pictures.
+    """
+    y = luma(clip)
+    inner = y[..., 1:-1, 1:-1]
+    edges = y[..., :-2, 1:-1] + y[..., 2:, 1:-1] + y[..., 1:-1, :-2] + y[..., 1:-1, 2:] - 4 * inner
+    return float(edges.var(axis=(-2, -1)).mean())
+
+
+def frame_change(clip: np.ndarray) -> float:
+    """uint8 [f h w 3] -> mean absolute difference of neighbouring frames, in levels; 0 stands still.
+
+    Motion and flicker both show, so neither direction is better. VBench's temporal flickering is
+    (255 - this) / 255.
+    """
+    need_frames(clip, 2, "frame_change")
+    return float(np.mean([np.abs(after - before).mean() for before, after in _pairs(clip)]))
+
+
+def flicker(clip: np.ndarray) -> float:
+    """uint8 [f h w 3] -> mean of |x[k+1] - 2 x[k] + x[k-1]| / 2, in levels, lower is steadier.
+
+    How far a frame is from midway between its neighbours: what changes evenly counts nothing, what comes
+    and goes counts whole. Fast motion of edges shows in it too; `warp_error` follows the motion.
+    """
+    need_frames(clip, 3, "flicker")
+    found = []
+    for k in range(1, len(clip) - 1):
+        before, here, after = (clip[i].astype(np.float64) for i in (k - 1, k, k + 1))
+        found.append(np.abs(before - 2 * here + after).mean() / 2)
+    return float(np.mean(found))
+
+
+def luma(pictures: np.ndarray) -> np.ndarray:
+    """uint8 [.. h w 3] -> float64 [.. h w], brightness by BT.601."""
+    return pictures.astype(np.float64) @ np.array(LUMA)
+
+
+def same_shape(one: np.ndarray, other: np.ndarray) -> None:
+    if one.shape != other.shape:
+        raise ValueError(
+            f"cannot compare pictures of shapes {one.shape} and {other.shape}; expected equal ones"
+        )
+
+
+def need_frames(clip: np.ndarray, count: int, name: str) -> None:
+    if len(clip) < count:
+        raise ValueError(f"{name} needs {count} frames or more, this clip has {len(clip)}")
+
+
+def _pairs(clip: np.ndarray):
+    for k in range(len(clip) - 1):
+        yield clip[k].astype(np.float64), clip[k + 1].astype(np.float64)
+
+
+def _planes(pictures: np.ndarray):
+    """uint8 [.. h w 3] -> float64 [3 1 h w], one picture after another."""
+    for picture in pictures.reshape(-1, *pictures.shape[-3:]):
+        yield torch.from_numpy(picture.astype(np.float64)).permute(2, 0, 1)[:, None]
+
+
+def _window(x: Tensor) -> Tensor:
+    """[n 1 h w] -> Gaussian mean around every pixel whose window lies inside, [n 1 h-10 w-10]"""
+    place = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
+    line = torch.exp(-place.square() / (2 * SSIM_SIGMA**2))
+    line = line / line.sum()
+    return F.conv2d(F.conv2d(x, line.view(1, 1, -1, 1)), line.view(1, 1, 1, -1))
