@@ -471,6 +471,7 @@ class Refine:
     height: int = 720
     fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect; official: stretch
     antialias: bool = True  # of clips that are made smaller; official: false
+    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of the clip; bicubic keeps more, official: bilinear
     frames: int = 0  # so many of the clip's first frames, 0 all of them; official: 32
     repeat_frames: int = 1  # every frame so often; SR600, made for 32 frames, doubles clips of 16
     window: int = 32  # frames at once; longer clips in windows that overlap and are blended
@@ -492,6 +493,7 @@ class Refine:
     start_scale: Literal["clean", "official"] = "clean"
     skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: as the weights' use.skip_filter says
     posterior: Literal["sample", "mode"] = "sample"  # of the clip's latents
+    restore: float = 0.0  # share of what the autoencoder loses of the clip that is put back; official: 0
     fps: Literal["input", "save"] = "input"  # of the file; official: always 8, see save.fps
 
     def __post_init__(self):
@@ -508,7 +510,7 @@ class Refine:
             )
         if not math.isfinite(self.guidance):
             raise ValueError(f"refine.guidance is {self.guidance}; give a finite number (official 7.5)")
-        for name in ("eta", "rescale"):
+        for name in ("eta", "rescale", "restore"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"refine.{name} is {getattr(self, name)}; give a number from 0 to 1")
 

@@ -68,8 +68,8 @@ def refine(
     draws = runtime.SampleNoise(seed)
     table = levels(config)
 
-    latents = encode(model, frames, shape, draws)
-    latents = repeat(latents, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
+    given = encode(model, frames, shape, draws)
+    latents = repeat(given, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
     cond, uncond = texts(model, prompt)
     if job.start == "noise":
         noise = draws.draw(tuple(latents.shape[1:])).to(latents)
@@ -94,7 +94,7 @@ def refine(
         noise=lambda x: draws.draw(tuple(x.shape[1:])).to(x),
         on_step=on_step,
     )
-    return decode(model, latents[0, :, :: job.repeat_frames], shape)
+    return decode(model, latents[0, :, :: job.repeat_frames], shape, frames, given)
 
 
 def geometry(config: Config, size: tuple[int, int]) -> refine_video.Geometry:
@@ -117,7 +117,7 @@ def encode(
     width, height = (side // model.config.vae.factor for side in shape.legal)
     for start in range(0, len(frames), chunk):
         part = frames[start : start + chunk]
-        pixels = refine_video.prepared(part, shape, antialias=job.antialias).to(model.device)
+        pixels = prepared(model, part, shape)
         noise = None
         if job.posterior == "sample":  # one draw per frame, as officially: `vae_chunk` changes nothing
             latent = (model.config.vae.embed_dim, height, width)
@@ -126,14 +126,30 @@ def encode(
     return rearrange(torch.cat(latents), "f c h w -> c f h w")
 
 
-def decode(model: Refiner, latents: Tensor, shape: refine_video.Geometry) -> np.ndarray:
-    """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept."""
-    frames = []
-    for part in rearrange(latents, "c f h w -> f c h w").split(model.config.runtime.vae_chunk):
-        pixels = refine_video.cropped(model.vae.decode(part), shape)
-        pixels = rearrange(pixels, "f c h w -> c f h w")
+def decode(
+    model: Refiner, latents: Tensor, shape: refine_video.Geometry, clip: np.ndarray, given: Tensor
+) -> np.ndarray:
+    """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept.
+
+    With `refine.restore` what the autoencoder loses of the `clip`, uint8 [f h w 3] with latents `given`, is
+    added again: its own share of the error falls out.
+    """
+    frames, chunk, restore = [], model.config.runtime.vae_chunk, model.config.refine.restore
+    for start in range(0, latents.shape[1], chunk):
+        part = slice(start, start + chunk)
+        pixels = model.vae.decode(rearrange(latents[:, part], "c f h w -> f c h w"))
+        if restore > 0:
+            seen = model.vae.decode(rearrange(given[:, part], "c f h w -> f c h w"))
+            pixels = pixels + restore * (prepared(model, clip[part], shape) - seen)
+        pixels = rearrange(refine_video.cropped(pixels, shape), "f c h w -> c f h w")
         frames.append(video.to_uint8(pixels, rounding=model.config.save.rounding).cpu())
     return torch.cat(frames).numpy()
+
+
+def prepared(model: Refiner, frames: np.ndarray, shape: refine_video.Geometry) -> Tensor:
+    """Frames uint8 [f h w 3] -> the pixels that are encoded, [f 3 H W] on the device."""
+    job = model.config.refine
+    return refine_video.prepared(frames, shape, antialias=job.antialias, resize=job.resize).to(model.device)
 
 
 def texts(model: Refiner, prompt: str) -> tuple[Prepared, Prepared]:
