@@ -43,6 +43,7 @@ MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
 SHIPPED = str(Path(__file__).parent / "assets" / "small")  # the small model that comes with the package
+SHIPPED_REFINER = str(Path(__file__).parent / "assets" / "small_refiner")  # and its second stage
 SETTINGS_FILE = "settings.json"
 FORMAT = 1  # of native weights folders
 # What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.

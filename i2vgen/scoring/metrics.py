@@ -52,7 +52,7 @@ def ssim(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def sharpness(clip: np.ndarray) -> float:
-    """uint8 [.. h w 3] -> variance of the Laplacian of the luma, in levels squared; detail, or noise, is more.
+    """uint8 [.. h w 3] -> variance of the luma's Laplacian, in squared levels; detail and noise raise it.
 
     Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy": the 4-neighbour Laplacian,
     variance per picture, mean over pictures.

@@ -38,14 +38,16 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.unet, self.schedule = unet, schedule
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """x0, noise [b c f h w], t int64 [b] on the CPU -> {"loss": scalar}"""
+    def forward(
+        self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """x0, noise [b c f h w], t int64 [b] on the CPU, weight [b] of each clip -> {"loss": scalar}"""
         prepared = self.unet.prepare(conditions, x0.shape[2])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self.unet(x, t.to(x.device), prepared)
 
-        return {"loss": training_loss(predict, x0, t, noise, self.schedule).mean()}
+        return {"loss": training_loss(predict, x0, t, noise, self.schedule, weight=weight).mean()}
 
 
 class Encoded(NamedTuple):
@@ -79,7 +81,7 @@ class Encoding:
         mean, std = self.posterior(clips.pixels)
         start = vector = None
         if self.first_stage:
-            start = self.vae.scale * self.posterior(self.first_stage(clips.pixels))[0]
+            start = self.vae.scale * self.posterior(self.first_stage(clips.pixels, clips.captions))[0]
         if self.config.use.global_tokens:
             vector = self.clip.image(clip_pixels(clips.pixels[:, :, 0], self.config).to(self.device))
         return Encoded(mean, std, vector, clips.captions, clips.fps, start)
@@ -94,15 +96,16 @@ class Encoding:
 
     def __call__(
         self, clips: Clips | Encoded, draw: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    ) -> tuple[Tensor, Tensor, Tensor, Conditions, Tensor | None]:
         encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
         b = len(encoded.captions)
         x0, first = self.latents(encoded, draw)
         t = draw_timesteps(b, self.num_timesteps, self.train.timestep_power, draw)
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
-        noise = noise.to(self.device)
+        noise, weight = noise.to(self.device), None
         if encoded.start is not None:
             noise = lift.shifted(noise, x0, encoded.start, lift.start_level(self.config))
+            weight = lift.clip_weight(noise)
         lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
         lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
@@ -114,7 +117,7 @@ class Encoding:
             first,
             torch.full((b,), encoded.fps, device=self.device),
         )
-        return x0, t, noise, conditions
+        return x0, t, noise, conditions, weight
 
     def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """-> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""

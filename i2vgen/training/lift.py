@@ -10,67 +10,103 @@ Axes: b batch, f frames, c channels, h w latent rows and columns, H W pixels.
 
 from __future__ import annotations
 
-import dataclasses
+import zlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, refine, refine_video, runtime, video
+from i2vgen import pipeline, refine, refine_video, video
 from i2vgen.config import Config, Refine
-from i2vgen.config_layers import from_dict, read_stored_settings
+from i2vgen.config_layers import load_config, with_quality
+from i2vgen.pipeline import I2VGenXL
 from i2vgen.schedule import Schedule
-from i2vgen.training.settings import Train
-from i2vgen.vae import AutoencoderKL
+from i2vgen.training.settings import Train, buckets
 
 
 class FirstStage:
-    """What a first stage, `config`, does to clips, and what a refiner's settings `job` make of them again."""
+    """What a first stage makes of true clips, and what a refiner's settings `job` make of them again."""
 
-    def __init__(self, config: Config, vae: AutoencoderKL, job: Refine, share: float, device: torch.device):
-        self.config, self.vae, self.job, self.share, self.device = config, vae, job, share, device
+    def __init__(self, model: I2VGenXL, job: Refine, train: Train):
+        self.model, self.job, self.train = model, job, train
 
     @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """True clips [b c f H W] in [-1, 1] -> the same clips made small and upscaled, [b c f H W].
+    def __call__(self, pixels: Tensor, captions: Sequence[str]) -> Tensor:
+        """True clips [b c f H W] in [-1, 1] and captions -> the same clips small and upscaled, [b c f H W].
 
-        The first `share` of them went through the autoencoder, the rest were only made small.
+        A clip's caption decides what becomes of it: only made small, also passed through the autoencoder, or
+        made from its first frame.
         """
-        b, _, f, height, width = pixels.shape
-        size = self.config.sample.height, self.config.sample.width
-        small = F.interpolate(rearrange(pixels, "b c f h w -> (b f) c h w"), size, mode="area")
-        count = round(self.share * b) * f
-        if count:
-            latents = self.vae.encode(small[:count].to(self.device), None)
-            small = torch.cat([self.vae.decode(latents).to(small), small[count:]])
-        frames = video.to_uint8(rearrange(small, "n c h w -> c n h w"), rounding=self.config.save.rounding)
+        sample, (b, _, _, height, width) = self.model.config.sample, pixels.shape
+        small = F.interpolate(
+            rearrange(pixels, "b c f h w -> (b f) c h w"), (sample.height, sample.width), mode="area"
+        )
+        small = rearrange(small, "(b f) c h w -> b c f h w", b=b)
+        clips = self.bytes(small)
+        for i, caption in enumerate(captions):
+            lot = zlib.crc32(caption.encode()) / 2**32
+            if lot < self.train.first_stage_made:
+                clips[i] = self.made(clips[i, 0], caption)
+            elif lot < self.train.first_stage_made + self.train.first_stage_vae:
+                clips[i] = self.decoded(small[i])
         large = refine_video.resized(
-            frames.numpy(), width, height, antialias=self.job.antialias, resize=self.job.resize
+            rearrange(clips, "b f h w c -> (b f) h w c").numpy(),
+            width,
+            height,
+            antialias=self.job.antialias,
+            resize=self.job.resize,
         )
         return rearrange(large, "(b f) c h w -> b c f h w", b=b)
 
+    def made(self, first: Tensor, caption: str) -> Tensor:
+        """First frame uint8 [h w 3] -> the clip of it, uint8 [f h w 3]."""
+        picture = Image.fromarray(first.numpy())
+        return pipeline.generate(self.model, [picture], [caption], [zlib.crc32(caption.encode())])[0].cpu()
+
+    def decoded(self, small: Tensor) -> Tensor:
+        """[c f h w] -> uint8 [f h w c]"""
+        frames = rearrange(small, "c f h w -> f c h w").to(self.model.device)
+        decoded = self.model.vae.decode(self.model.vae.encode(frames, None))
+        return self.bytes(rearrange(decoded, "f c h w -> c f h w")).cpu()
+
+    def bytes(self, pixels: Tensor) -> Tensor:
+        return video.to_uint8(pixels, rounding=self.model.config.save.rounding)
+
 
 def load_first_stage(config: Config, train: Train, device: torch.device) -> FirstStage:
-    """The first stage of `train.first_stage`; ValueError where a refiner cannot lift its clips."""
-    first = from_dict(read_stored_settings(train.first_stage))
+    """That of `train.first_stage`; ValueError where a refiner of `config` cannot lift its clips."""
+    first = load_config(None, [f"runtime.device={device}"], weights=train.first_stage)
     sample, large = first.sample, config.sample
     if large.width < sample.width or large.height < sample.height:
         raise ValueError(
             f"train.first_stage = {train.first_stage} makes {sample.width} x {sample.height} pixels, which "
             f"cannot be lifted to sample.width x sample.height = {large.width} x {large.height}"
         )
+    frames = {bucket.frames for bucket in buckets(config, train)}
+    if train.first_stage_made and frames != {sample.frames}:
+        raise ValueError(
+            f"train.first_stage_made wants clips of the {sample.frames} frames that train.first_stage = "
+            f"{train.first_stage} makes, but train.frame_lengths are {sorted(frames)}"
+        )
     refine.refuse_unrefinable(config)
-    if "vae" in checkpoint.missing_parts(train.first_stage):
-        raise ValueError(f"train.first_stage = {train.first_stage} lacks the vae")
-    first = dataclasses.replace(first, weights=train.first_stage)
-    vae = checkpoint.load("vae", first, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
-    return FirstStage(first, vae, config.refine, train.first_stage_vae, device)
+    return FirstStage(pipeline.load_parts(with_quality(first, "draft")), config.refine, train)
 
 
 def shifted(noise: Tensor, x0: Tensor, start: Tensor, level: float) -> Tensor:
     """Noise, true latents, latents of the upscaled clip, all [b c f h w] -> the noise of the loss."""
     return noise + (start - x0) / level
+
+
+def clip_weight(noise: Tensor) -> Tensor:
+    """Shifted noise [b c f h w] -> [b]: a clip that is far from the truth counts no more than a near one.
+
+    A squared error in parts of where it starts, as decibels count it; clips made by the first stage, whose
+    motion may be wrong, would drown the others.
+    """
+    return 1 / noise.square().flatten(1).mean(dim=1)
 
 
 def schedule(config: Config) -> Schedule:
