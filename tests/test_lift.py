@@ -1,6 +1,5 @@
 """A refiner learns to lift a first stage's clips, and the shipped one does it better than plain upscaling."""
 
-import importlib.util
 import json
 import runpy
 import shutil
@@ -170,3 +169,64 @@ def test_it_is_small(root):
     files = [f for f in HOME.rglob("*") if f.is_file()]
     assert {f.stem for f in files if f.suffix == ".safetensors"} == {"clip", "unet", "vae"}
     assert sum(f.stat().st_size for f in files) <= 8 * MB
+
+
+@pytest.mark.parametrize("source", ["drawn", "decoded", "made"])
+@pytest.mark.parametrize("plain", ["bilinear", "bicubic"])
+def test_it_is_nearer_to_the_truth_than_plain_upscaling(measured, source, plain):
+    for name in ("psnr", "ssim"):
+        assert measured(source, "refined", name) > measured(source, plain, name), name
+    assert measured(source, "refined", "sharpness") > measured(source, plain, "sharpness")
+
+
+@pytest.mark.parametrize("source", ["drawn", "decoded", "made"])
+def test_it_adds_no_flicker(measured, source):
+    """Where the true clip stands still, no more changes than in the clip that was refined."""
+    assert measured(source, "refined", "still") <= 1.05 * measured(source, "bicubic", "still")
+    assert measured("drawn", "refined", "flicker") <= 1.05 * measured("drawn", "truth", "flicker")
+
+
+def test_measures_see_blur_noise_and_flicker():
+    """A clip spoilt on purpose is told from the truth by every measure."""
+    job = load_config(None, [], weights=config.SHIPPED)
+    truth, _ = gain.draw(300, job, (64, 64))
+    same = gain.scores(truth, truth)
+    noise = np.random.default_rng(0).integers(-20, 21, truth.shape)
+    noisy = np.clip(truth + noise, 0, 255).astype(np.uint8)
+    small, _ = gain.draw(300, job, (32, 32))
+    blurred = gain.upscaled(small, (64, 64), "bilinear")
+    for spoilt in (gain.scores(truth, noisy), gain.scores(truth, blurred)):
+        assert spoilt["psnr"] < same["psnr"] and spoilt["ssim"] < same["ssim"]
+    assert (
+        gain.scores(truth, blurred)["sharpness"] < same["sharpness"] < gain.scores(truth, noisy)["sharpness"]
+    )
+    assert gain.scores(truth, noisy)["flicker"] > same["flicker"]
+    assert gain.scores(truth, noisy)["still"] > 5 > same["still"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["clips=1"], "clips is 1; give 2 or more"),
+        (["clips=many"], "clips is a whole number"),
+        (["sources=drawn,lost"], "no source 'lost'; choose of drawn, decoded, made"),
+        ([f"first_seed={2**40}"], "where training begins"),
+        (["refine_weights=nowhere"], "nowhere does not exist"),
+        ([f"refine_weights={config.SHIPPED}"], "holds no refiner"),
+    ],
+)
+def test_what_is_refused(root, words, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["refine_gain.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(root / "scripts" / "refine_gain.py"), run_name="__main__")
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_cascade_of_shipped_weights_runs(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(root)
+    output = tmp_path / "clip.png"
+    script(root, "generate.py", root / "configs/cascade_small.yaml", "image=i2vgen/assets/star.png",
+           "prompt=a star moves left", "steps=2", "device=cpu", f"output={output}")  # fmt: skip
+    record = json.loads(output.with_suffix(".json").read_text())
+    assert (record["width"], record["height"]) == (6 * 64, 6 * 64)

@@ -228,7 +228,15 @@ def test_settings_that_cannot_run(told, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"noise_level": 0}, {"overlap": 32}, {"window": 65}, {"rescale": 1.5}, {"steps": 0}, {"frames": -1}, {"restore": 2.0}],
+    [
+        {"noise_level": 0},
+        {"overlap": 32},
+        {"window": 65},
+        {"rescale": 1.5},
+        {"steps": 0},
+        {"frames": -1},
+        {"restore": 2.0},
+    ],
     ids=str,
 )
 def test_settings_that_cannot_be(changes):
