@@ -481,6 +481,7 @@ class Refine:
         600  # of the table's 1000: how far the clip is noised. 100 keeps, 999 invents; SR600: 700
     )
     start: Literal["noise", "inversion"] = "noise"  # add noise, or invert by DDIM (SR600)
+    noise: float = 1.0  # start=noise: times the noise that the network is told of; less keeps more
     inversion_table: Literal["refiner", "cosine"] = "refiner"  # official: another than the sampler's, cosine
     solver: Literal["dpmpp_2m_sde", "heun"] = "dpmpp_2m_sde"
     steps: int = 30  # official for heun: 50, each but the last of two network calls
@@ -511,7 +512,7 @@ class Refine:
             )
         if not math.isfinite(self.guidance):
             raise ValueError(f"refine.guidance is {self.guidance}; give a finite number (official 7.5)")
-        for name in ("eta", "rescale", "restore"):
+        for name in ("eta", "rescale", "restore", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"refine.{name} is {getattr(self, name)}; give a number from 0 to 1")
 

@@ -72,7 +72,7 @@ def refine(
     latents = repeat(given, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
     cond, uncond = texts(model, prompt)
     if job.start == "noise":
-        noise = draws.draw(tuple(latents.shape[1:])).to(latents)
+        noise = job.noise * draws.draw(tuple(latents.shape[1:])).to(latents)
         start = table.noised(latents, noise, job.noise_level - 1)
     else:
         start = sampling.invert(
@@ -253,6 +253,8 @@ def refuse_unrefinable(config: Config) -> None:
     """ValueError for settings of a second stage that cannot run; `config` is that of `second_stage`."""
     job = config.refine
     grid(config)
+    if job.start == "inversion" and job.noise != 1:
+        raise ValueError(f"refine.noise is {job.noise} but refine.start=inversion adds none; leave it at 1")
     if job.start == "inversion" and job.steps > job.noise_level:
         raise ValueError(f"refine.steps is {job.steps}, more than refine.noise_level = {job.noise_level}")
     if job.solver == "heun" and job.eta != settings.Refine().eta:

@@ -62,8 +62,10 @@ def test_every_clip_counts_alike():
 # --- training
 
 
-WORDS = [f"weights={HOME}", f"train.first_stage={config.SHIPPED}", "device=cpu", "train.batch=2", "train.num_clips=4",
-         "train.warmup=1", "train.log_every=1"]  # fmt: skip
+WORDS = [
+    f"weights={HOME}", f"train.first_stage={config.SHIPPED}", "device=cpu", "train.batch=2",
+    "train.num_clips=4", "train.warmup=1", "train.log_every=1",
+]  # fmt: skip
 
 
 def settings(root, *words):
@@ -117,8 +119,9 @@ def test_the_script_trains_a_refiner_that_generate_takes(root, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert 0.5 < lines[0]["loss"] < 1.5
     output = tmp_path / "clip.png"
-    script(root, "generate.py", f"image={root}/i2vgen/assets/star.png", "prompt=a star moves", "device=cpu",
-           "steps=2", f"refine_weights={tmp_path}/run/weights", "save.enlarge=1", f"output={output}")  # fmt: skip
+    words = [f"image={root}/i2vgen/assets/star.png", "prompt=a star moves", "device=cpu", "steps=2"]
+    words += [f"refine_weights={tmp_path}/run/weights", "save.enlarge=1", f"output={output}"]
+    script(root, "generate.py", *words)
     record = json.loads(output.with_suffix(".json").read_text())
     assert (record["width"], record["height"]) == (64, 64)
 

@@ -85,6 +85,7 @@ def test_a_clip_is_refined_and_depends_on_its_seed_alone(refiner):
         {"spacing": "leading"},
         {"resize": "bicubic"},
         {"restore": 1.0},
+        {"noise": 0.5},
     ],
     ids=str,
 )
@@ -219,6 +220,7 @@ def test_parameters_at_full_size(use, count):
         ({"noise_level": 1001}, "total noise level is 1001; give 1 to 1000"),
         ({"noise_level": 20, "steps": 30}, "steps is 30; give 1 to 19"),
         ({"solver": "heun", "eta": 0.5}, "adds no noise"),
+        ({"start": "inversion", "noise": 0.5}, "refine.noise is 0.5"),
     ],
 )
 def test_settings_that_cannot_run(told, changes, message):
@@ -236,6 +238,7 @@ def test_settings_that_cannot_run(told, changes, message):
         {"steps": 0},
         {"frames": -1},
         {"restore": 2.0},
+        {"noise": -1},
     ],
     ids=str,
 )
