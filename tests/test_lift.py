@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from i2vgen import config, refine
 from i2vgen.config_layers import load_config
@@ -160,11 +161,12 @@ def test_first_stages_that_do_not_fit(root, words, message):
 
 @pytest.fixture(scope="module")
 def measured(root, tmp_path_factory):
-    """scripts/refine_gain.py on a few seeds -> its JSON and the mean of a measure."""
+    """scripts/refine_gain.py on a few seeds -> the mean of a measure, from its JSON."""
     out = tmp_path_factory.mktemp("gain")
-    script(root, "refine_gain.py", "clips=6", "first_seed=300", "device=cpu", f"json={out}/gain.json",
-           f"output={out}/strip.png")  # fmt: skip
+    words = ["clips=8", "first_seed=200", "sources=drawn,decoded", "save.rounding=nearest", "device=cpu"]
+    script(root, "refine_gain.py", *words, f"json={out}/gain.json", f"output={out}/strip.png")
     scores = json.loads((out / "gain.json").read_text())["scores"]
+    assert Image.open(out / "strip.png").size == (3 * 4 * 64, 3 * 4 * 64)
     return lambda source, way, name: gain.mean(scores[source][way][name])
 
 
@@ -174,7 +176,7 @@ def test_it_is_small(root):
     assert sum(f.stat().st_size for f in files) <= 8 * MB
 
 
-@pytest.mark.parametrize("source", ["drawn", "decoded", "made"])
+@pytest.mark.parametrize("source", ["drawn", "decoded"])
 @pytest.mark.parametrize("plain", ["bilinear", "bicubic"])
 def test_it_is_nearer_to_the_truth_than_plain_upscaling(measured, source, plain):
     for name in ("psnr", "ssim"):
@@ -182,7 +184,7 @@ def test_it_is_nearer_to_the_truth_than_plain_upscaling(measured, source, plain)
     assert measured(source, "refined", "sharpness") > measured(source, plain, "sharpness")
 
 
-@pytest.mark.parametrize("source", ["drawn", "decoded", "made"])
+@pytest.mark.parametrize("source", ["drawn", "decoded"])
 def test_it_adds_no_flicker(measured, source):
     """Where the true clip stands still, no more changes than in the clip that was refined."""
     assert measured(source, "refined", "still") <= 1.05 * measured(source, "bicubic", "still")
