@@ -235,3 +235,14 @@ def test_the_cascade_of_shipped_weights_runs(root, tmp_path, monkeypatch):
            "prompt=a star moves left", "steps=2", "device=cpu", f"output={output}")  # fmt: skip
     record = json.loads(output.with_suffix(".json").read_text())
     assert (record["width"], record["height"]) == (6 * 64, 6 * 64)
+
+
+def test_its_settings_are_those_of_the_committed_training_files(root):
+    stored = json.loads((HOME / "settings.json").read_text())["settings"]
+    assert 0.1 < stored["vae"].pop("scale") < 10  # measured in training
+    made, _ = load_settings(root / "configs" / "train" / "small_refiner_vae.yaml")
+    wanted = made.to_dict()
+    wanted["vae"].pop("scale")
+    for section in ("unet", "vae", "clip", "use"):
+        assert stored[section] == wanted[section], section
+    assert stored["schedule"]["kind"] == "logsnr_cosine"
