@@ -96,7 +96,7 @@ class Encoding:
 
     def __call__(
         self, clips: Clips | Encoded, draw: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Conditions, Tensor | None]:
+    ) -> tuple[Tensor, Tensor, Tensor, Conditions] | tuple[Tensor, Tensor, Tensor, Conditions, Tensor]:
         encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
         b = len(encoded.captions)
         x0, first = self.latents(encoded, draw)
@@ -117,7 +117,7 @@ class Encoding:
             first,
             torch.full((b,), encoded.fps, device=self.device),
         )
-        return x0, t, noise, conditions, weight
+        return (x0, t, noise, conditions) if weight is None else (x0, t, noise, conditions, weight)
 
     def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """-> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
