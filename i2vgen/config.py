@@ -43,6 +43,7 @@ MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
 RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
 SHIPPED = str(Path(__file__).parent / "assets" / "small")  # the small model that comes with the package
+SHIPPED_REFINER = str(Path(__file__).parent / "assets" / "small_refiner")  # and its second stage
 SETTINGS_FILE = "settings.json"
 FORMAT = 1  # of native weights folders
 # What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
@@ -474,6 +475,7 @@ class Refine:
     height: int = 720
     fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect; official: stretch
     antialias: bool = True  # of clips that are made smaller; official: false
+    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of the clip; bicubic keeps more, official: bilinear
     frames: int = 0  # so many of the clip's first frames, 0 all of them; official: 32
     repeat_frames: int = 1  # every frame so often; SR600, made for 32 frames, doubles clips of 16
     window: int = 32  # frames at once; longer clips in windows that overlap and are blended
@@ -482,6 +484,7 @@ class Refine:
         600  # of the table's 1000: how far the clip is noised. 100 keeps, 999 invents; SR600: 700
     )
     start: Literal["noise", "inversion"] = "noise"  # add noise, or invert by DDIM (SR600)
+    noise: float = 1.0  # start=noise: times the noise that the network is told of; less keeps more
     inversion_table: Literal["refiner", "cosine"] = "refiner"  # official: another than the sampler's, cosine
     solver: Literal["dpmpp_2m_sde", "heun"] = "dpmpp_2m_sde"
     steps: int = 30  # official for heun: 50, each but the last of two network calls
@@ -495,6 +498,7 @@ class Refine:
     start_scale: Literal["clean", "official"] = "clean"
     skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: as the weights' use.skip_filter says
     posterior: Literal["sample", "mode"] = "sample"  # of the clip's latents
+    restore: float = 0.0  # share of what the autoencoder loses of the clip that is put back; official: 0
     fps: Literal["input", "save"] = "input"  # of the file; official: always 8, see save.fps
 
     def __post_init__(self):
@@ -511,7 +515,7 @@ class Refine:
             )
         if not math.isfinite(self.guidance):
             raise ValueError(f"refine.guidance is {self.guidance}; give a finite number (official 7.5)")
-        for name in ("eta", "rescale"):
+        for name in ("eta", "rescale", "restore", "noise"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"refine.{name} is {getattr(self, name)}; give a number from 0 to 1")
 

@@ -72,14 +72,14 @@ def refine(
     table = levels(config)
 
     with memory.here(model.waiting, "vae"):
-        latents = encode(model, frames, shape, draws)
-    latents = repeat(latents, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
+        given = encode(model, frames, shape, draws)
+    latents = repeat(given, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
     states = texts(model, prompt)
     with memory.here(model.waiting, "unet"):
         kinds = zip((Conditions, Unconditional), states, strict=True)
         cond, uncond = (model.unet.prepare(kind(one[None], None, None, None), 1) for kind, one in kinds)
         if job.start == "noise":
-            noise = draws.draw(tuple(latents.shape[1:])).to(latents)
+            noise = job.noise * draws.draw(tuple(latents.shape[1:])).to(latents)
             start = table.noised(latents, noise, job.noise_level - 1)
         else:
             start = sampling.invert(
@@ -102,7 +102,7 @@ def refine(
             on_step=on_step,
         )
     with memory.here(model.waiting, "vae"):
-        return decode(model, latents[0, :, :: job.repeat_frames], shape)
+        return decode(model, latents[0, :, :: job.repeat_frames], shape, frames, given)
 
 
 def geometry(config: Config, size: tuple[int, int]) -> refine_video.Geometry:
@@ -125,7 +125,7 @@ def encode(
     width, height = (side // model.config.vae.factor for side in shape.legal)
     for start in range(0, len(frames), chunk):
         part = frames[start : start + chunk]
-        pixels = refine_video.prepared(part, shape, antialias=job.antialias).to(model.device)
+        pixels = prepared(model, part, shape)
         noise = None
         if job.posterior == "sample":  # one draw per frame, as officially: `vae_chunk` changes nothing
             latent = (model.config.vae.embed_dim, height, width)
@@ -134,14 +134,30 @@ def encode(
     return rearrange(torch.cat(latents), "f c h w -> c f h w")
 
 
-def decode(model: Refiner, latents: Tensor, shape: refine_video.Geometry) -> np.ndarray:
-    """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept."""
-    frames = []
-    for part in rearrange(latents, "c f h w -> f c h w").split(model.config.runtime.vae_chunk):
-        pixels = refine_video.cropped(model.vae.decode(part), shape)
-        pixels = rearrange(pixels, "f c h w -> c f h w")
+def decode(
+    model: Refiner, latents: Tensor, shape: refine_video.Geometry, clip: np.ndarray, given: Tensor
+) -> np.ndarray:
+    """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept.
+
+    With `refine.restore` what the autoencoder loses of the `clip`, uint8 [f h w 3] with latents `given`, is
+    added again: its own share of the error falls out.
+    """
+    frames, chunk, restore = [], model.config.runtime.vae_chunk, model.config.refine.restore
+    for start in range(0, latents.shape[1], chunk):
+        part = slice(start, start + chunk)
+        pixels = model.vae.decode(rearrange(latents[:, part], "c f h w -> f c h w"))
+        if restore > 0:
+            seen = model.vae.decode(rearrange(given[:, part], "c f h w -> f c h w"))
+            pixels = pixels + restore * (prepared(model, clip[part], shape) - seen)
+        pixels = rearrange(refine_video.cropped(pixels, shape), "f c h w -> c f h w")
         frames.append(video.to_uint8(pixels, rounding=model.config.save.rounding).cpu())
     return torch.cat(frames).numpy()
+
+
+def prepared(model: Refiner, frames: np.ndarray, shape: refine_video.Geometry) -> Tensor:
+    """Frames uint8 [f h w 3] -> the pixels that are encoded, [f 3 H W] on the device."""
+    job = model.config.refine
+    return refine_video.prepared(frames, shape, antialias=job.antialias, resize=job.resize).to(model.device)
 
 
 def texts(model: Refiner, prompt: str) -> Tensor:
@@ -232,6 +248,8 @@ def refuse_unrefinable(config: Config) -> None:
     """ValueError for settings of a second stage that cannot run; `config` is that of `second_stage`."""
     job = config.refine
     grid(config)
+    if job.start == "inversion" and job.noise != 1:
+        raise ValueError(f"refine.noise is {job.noise} but refine.start=inversion adds none; leave it at 1")
     if job.start == "inversion" and job.steps > job.noise_level:
         raise ValueError(f"refine.steps is {job.steps}, more than refine.noise_level = {job.noise_level}")
     if job.solver == "heun" and job.eta != settings.Refine().eta:

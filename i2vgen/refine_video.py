@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import Tensor
 
 Fit = Literal["keep", "crop", "pad", "stretch"]
+Resize = Literal["bilinear", "bicubic"]
 
 
 class Geometry(NamedTuple):
@@ -58,8 +59,10 @@ def geometry(
     return Geometry(scaled, wanted, (legal[0], max(legal[1], rest or multiple)))
 
 
-def resized(frames: np.ndarray, width: int, height: int, *, antialias: bool) -> Tensor:
-    """uint8 [f h w 3] -> float32 [f 3 height width] in [-1, 1], bilinear.
+def resized(
+    frames: np.ndarray, width: int, height: int, *, antialias: bool, resize: Resize = "bilinear"
+) -> Tensor:
+    """uint8 [f h w 3] -> float32 [f 3 height width] in [-1, 1].
 
     `antialias` blurs what shrinks, so that it does not flicker; the official code does not.
     """
@@ -68,12 +71,13 @@ def resized(frames: np.ndarray, width: int, height: int, *, antialias: bool) -> 
     )
     if pixels.shape[-2:] == (height, width):
         return pixels
-    return F.interpolate(pixels, (height, width), mode="bilinear", antialias=antialias)
+    pixels = F.interpolate(pixels, (height, width), mode=resize, antialias=antialias)
+    return pixels.clamp(-1, 1) if resize == "bicubic" else pixels  # bicubic shoots over at edges
 
 
-def prepared(frames: np.ndarray, shape: Geometry, *, antialias: bool) -> Tensor:
+def prepared(frames: np.ndarray, shape: Geometry, *, antialias: bool, resize: Resize = "bilinear") -> Tensor:
     """uint8 [f h w 3] -> float32 [f 3 H W] in [-1, 1] of the legal size."""
-    pixels = resized(frames, *shape.scaled, antialias=antialias)
+    pixels = resized(frames, *shape.scaled, antialias=antialias, resize=resize)
     (w, h), (width, height) = shape.scaled, shape.wanted
     left, top = (w - width) // 2, (h - height) // 2  # negative where bars are missing
     pixels = pixels[:, :, max(top, 0) : max(top, 0) + height, max(left, 0) : max(left, 0) + width]

@@ -94,6 +94,9 @@ def test_a_clip_is_refined_and_depends_on_its_seed_alone(refiner):
         {"posterior": "mode"},
         {"repeat_frames": 2},
         {"spacing": "leading"},
+        {"resize": "bicubic"},
+        {"restore": 1.0},
+        {"noise": 0.5},
     ],
     ids=str,
 )
@@ -118,6 +121,21 @@ def test_savings_and_chunks_change_nothing(refiner):
     )
     other = dataclasses.replace(refiner, config=settings)(clip(5), "a boat", seed=3)
     assert np.abs(plain.astype(int) - other).max() <= 1
+
+
+def test_what_the_autoencoder_loses_is_put_back(told):
+    """With latents left alone the upscaled clip comes back whole, which no autoencoder gives by itself."""
+    frames = clip()
+    errors = {}
+    for restore in (0.0, 0.5, 1.0):
+        model = told(restore=restore, posterior="mode")
+        shape = refine.geometry(model.config, (16, 12))
+        given = refine.encode(model, frames, shape, runtime.SampleNoise(0))
+        got = refine.decode(model, given, shape, frames, given)
+        wanted = refine_video.cropped(refine.prepared(model, frames, shape), shape)
+        wanted = video.to_uint8(wanted.permute(1, 0, 2, 3)).numpy()
+        errors[restore] = np.abs(got.astype(int) - wanted).max()
+    assert errors[1.0] <= 1 < errors[0.5] < errors[0.0]
 
 
 def test_less_noise_keeps_more_of_the_clip(told):
@@ -213,6 +231,7 @@ def test_parameters_at_full_size(use, count):
         ({"noise_level": 1001}, "total noise level is 1001; give 1 to 1000"),
         ({"noise_level": 20, "steps": 30}, "steps is 30; give 1 to 19"),
         ({"solver": "heun", "eta": 0.5}, "adds no noise"),
+        ({"start": "inversion", "noise": 0.5}, "refine.noise is 0.5"),
     ],
 )
 def test_settings_that_cannot_run(told, changes, message):
@@ -222,7 +241,16 @@ def test_settings_that_cannot_run(told, changes, message):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"noise_level": 0}, {"overlap": 32}, {"window": 65}, {"rescale": 1.5}, {"steps": 0}, {"frames": -1}],
+    [
+        {"noise_level": 0},
+        {"overlap": 32},
+        {"window": 65},
+        {"rescale": 1.5},
+        {"steps": 0},
+        {"frames": -1},
+        {"restore": 2.0},
+        {"noise": -1},
+    ],
     ids=str,
 )
 def test_settings_that_cannot_be(changes):

@@ -20,6 +20,7 @@ from i2vgen.config import RANDOM, Config
 from i2vgen.loss import draw_offset_noise, training_loss
 from i2vgen.schedule import Schedule
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.training import lift
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Bucket, Train, buckets
@@ -37,14 +38,16 @@ class DiffusionLoss(nn.Module):
         super().__init__()
         self.unet, self.schedule = unet, schedule
 
-    def forward(self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions) -> dict[str, Tensor]:
-        """x0, noise [b c f h w], t int64 [b] on the CPU -> {"loss": scalar}"""
+    def forward(
+        self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, weight: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """x0, noise [b c f h w], t int64 [b] on the CPU, weight [b] of each clip -> {"loss": scalar}"""
         prepared = self.unet.prepare(conditions, x0.shape[2])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self.unet(x, t.to(x.device), prepared)
 
-        return {"loss": training_loss(predict, x0, t, noise, self.schedule).mean()}
+        return {"loss": training_loss(predict, x0, t, noise, self.schedule, weight=weight).mean()}
 
 
 class Encoded(NamedTuple):
@@ -55,34 +58,54 @@ class Encoded(NamedTuple):
     vector: Tensor | None  # [b v] CLIP vectors of the first frames
     captions: tuple[str, ...]
     fps: int
+    start: Tensor | None = None  # [b c f h w] latents of the first stage's clips, which a refiner starts from
 
 
 class Encoding:
     """Clips -> what `DiffusionLoss` takes: latents, timesteps, noise, conditions with their dropout."""
 
-    def __init__(self, config: Config, train: Train, vae: AutoencoderKL, clip, device: torch.device):
+    def __init__(
+        self,
+        config: Config,
+        train: Train,
+        vae: AutoencoderKL,
+        clip,
+        device: torch.device,
+        first_stage: lift.FirstStage | None = None,
+    ):
         self.config, self.train, self.vae, self.clip, self.device = config, train, vae, clip, device
-        self.num_timesteps = config.schedule.num_timesteps
+        self.first_stage = first_stage
+        self.num_timesteps = config.refine.noise_level if first_stage else config.schedule.num_timesteps
 
     def encode(self, clips: Clips) -> Encoded:
-        b = len(clips.captions)
-        frames = rearrange(clips.pixels, "b c f h w -> (b f) c h w")
-        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
-        mean = rearrange(torch.cat([p.mean for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
-        std = rearrange(torch.cat([p.std for p in found]).float(), "(b f) c h w -> b c f h w", b=b)
-        vector = None
+        mean, std = self.posterior(clips.pixels)
+        start = vector = None
+        if self.first_stage:
+            start = self.vae.scale * self.posterior(self.first_stage(clips.pixels, clips.captions))[0]
         if self.config.use.global_tokens:
             vector = self.clip.image(clip_pixels(clips.pixels[:, :, 0], self.config).to(self.device))
-        return Encoded(mean, std, vector, clips.captions, clips.fps)
+        return Encoded(mean, std, vector, clips.captions, clips.fps, start)
+
+    def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Clips [b c f H W] -> mean and std of their latents, unscaled, both [b c f h w]."""
+        b, frames = len(pixels), rearrange(pixels, "b c f h w -> (b f) c h w")
+        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
+        both = (torch.cat([p.mean for p in found]), torch.cat([p.std for p in found]))
+        mean, std = (rearrange(one.float(), "(b f) c h w -> b c f h w", b=b) for one in both)
+        return mean, std
 
     def __call__(
         self, clips: Clips | Encoded, draw: torch.Generator
-    ) -> tuple[Tensor, Tensor, Tensor, Conditions]:
+    ) -> tuple[Tensor, Tensor, Tensor, Conditions] | tuple[Tensor, Tensor, Tensor, Conditions, Tensor]:
         encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
         b = len(encoded.captions)
         x0, first = self.latents(encoded, draw)
         t = draw_timesteps(b, self.num_timesteps, self.train.timestep_power, draw)
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
+        noise, weight = noise.to(self.device), None
+        if encoded.start is not None:
+            noise = lift.shifted(noise, x0, encoded.start, lift.start_level(self.config))
+            weight = lift.clip_weight(noise)
         lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
         lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
@@ -94,7 +117,7 @@ class Encoding:
             first,
             torch.full((b,), encoded.fps, device=self.device),
         )
-        return x0, t, noise.to(self.device), conditions
+        return (x0, t, noise, conditions) if weight is None else (x0, t, noise, conditions, weight)
 
     def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         """-> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
@@ -178,7 +201,9 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     adapters = adapt(unet, config, train) if train.lora_rank else None
     unet.set_checkpointing(train.checkpointing)
     bucket = buckets(config, train)[0]
-    encoding = Encoding(config, train, vae, clip, device)
+    first_stage = lift.load_first_stage(config, train, device) if train.first_stage else None
+    encoding = Encoding(config, train, vae, clip, device, first_stage)
+    schedule = lift.schedule(config) if first_stage else pipeline.make_schedule(config)
 
     def strip() -> np.ndarray:
         clips = source(bucket._replace(batch=STRIP_CLIPS), list(range(STRIP_CLIPS)))
@@ -191,7 +216,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     return Part(
         name="unet" if adapters is None else "adapter",
         model=unet if adapters is None else adapters,
-        step=DiffusionLoss(unet, pipeline.make_schedule(config)),
+        step=DiffusionLoss(unet, schedule),
         inputs=encoding,
         source=Cached(source, encoding, train.num_clips) if train.cache else source,
         slow=spatial_names(unet) if adapters is None else frozenset(),

@@ -60,6 +60,11 @@ class Train:
     )
     offset_noise: float = 0.1
     timestep_power: float = 1.0  # part=diffusion: above 1 draws noisy timesteps more often (official: 1)
+    # part=diffusion: weights of a first stage whose clips a refiner is to lift to `sample`'s size. It starts
+    # from them as sampling does, at `refine.noise_level`, and no timestep above that is drawn (lift.py).
+    first_stage: str = ""
+    first_stage_vae: float = 0.5  # with it: share of clips that pass through its autoencoder
+    first_stage_made: float = 0.0  # and of those it makes, from first frame and caption, at quality=draft
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
@@ -106,7 +111,7 @@ class Train:
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
         _check(self, "timestep_power", 0 < self.timestep_power <= 10, "a number above 0, at most 10")
         _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
-        for name in ("text_dropout", "image_dropout", "word_dropout"):
+        for name in ("first_stage_vae", "first_stage_made", "text_dropout", "image_dropout", "word_dropout"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "a probability")
         _check(self, "seed", 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
         _check(self, "data", self.data, f"{WORLD!r} or a folder")
@@ -137,9 +142,20 @@ class Train:
                 f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is no multiple of "
                 f"the largest batch, {largest}"
             )
-        for name in ("checkpointing", "lora_rank"):
+        for name in ("checkpointing", "lora_rank", "first_stage"):
             if self.part != "diffusion" and getattr(self, name):
                 raise ValueError(f"train.{name} is for the UNet, but train.part is {self.part}")
+        if self.first_stage_vae + self.first_stage_made > 1:
+            raise ValueError(
+                f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
+                f"{self.first_stage_made} are shares of all clips; their sum is at most 1"
+            )
+        if self.first_stage and self.sample_every:
+            raise ValueError(
+                f"train.sample_every = {self.sample_every} samples from pure noise, but a refiner "
+                f"(train.first_stage = {self.first_stage}) refines clips; leave it at 0 and use "
+                "scripts/refine_gain.py"
+            )
 
 
 def _check(train: Train, name: str, right: Any, wanted: str) -> None:
