@@ -135,8 +135,10 @@ class TemporalTransformer(nn.Module):
         if pays and y.fits(self.attention1) and folding.foldable(self.proj_in, self.norm1, self.attention1):
             first = folding.projected(entering, y.x, self.proj_in, self.norm1, self.attention1)
         else:
+            del entering
             first = y.read(self.norm1)
         y.add(self.attention1, first)
+        del first  # or it would lie there while the feed-forward is at its widest
         if self.attention2 is not None:
             y.add(self.attention2, y.read(self.norm2))
         if pays and y.fits(self.feed_forward) and untouched(self.proj_out, nn.Linear):
