@@ -21,8 +21,7 @@ import i2vgen
 from i2vgen import video
 from i2vgen.taps import controlled
 from i2vgen.training import world
-from i2vgen.training.data import FIRST_TRAINING_SEED, Clips
-from i2vgen.training.diffusion import DiffusionLoss, Encoding
+from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Train
 from i2vgen.unet import Residuals
 
@@ -60,29 +59,15 @@ def edges(clips):
     return (right + below).mean(1).clamp(0, 1)
 
 
-def train(model, adapter, steps, batch=4):
-    config, sample = model.config, model.config.sample
-    settings = Train(timestep_power=2.0, text_dropout=0.5)
-    encoding = Encoding(config, settings, model.vae, model.clip, model.device)
-    loss_of, optimiser = (
-        DiffusionLoss(model.unet, model.schedule),
-        torch.optim.AdamW(adapter.parameters(), 2e-3),
-    )
-    size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
-    for step in range(steps):
-        first = FIRST_TRAINING_SEED + batch * step
-        clips = world.batch(range(first, first + batch), kind="single", **size)
-        with torch.no_grad():
-            draw = torch.Generator().manual_seed(step)
-            inputs = encoding(Clips(clips.clips, clips.captions, sample.fps), draw)
+def train(model, adapter, steps):
+    def attached(clips):
         adapter.edges = edges(clips.clips).to(model.device)
-        with controlled(model.unet, adapter):
-            loss = loss_of(*inputs)["loss"]
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        return controlled(model.unet, adapter)
+
+    settings = Train(steps=steps, batch=4, learning_rate=2e-3, timestep_power=2.0, text_dropout=0.5)
+    for step, loss in train_beside(model, adapter, attached, settings):
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 
 
 def main():

@@ -22,8 +22,7 @@ from torch import nn
 import i2vgen
 from i2vgen.extra_tokens import Beside, extra_tokens
 from i2vgen.training import world
-from i2vgen.training.data import FIRST_TRAINING_SEED, Clips
-from i2vgen.training.diffusion import DiffusionLoss, Encoding
+from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Train
 
 TOLD = {"still": (0, 0, 0, 0), "right": (0.5, 0, 0, 0), "up": (0, -0.5, 0, 0), "grow": (0, 0, 0.4, 0)}
@@ -47,28 +46,16 @@ def numbers(facts):
     return torch.tensor(told, dtype=torch.float32)
 
 
-def train(model, tokens, steps, batch=4):
-    config, sample = model.config, model.config.sample
-    size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
-    # No caption, so the numbers alone can tell; mostly noisy timesteps, where the motion is decided.
-    settings = Train(timestep_power=4.0, text_dropout=1.0)
-    encoding = Encoding(config, settings, model.vae, model.clip, model.device)
-    loss_of = DiffusionLoss(model.unet.requires_grad_(False), model.schedule)
-    optimiser = torch.optim.AdamW(tokens.parameters(), 1e-2)
-    for step in range(steps):
-        first = FIRST_TRAINING_SEED + batch * step
-        clips = world.batch(range(first, first + batch), kind="single", **size)
-        with torch.no_grad():
-            draw = torch.Generator().manual_seed(step)
-            inputs = encoding(Clips(clips.clips, clips.captions, sample.fps), draw)
+def train(model, tokens, steps):
+    def attached(clips):
         told = torch.stack([numbers(facts) for facts in clips.facts]).to(model.device)
-        with extra_tokens(model.unet, tokens.project(told), through=tokens.beside):
-            loss = loss_of(*inputs)["loss"]
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
+        return extra_tokens(model.unet, tokens.project(told), through=tokens.beside)
+
+    # No caption, so the numbers alone can tell; mostly noisy timesteps, where the motion is decided.
+    settings = Train(steps=steps, batch=4, learning_rate=1e-2, timestep_power=4.0, text_dropout=1.0)
+    for step, loss in train_beside(model, tokens, attached, settings):
         if step % 50 == 0 or step == steps - 1:
-            print(f"step {step + 1} of {steps}: loss {loss.item():.4f}", flush=True)
+            print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 
 
 def main():

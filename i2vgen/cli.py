@@ -52,6 +52,27 @@ def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[s
     return file, overrides, given
 
 
+def take(
+    words: Sequence[str], *, numbers: Sequence[str], texts: Sequence[str]
+) -> tuple[dict[str, int | str], list[str]]:
+    """name=value words -> those of a script's own, by name; the rest, which are settings"""
+    own, rest = {}, []
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in numbers:
+            try:
+                own[name] = int(value)
+            except ValueError:
+                raise ValueError(f"{word}: {name} is a whole number") from None
+        elif name in texts:
+            if not value:
+                raise ValueError(f"{word} is empty; give a value or leave it out")
+            own[name] = value
+        else:
+            rest.append(word)
+    return own, rest
+
+
 def _note(message, category, filename, lineno, file=None, line=None) -> None:
     sys.stderr.write(f"note: {message}\n")
 

@@ -1,11 +1,8 @@
 """Every setting of the project, once: frozen dataclasses whose defaults are the released model.
 
-A YAML file is a difference over these defaults, the command line a difference over both:
-
-    dataclass defaults < settings stored in the weights folder < YAML file < command line
-
-`sample.quality` is short for several settings at once, at the place where it is given: it overrides what
-comes before in this order, and what is named beside it or later overrides it.
+They are the lowest of the layers that `config_layers.py` lays over each other. `sample.quality` is short for
+several settings at once, at the place where it is given: it overrides what comes before in that order, and
+what is named beside it or later overrides it.
 
 Typos and impossible combinations end here, before any work, with a ValueError that names the fields.
 Sizes are pixels and always given as width, height; the latent is `vae.factor` times smaller.
@@ -436,7 +433,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # Nearer to the exact solution than 20 steps of DDIM, in a third of the calls of "exact".
+    # As near to the exact solution as 20 steps of DDIM, in a third of the calls of "exact"; docs/sampling.md.
     "fast": {
         "sampler": "unipc",
         "steps": 20,
@@ -448,7 +445,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # Nearly as near as 20 steps of DDIM, in less than half of their calls.
+    # Less near, in half of those calls.
     "draft": {
         "sampler": "unipc",
         "steps": 10,

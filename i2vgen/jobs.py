@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from i2vgen import config as settings
 from i2vgen import images, pipeline, video
 from i2vgen.config import Config
+from i2vgen.sampler import OnStep
 
 ITEM_FIELDS = ("image", "prompt", "seed", "output", "refine_prompt")
 
@@ -43,6 +44,20 @@ class Job:
         for settings_ in (wanted, have):
             settings_.pop("runtime", None)
         return same_file and have == wanted
+
+
+def make(
+    model: pipeline.I2VGenXL, batch: Sequence[Job], on_step: OnStep | None = None
+) -> Iterator[tuple[Job, pipeline.Video]]:
+    """The clips of one batch, each with the settings that its record is to hold."""
+    clips = model.generate(
+        [job.image for job in batch],
+        [job.prompt for job in batch],
+        [job.seed for job in batch],
+        on_step=on_step,
+    )
+    for job, clip in zip(batch, clips, strict=True):
+        yield job, dataclasses.replace(clip, config=job.settings(clip.config))
 
 
 def plan(config: Config) -> list[Job]:

@@ -61,7 +61,7 @@ def main() -> int:
     for table in evaluation_page.tables(found):
         print(f"\n{table.title}\n{evaluation_page.as_text(table)}")
     if json_path is not None:
-        evaluation_page.write_json(found, json_path)
+        evaluation_page.write_json(found.to_dict(), json_path)
         print(f"\nscores in {json_path}")
     if folder is not None:
         print(f"\npage in {evaluation_page.write_report(found, folder)}")
@@ -70,25 +70,12 @@ def main() -> int:
 
 def take(overrides: list[str]) -> tuple[dict, list[str]]:
     """name=value words -> this script's own, by name; the rest, which are settings"""
-    own, rest = {}, []
     for word in overrides:
-        name, _, value = word.partition("=")
-        if name in ("seed", "sample.seed"):
+        if word.startswith(("seed=", "sample.seed=")):
             raise ValueError(
                 f"{word} has no effect here: a clip's noise has the clip's own seed; use first_seed="
             )
-        if name in NUMBERS:
-            try:
-                own[name] = int(value)
-            except ValueError:
-                raise ValueError(f"{word}: {name} is a whole number") from None
-        elif name in TEXTS:
-            if not value:
-                raise ValueError(f"{word} is empty; give a value or leave it out")
-            own[name] = value
-        else:
-            rest.append(word)
-    return own, rest
+    return cli.take(overrides, numbers=NUMBERS, texts=TEXTS)
 
 
 def batched(config: Config, overrides: list[str]) -> Config:

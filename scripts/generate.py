@@ -102,14 +102,8 @@ def first_stage(config: Config, todo: list[jobs.Job]) -> Iterator[tuple[jobs.Job
             f"clip {start + 1}" + (f"-{start + len(batch)}" if len(batch) > 1 else "") + f" of {len(todo)}"
         )
         with tqdm(desc=label, unit="step", mininterval=0.5) as bar:
-            clips = model.generate(
-                [job.image for job in batch],
-                [job.prompt for job in batch],
-                [job.seed for job in batch],
-                on_step=lambda info, bar=bar: advance(bar, info),
-            )
-        for job, clip in zip(batch, clips, strict=True):
-            yield job, dataclasses.replace(clip, config=job.settings(clip.config))
+            made = list(jobs.make(model, batch, on_step=lambda info, bar=bar: advance(bar, info)))
+        yield from made
 
 
 def second_stage(

@@ -20,7 +20,6 @@ of that clip's; still is the change from frame to frame, in levels of 255, where
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -43,8 +42,10 @@ def main() -> int:
     if "--help" in flags:
         print(__doc__)
         return 0
-    own, words = take(words)
+    own, words = cli.take(words, numbers=NUMBERS, texts=TEXTS)
     out = own.pop("json", None)
+    if "sources" in own:
+        own["sources"] = tuple(own["sources"].split(","))
     plan = Plan(**own)
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
@@ -58,31 +59,12 @@ def main() -> int:
         found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
     print(evaluation_page.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
     if path is not None:
-        evaluation_page.write_whole(path, json.dumps(found.to_dict(), indent=2, allow_nan=False) + "\n")
+        evaluation_page.write_json(found.to_dict(), path)
         print(f"\nscores in {path}")
     if picture is not None:
         gain.strip(found, plan.sources[-1], frame=-1).save(picture)
         print(f"\npicture in {picture}")
     return 0
-
-
-def take(words: list[str]) -> tuple[dict, list[str]]:
-    """name=value words -> this script's own, by name; the rest, which are settings"""
-    own, rest = {}, []
-    for word in words:
-        name, _, value = word.partition("=")
-        if name in NUMBERS:
-            try:
-                own[name] = int(value)
-            except ValueError:
-                raise ValueError(f"{word}: {name} is a whole number") from None
-        elif name in TEXTS:
-            if not value:
-                raise ValueError(f"{word} is empty; give a value or leave it out")
-            own[name] = tuple(value.split(",")) if name == "sources" else value
-        else:
-            rest.append(word)
-    return own, rest
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def main() -> int:
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:
-        report.write_json(job, found, json_path)
+        evaluation_page.write_json(report.to_dict(job, found), json_path)
         print(f"scores in {json_path}")
     return 0
 

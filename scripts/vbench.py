@@ -101,12 +101,8 @@ def make(config: Config, todo: list[vbench.Sample]) -> None:
     model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
     with tqdm(total=len(todo), unit="clip", mininterval=0.5) as bar:
         for start in range(0, len(todo), size):
-            batch = [sample.job for sample in todo[start : start + size]]
-            clips = model.generate(
-                [job.image for job in batch], [job.prompt for job in batch], [job.seed for job in batch]
-            )
-            for job, clip in zip(batch, clips, strict=True):
-                dataclasses.replace(clip, config=job.settings(clip.config)).save(job.output)
+            for job, clip in jobs.make(model, [sample.job for sample in todo[start : start + size]]):
+                clip.save(job.output)
                 bar.update()
 
 

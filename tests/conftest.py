@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import importlib.util
 import inspect
 import io
 import runpy
@@ -75,6 +76,27 @@ def run_script(monkeypatch):
         return status, out.getvalue()
 
     return run
+
+
+@pytest.fixture
+def script_at(monkeypatch, capsys, tmp_path):
+    """script_at(name, *first) -> run(*words): it works in an empty folder -> (status, stdout, stderr)."""
+    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: scripts install their own
+    monkeypatch.chdir(tmp_path)
+
+    def load(name, *first):
+        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
+        script = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(script)
+
+        def run(*words):
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *first, *map(str, words)])
+            status = script.cli.run(script.main)
+            return status, *capsys.readouterr()
+
+        return run
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,8 @@
 """scripts/evaluate.py, as a user meets it: scores of models whose worth is known, and how it says no."""
 
 import dataclasses
-import importlib.util
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,20 +19,8 @@ FILES = ["index.html", "scores.json", "table.md"]
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """run(*words): the script in this process, working in an empty folder -> (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("evaluate_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: the script installs its own
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-        status = script.cli.run(script.main)
-        return status, *capsys.readouterr()
-
-    return run
+def run(script_at):
+    return script_at("evaluate")
 
 
 @pytest.fixture

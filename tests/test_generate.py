@@ -1,6 +1,5 @@
 """scripts/generate.py, as a user meets it: what it makes, and how it says no."""
 
-import importlib.util
 import json
 import os
 import shlex
@@ -30,20 +29,8 @@ QUICK = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """run(*words): the script in this process, working in an empty folder -> (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("generate_script", SCRIPT)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: the script installs its own
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, words)])
-        status = script.cli.run(script.main)
-        return status, *capsys.readouterr()
-
-    return run
+def run(script_at):
+    return script_at("generate")
 
 
 @pytest.fixture

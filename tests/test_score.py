@@ -39,20 +39,8 @@ def wrong():
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
-    """run(*words): the script in this process, working in an empty folder -> (status, stdout, stderr)."""
-    spec = importlib.util.spec_from_file_location("score_script", ROOT / "scripts" / "score.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: the script installs its own
-    monkeypatch.chdir(tmp_path)
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["score.py", *map(str, words)])
-        status = script.cli.run(script.main)
-        return status, *capsys.readouterr()
-
-    return run
+def run(script_at):
+    return script_at("score")
 
 
 def refused(run, *words):

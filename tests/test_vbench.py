@@ -1,8 +1,6 @@
 """scripts/vbench.py on a made-up list of two prompts: names, pictures, seeds, and going on where it was."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +20,9 @@ INFO = [
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(script_at):
     """run(*words): the script with a list and pictures of four shapes beside it."""
-    spec = importlib.util.spec_from_file_location("vbench_script", ROOT / "scripts" / "vbench.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    monkeypatch.setattr("warnings.showwarning", None)
-    monkeypatch.chdir(tmp_path)
+    called = script_at("vbench")
     Path("info.json").write_text(json.dumps(INFO))
     for ratio in vbench.RATIOS:
         Path("crop", ratio).mkdir(parents=True)
@@ -37,9 +31,7 @@ def run(monkeypatch, capsys, tmp_path):
     def run(
         *words, defaults=("info=info.json", "images=crop", "output=out", "steps=1", "batch=4", "device=cpu")
     ):
-        monkeypatch.setattr(sys, "argv", ["vbench.py", *defaults, *map(str, words)])
-        status = script.cli.run(script.main)
-        return status, *capsys.readouterr()
+        return called(*defaults, *words)
 
     return run
 
@@ -53,7 +45,7 @@ def stub(monkeypatch):
         def __init__(self, config):
             self.config = config
 
-        def generate(self, pictures, prompts, seeds):
+        def generate(self, pictures, prompts, seeds, on_step=None):
             asked.extend(prompts)
             grey = np.full((4, 32, 32, 3), 90, np.uint8)
             facts = zip(pictures, prompts, seeds, strict=True)

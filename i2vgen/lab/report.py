@@ -15,11 +15,10 @@ from pathlib import Path
 
 from i2vgen.lab.measure import RESULT, STRIP
 from i2vgen.lab.study import Run, Study
+from i2vgen.scoring.stats import student
 from i2vgen.training import evaluation_page
 from i2vgen.training.evaluation_page import LABELS, Table, as_html, as_markdown, figure
 
-# Student's t for 95 %, by degrees of freedom (seeds - 1).
-STUDENT = {2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
 
@@ -46,8 +45,7 @@ def cell(results: Sequence[dict], score: str) -> Cell:
         return Cell(None)
     mean = statistics.fmean(values)
     if len(values) >= SEEDS_NEEDED:
-        t = STUDENT.get(len(values) - 1, 1.96)
-        reach = t * statistics.stdev(values) / math.sqrt(len(values))
+        reach = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
         return Cell(mean, mean - reach, mean + reach, "seeds")
     spans = [r["intervals"][score] for r in results if r["intervals"].get(score) is not None]
     if len(spans) < len(values):

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import platform
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 import i2vgen
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
-from i2vgen.training.evaluation_page import NONE, Table, write_whole
+from i2vgen.training.evaluation_page import NONE, Table
 
 ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
 INSIDE = "inside the error bars"
@@ -119,11 +117,6 @@ def one_dict(one: Found) -> dict:
     ]
     means = {name: mean._asdict() for name, mean in one.means.items()}
     return {"videos": one.place, "scores": means, "clips": rows, "skipped": one.skipped}
-
-
-def write_json(job: Job, found: Sequence[Found], path: Path) -> None:
-    text = json.dumps(to_dict(job, found), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(path, text + "\n")
 
 
 def listing() -> str:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 Z = 1.959964  # standard deviations on either side of a 95 % interval
-# Student's t for 95 % with 1 to 8 degrees of freedom; above, the series in `student` is right to 0.0005.
-STUDENT = (12.7062, 4.30265, 3.18245, 2.77645, 2.57058, 2.44691, 2.36462, 2.30600)
+# Student's t for 95 % with 1 to 9 degrees of freedom; above, the series in `student` is right to 0.0005.
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Mean(NamedTuple):
@@ -49,7 +49,7 @@ def paired(one: Sequence[float | None], other: Sequence[float | None]) -> Mean:
 
 
 def student(freedom: int) -> float:
-    """The 97.5 % point of Student's t; Abramowitz and Stegun 26.7.5 from 9 degrees of freedom on."""
+    """The 97.5 % point of Student's t; Abramowitz and Stegun 26.7.5 from 10 degrees of freedom on."""
     if freedom <= len(STUDENT):
         return STUDENT[freedom - 1]
     z, n = Z, freedom

@@ -29,11 +29,12 @@ from i2vgen.conditioning import Conditions, Prepared
 from i2vgen.config import RANDOM, Config
 from i2vgen.config_layers import load_config
 from i2vgen.pipeline import I2VGenXL
+from i2vgen.scoring.metrics import psnr
 from i2vgen.solvers import SOLVERS
 from i2vgen.training import evaluation_drift, world
 from i2vgen.training.data import FIRST_TRAINING_SEED
 from i2vgen.training.evaluation_drift import Drift, Sampled, counting
-from i2vgen.training.evaluation_scores import Item, Made, Scores, comparable, compare, psnr, summarise
+from i2vgen.training.evaluation_scores import Item, Made, Scores, comparable, compare, summarise
 from i2vgen.training.settings import MAX_WORLD_SPEED, Bucket, world_speed
 from i2vgen.training.world import Facts
 from i2vgen.unet import UNet

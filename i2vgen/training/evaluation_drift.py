@@ -19,8 +19,8 @@ from torch import nn
 from i2vgen.conditioning import Prepared
 from i2vgen.config import QUALITIES, Config
 from i2vgen.config_layers import with_quality
+from i2vgen.scoring.metrics import psnr
 from i2vgen.solvers import SOLVERS
-from i2vgen.training.evaluation_scores import psnr
 
 REFERENCE_STEPS = 200
 CACHES = (2, 3)  # of `quality`, beside the presets: what the cache of the deep part would save and cost

@@ -246,15 +246,15 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     """index.html, scores.json and table.md -> the page"""
     parts = [f"# Evaluation\n\n{summary(evaluation)}\n"]
     parts += [f"## {table.title}\n\n{as_markdown(table)}\n" for table in tables(evaluation)]
-    write_json(evaluation, folder / "scores.json")
+    write_json(evaluation.to_dict(), folder / "scores.json")
     write_whole(folder / "table.md", "\n".join(parts))
     write_whole(folder / "index.html", as_page(evaluation))
     return folder / "index.html"
 
 
-def write_json(evaluation: Evaluation, path: Path) -> None:
+def write_json(report: dict, path: Path) -> None:
     # No NaN can slip in: a number that is not there is null.
-    text = json.dumps(evaluation.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_whole(path, text + "\n")
 
 

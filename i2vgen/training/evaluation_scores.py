@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from i2vgen.scoring.metrics import psnr
 from i2vgen.training import reading, world
 from i2vgen.training.world import Facts
 
@@ -29,7 +30,6 @@ TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips without a motio
 GROUPS = (*world.MOTIONS, TWO_OBJECTS, *world.CAMERA_MOVES)
 
 Z = 1.96  # standard deviations on either side of a 95 % interval
-MAX_PSNR = 99.0  # of equal pictures, in place of infinity
 # How far area and compactness of an object may be off, as factors. True clips spoiled by blur, noise and
 # colour drift (tests/test_world.py) keep 99.9 % of their frames within; an object that fades keeps 36 %.
 AREA_OFF, SPREAD_OFF = 1.5, 1.25
@@ -136,12 +136,6 @@ def area_due(
     u, v = column[None, None, :] - x[:, None, None], row[None, :, None] - y[:, None, None]
     area = world.coverage(thing.shape, u, v, radius, angle, half).sum((1, 2))
     return area / max(float(area[0]), 1.0)
-
-
-def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """Of the mean squared error over all values of two uint8 arrays, in dB; MAX_PSNR at most."""
-    error = np.square(one.astype(np.float64) - other).mean()
-    return MAX_PSNR if error == 0 else min(MAX_PSNR, 10.0 * math.log10(255.0**2 / error))
 
 
 def in_words(motions: Sequence[str], camera: str) -> str:

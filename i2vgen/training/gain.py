@@ -12,16 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 
-from i2vgen import pipeline, refine, video
+from i2vgen import pipeline, refine, refine_video, video
 from i2vgen.config import MAX_SEED, Config
 from i2vgen.pipeline import I2VGenXL
 from i2vgen.scoring import metrics
-from i2vgen.training import world
+from i2vgen.training import lift, world
 from i2vgen.training.data import FIRST_TRAINING_SEED
+from i2vgen.training.evaluation_scores import mean_interval
 
 SOURCES = {"drawn": "drawn small", "decoded": "through the autoencoder", "made": "made by the first stage"}
 PLAIN = ("bilinear", "bicubic")
@@ -110,17 +110,14 @@ def make(source: str, model: I2VGenXL, small: np.ndarray, caption: str, seed: in
         return small
     if source == "made":
         return model.generate([Image.fromarray(small[0])], [caption], [seed])[0].frames
-    pixels = rearrange(torch.from_numpy(small), "f h w c -> f c h w").float() / 127.5 - 1
-    decoded = model.vae.decode(model.vae.encode(pixels.to(model.device), None))
-    pixels = rearrange(decoded, "f c h w -> c f h w")
-    return video.to_uint8(pixels, rounding=model.config.save.rounding).cpu().numpy()
+    pixels = refine_video.resized(small, *small.shape[2:0:-1], antialias=False)
+    return lift.decoded(model, pixels).numpy()
 
 
 def upscaled(clip: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
     """uint8 [f h w 3] -> uint8 [f H W 3] of (H, W), values rounded to the nearest."""
-    pixels = rearrange(torch.from_numpy(clip), "f h w c -> f c h w").float() / 127.5 - 1
-    pixels = rearrange(F.interpolate(pixels, size, mode=mode), "f c h w -> c f h w")
-    return video.to_uint8(pixels, rounding="nearest").numpy()
+    pixels = refine_video.resized(clip, *size[::-1], antialias=False, resize=mode)
+    return video.to_uint8(rearrange(pixels, "f c h w -> c f h w"), rounding="nearest").numpy()
 
 
 def scores(truth: np.ndarray, clip: np.ndarray) -> dict[str, float | None]:
@@ -149,7 +146,8 @@ def mean(values: list[float | None]) -> float:
 def difference(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """Mean of paired differences, and the half width of its 95 % interval."""
     gap = np.subtract(ours, theirs)
-    return float(gap.mean()), float(1.96 * gap.std(ddof=1) / math.sqrt(len(gap)))
+    low, high = mean_interval(gap)
+    return float(gap.mean()), (high - low) / 2
 
 
 def rows(found: Gain) -> list[tuple[str, ...]]:

@@ -45,13 +45,13 @@ class FirstStage:
             rearrange(pixels, "b c f h w -> (b f) c h w"), (sample.height, sample.width), mode="area"
         )
         small = rearrange(small, "(b f) c h w -> b c f h w", b=b)
-        clips = self.bytes(small)
+        clips = video.to_uint8(small, rounding=self.model.config.save.rounding)
         for i, caption in enumerate(captions):
             lot = zlib.crc32(caption.encode()) / 2**32
             if lot < self.train.first_stage_made:
                 clips[i] = self.made(clips[i, 0], caption)
             elif lot < self.train.first_stage_made + self.train.first_stage_vae:
-                clips[i] = self.decoded(small[i])
+                clips[i] = decoded(self.model, rearrange(small[i], "c f h w -> f c h w"))
         large = refine_video.resized(
             rearrange(clips, "b f h w c -> (b f) h w c").numpy(),
             width,
@@ -66,14 +66,12 @@ class FirstStage:
         picture = Image.fromarray(first.numpy())
         return pipeline.generate(self.model, [picture], [caption], [zlib.crc32(caption.encode())])[0].cpu()
 
-    def decoded(self, small: Tensor) -> Tensor:
-        """[c f h w] -> uint8 [f h w c]"""
-        frames = rearrange(small, "c f h w -> f c h w").to(self.model.device)
-        decoded = self.model.vae.decode(self.model.vae.encode(frames, None))
-        return self.bytes(rearrange(decoded, "f c h w -> c f h w")).cpu()
 
-    def bytes(self, pixels: Tensor) -> Tensor:
-        return video.to_uint8(pixels, rounding=self.model.config.save.rounding)
+def decoded(model: I2VGenXL, frames: Tensor) -> Tensor:
+    """Frames [f 3 h w] in [-1, 1] through a model's autoencoder -> uint8 [f h w 3] on the CPU"""
+    pixels = model.vae.decode(model.vae.encode(frames.to(model.device), None))
+    pixels = rearrange(pixels, "f c h w -> c f h w")
+    return video.to_uint8(pixels, rounding=model.config.save.rounding).cpu()
 
 
 def load_first_stage(config: Config, train: Train, device: torch.device) -> FirstStage:
