@@ -72,10 +72,20 @@ class ClipEncoders(nn.Module):
         """int64 [b k] -> text tokens [b k d]: penultimate or last block, final norm, no projection."""
         model = self.model
         x = model.token_embedding(tokens) + model.positional_embedding
-        blocks = list(model.transformer.resblocks)
-        for block in blocks[:-1] if self.settings.text_layer == "penultimate" else blocks:
+        for block in self.text_blocks():
             x = block(x, attn_mask=model.attn_mask)
         return model.ln_final(x)
+
+    def text_path(self) -> nn.Module:
+        """What `text` goes through, as a module that shares it: what there is to learn for a reader of tokens."""
+        model, path = self.model, nn.Module()
+        path.token_embedding, path.positional_embedding = model.token_embedding, model.positional_embedding
+        path.blocks, path.ln_final = nn.ModuleList(self.text_blocks()), model.ln_final
+        return path
+
+    def text_blocks(self) -> list[nn.Module]:
+        blocks = list(self.model.transformer.resblocks)
+        return blocks[:-1] if self.settings.text_layer == "penultimate" else blocks
 
     def image(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [b 3 s s] -> image vectors [b v], projected but not normalised."""

@@ -98,6 +98,8 @@ def fit(config, train, folder, **how):
         (["train.bucket_batch=[1,2]"], r"train\.bucket_batch has 2 entries for 1 buckets"),
         (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
         (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing is for the UNet"),
+        (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder is for the UNet"),
+        (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
         (["train.data=here", "train.workers=2"], r"train\.workers = 2 are for train\.data=world"),
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
         (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is no multiple .* 8"),
@@ -230,6 +232,32 @@ def test_cheaper_arithmetic_stays_near_and_checkpointing_is_exact(root, stages, 
         runs[name] = [line["loss"] for line in fit(config, train, tmp_path / name)]
     near = {"rel": 1e-6} if "checkpointing" in how else {"rel": 0.03}
     assert runs["other"] == pytest.approx(runs["plain"], **near)
+
+
+def test_the_text_tower_learns_along_and_nothing_else_of_clip(root, stages, tmp_path):
+    """Killed and resumed on the way: the tower's average and moments lie in the checkpoint, too."""
+    words = ["train.steps=4", "train.save_every=2", "train.log_every=1", "train.text_encoder=true"]
+    config, train = settings(root, stages, "diffusion", *words)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    fit(config, train, whole)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, train, cut, on_step=lambda step, _: killed(step + 2, _))
+    fit(config, train, cut)
+    same(whole, cut, "log.jsonl", "weights/clip.safetensors", "weights/unet.safetensors")
+    before, after = (
+        dict(checkpoint.read_part(folder, "clip")) for folder in (config.weights, whole / "weights")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    read = {"ln_final.weight", "ln_final.bias", "positional_embedding", "token_embedding.weight"}
+    assert changed == read | {name for name in before if name.startswith("transformer.resblocks.0.")}
+    assert config.clip.text["layers"] == 2  # the last block is not read, and so learns nothing
+    pipeline.load_parts(dataclasses.replace(config, weights=str(whole / "weights")))
+
+
+def test_a_text_tower_that_nobody_reads_is_not_taught(root, stages):
+    config, train = settings(root, stages, "diffusion", "use.text=false", "train.text_encoder=true")
+    with pytest.raises(ValueError, match="use.text=false does not read"):
+        diffusion.make(config, train, None, CPU)
 
 
 def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):

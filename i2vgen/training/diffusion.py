@@ -1,5 +1,7 @@
 """The diffusion step: clips to latents and conditions by the frozen VAE and CLIP, v-loss of the UNet.
 
+With `train.text_encoder` CLIP's text tower is not frozen and learns along.
+
 Axes: b batch, f frames, c channels, h w latent rows and columns; t is the timestep.
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from i2vgen import checkpoint, lora, pipeline, runtime
 from i2vgen.conditioning import Conditions
 from i2vgen.config import RANDOM, Config
+from i2vgen.encoders import ClipEncoders
 from i2vgen.loss import draw_offset_noise, training_loss
 from i2vgen.schedule import Schedule
 from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
@@ -32,16 +35,21 @@ STRIP_CLIPS = 4
 
 
 class DiffusionLoss(nn.Module):
-    """The UNet with its loss as one module, so that data parallelism sees one forward."""
+    """The UNet with its loss as one module, so that data parallelism sees one forward.
 
-    def __init__(self, unet: UNet, schedule: Schedule):
+    With `clip` its text tower is in the graph: `conditions.text` then holds token numbers, int64 [b k].
+    """
+
+    def __init__(self, unet: UNet, schedule: Schedule, clip: ClipEncoders | None = None):
         super().__init__()
-        self.unet, self.schedule = unet, schedule
+        self.unet, self.schedule, self.clip = unet, schedule, clip
 
     def forward(
         self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, weight: Tensor | None = None
     ) -> dict[str, Tensor]:
         """x0, noise [b c f h w], t int64 [b] on the CPU, weight [b] of each clip -> {"loss": scalar}"""
+        if self.clip is not None:
+            conditions = conditions._replace(text=self.clip.text(conditions.text))
         prepared = self.unet.prepare(conditions, x0.shape[2])
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -69,7 +77,7 @@ class Encoding:
         config: Config,
         train: Train,
         vae: AutoencoderKL,
-        clip,
+        clip: ClipEncoders,
         device: torch.device,
         first_stage: lift.FirstStage | None = None,
     ):
@@ -128,10 +136,14 @@ class Encoding:
         return scale * (mean + std * noise), scale * (mean[:, :, 0] + std[:, :, 0] * first)
 
     def text(self, captions: tuple[str, ...], lose: Tensor) -> Tensor:
-        """-> [b k d]; a lost caption becomes the negative prompt, as the sampler's second branch has it."""
+        """-> [b k d]; a lost caption becomes the negative prompt, as the sampler's second branch has it.
+
+        Where the text tower learns, token numbers [b k]: the loss reads them itself.
+        """
         negative = self.config.negative_prompt
         said = [negative if lost else caption for caption, lost in zip(captions, lose.tolist(), strict=True)]
-        return self.clip.text(self.clip.tokenize(said).to(self.device))
+        tokens = self.clip.tokenize(said).to(self.device)
+        return tokens if self.train.text_encoder else self.clip.text(tokens)
 
 
 def draw_timesteps(b: int, num_timesteps: int, power: float, draw: torch.Generator) -> Tensor:
@@ -194,9 +206,14 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         raise ValueError(
             f"weights folder {config.weights} lacks {' and '.join(lacking)}, which train.part=diffusion needs"
         )
+    if train.text_encoder and not config.use.text:
+        raise ValueError(
+            "train.text_encoder teaches a tower that use.text=false does not read; leave one out"
+        )
     settings = config.runtime
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[settings.vae_dtype])
-    clip = checkpoint.load("clip", config, device=device, dtype=runtime.DTYPES[settings.encoder_dtype])
+    clip_dtype = torch.float32 if train.text_encoder else runtime.DTYPES[settings.encoder_dtype]
+    clip = checkpoint.load("clip", config, device=device, dtype=clip_dtype)
     unet = fresh_or_held("unet", config, train, device)
     adapters = adapt(unet, config, train) if train.lora_rank else None
     unet.set_checkpointing(train.checkpointing)
@@ -204,22 +221,28 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     first_stage = lift.load_first_stage(config, train, device) if train.first_stage else None
     encoding = Encoding(config, train, vae, clip, device, first_stage)
     schedule = lift.schedule(config) if first_stage else pipeline.make_schedule(config)
+    model: nn.Module = unet if adapters is None else adapters
+    slow = spatial_names(unet) if adapters is None else frozenset()
+    if train.text_encoder:
+        model = nn.ModuleDict({"unet": unet, "text": clip.text_path().requires_grad_(True)})
+        slow = frozenset(f"unet.{name}" for name in slow)
 
     def strip() -> np.ndarray:
         clips = source(bucket._replace(batch=STRIP_CLIPS), list(range(STRIP_CLIPS)))
-        model = pipeline.I2VGenXL(config, unet, vae, clip, device)
+        whole = pipeline.I2VGenXL(config, unet, vae, clip, device)
         first = [picture(frame) for frame in clips.pixels[:, :, 0]]
         seeds = list(range(STRIP_CLIPS))
-        frames = pipeline.generate(model, first, clips.captions, seeds).cpu()
+        frames = pipeline.generate(whole, first, clips.captions, seeds).cpu()
         return rearrange(frames, "b f h w c -> (b h) (f w) c").numpy()
 
     return Part(
         name="unet" if adapters is None else "adapter",
-        model=unet if adapters is None else adapters,
-        step=DiffusionLoss(unet, schedule),
+        model=model,
+        step=DiffusionLoss(unet, schedule, clip if train.text_encoder else None),
         inputs=encoding,
         source=Cached(source, encoding, train.num_clips) if train.cache else source,
-        slow=spatial_names(unet) if adapters is None else frozenset(),
+        slow=slow,
+        saved=unet,
         others={"vae": vae, "clip": clip},
         strip=strip,
         write=None if adapters is None else adapters.save,

@@ -59,6 +59,7 @@ class Part:
     inputs: Callable[[Clips, torch.Generator], tuple]  # a batch made ready, without gradients
     source: Source | None = None  # in place of the run's own, as `inputs` takes it
     slow: frozenset[str] = frozenset()  # parameters under `spatial_factor`
+    saved: nn.Module | None = None  # the part itself, where `model` holds more or less than it
     others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
     strip: Callable[[], np.ndarray] | None = None  # a sample, uint8 [h w 3], of the weights as they stand
     finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
@@ -442,7 +443,7 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
         }
         return checkpoint.save(
-            folder / "weights", {**part.others, part.name: part.model}, settings, origin=origin
+            folder / "weights", {**part.others, part.name: part.saved or part.model}, settings, origin=origin
         )
 
 

@@ -67,6 +67,9 @@ class Train:
     first_stage_made: float = 0.0  # and of those it makes, from first frame and caption, at quality=draft
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
+    # part=diffusion: CLIP's text tower learns along, from the UNet's loss. A tower that was only taught to match
+    # pictures need not say in its tokens which thing does what.
+    text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
     clip_words: float = 0.2  # part=clip: weight of reading each word back from its token; 0: contrast alone
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
@@ -142,13 +145,18 @@ class Train:
                 f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is no multiple of "
                 f"the largest batch, {largest}"
             )
-        for name in ("checkpointing", "lora_rank", "first_stage"):
+        for name in ("checkpointing", "lora_rank", "first_stage", "text_encoder"):
             if self.part != "diffusion" and getattr(self, name):
                 raise ValueError(f"train.{name} is for the UNet, but train.part is {self.part}")
         if self.first_stage_vae + self.first_stage_made > 1:
             raise ValueError(
                 f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
                 f"{self.first_stage_made} are shares of all clips; their sum is at most 1"
+            )
+        if self.text_encoder and self.lora_rank:
+            raise ValueError(
+                f"train.lora_rank = {self.lora_rank} trains adapters of the UNet and nothing else; leave "
+                "train.text_encoder out"
             )
         if self.first_stage and self.sample_every:
             raise ValueError(
