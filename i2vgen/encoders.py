@@ -77,7 +77,7 @@ class ClipEncoders(nn.Module):
         return model.ln_final(x)
 
     def text_path(self) -> nn.Module:
-        """What `text` goes through, as a module that shares it: what there is to learn for a reader of tokens."""
+        """What `text` goes through, as a module that shares it: all that a reader of tokens can teach."""
         model, path = self.model, nn.Module()
         path.token_embedding, path.positional_embedding = model.token_embedding, model.positional_embedding
         path.blocks, path.ln_final = nn.ModuleList(self.text_blocks()), model.ln_final

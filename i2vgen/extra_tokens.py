@@ -60,6 +60,8 @@ def extra_tokens(
             f"scale is {scale:g} without `through`: tokens behind the others have no scale; multiply them, "
             "or give through=Beside(unet)"
         )
+    if through is not None:
+        through.check(unet)
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; give a finite number")
     if scale == 0:
@@ -113,6 +115,18 @@ class Beside(nn.Module):
         if not parts:
             raise ValueError("no pattern given; name cross-attentions, for example *.cross_attention")
         self.parts = nn.ModuleDict(parts)
+
+    def check(self, unet: UNet) -> None:
+        """ValueError if this was made for a network with other cross-attentions."""
+        readers = set(unet.readers())
+        there = {path.replace(".", "/"): m for path, m in unet.named_modules() if m in readers}
+        for path, part in self.parts.items():
+            reader, wanted = there.get(path), (part.heads, part.to_k.out_features)
+            if reader is None or (reader.heads, reader.to_q.out_features) != wanted:
+                raise ValueError(
+                    f"`through` was made for another network: this one's {path.replace('/', '.')} is no "
+                    f"cross-attention of {wanted[0]} heads and width {wanted[1]}"
+                )
 
     def forward(self, path: str, tokens: Tensor) -> Keys | None:
         """Tokens [b k d] as the cross-attention at `path` reads them; None: it does not."""

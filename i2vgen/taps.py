@@ -20,7 +20,7 @@ import contextlib
 import difflib
 import fnmatch
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -46,11 +46,15 @@ def taps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
                 hook = _hook(path, pattern, function, called)
                 hooks.callback(module.register_forward_hook(hook).remove)
         yield
-    if never := [pattern for pattern in functions if pattern not in called]:
+    _warn_of_uncalled(functions, called)
+
+
+def _warn_of_uncalled(patterns: Iterable[str], called: set[str]) -> None:
+    if never := [pattern for pattern in patterns if pattern not in called]:
         warnings.warn(
             f"the tap {never[0]!r} changed and saw nothing: no module it names was called; tap the module "
             "around it, or switch the faster forms of `runtime` off",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
@@ -58,11 +62,14 @@ def taps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
 def attention_by(network: nn.Module, pattern: str, function: AttentionFunction) -> Iterator[None]:
     """Inside, the attentions whose paths match compute with `function`: q [n m t d], k, v [n m k d].
 
-    ValueError for a pattern without attentions. For good: put the function into `attention.FUNCTIONS` under
-    a name and set that as the modules' `backend`.
+    ValueError for a pattern without attentions, a warning at the end if none of them was called. For good:
+    put the function into `attention.FUNCTIONS` under a name and set that as the modules' `backend`.
     """
-    with _functions(dict.fromkeys(_attentions(network, pattern).items(), function)):
+    called: set[str] = set()
+    attend = _noting(called, pattern, function)
+    with _functions(dict.fromkeys(_attentions(network, pattern).items(), attend)):
         yield
+    _warn_of_uncalled([pattern], called)
 
 
 @contextlib.contextmanager
@@ -71,15 +78,25 @@ def attention_maps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator
 
     None leaves them, a tensor takes their place. They are computed as written, which needs their whole
     memory. In a spatial attention n counts frames, in a cross-attention samples (t runs over frames and
-    pixels), in a temporal one pixels, sample by sample.
+    pixels), in a temporal one pixels, sample by sample. A warning at the end if a pattern's were not called.
     """
+    called: set[str] = set()
     chosen = {
-        (path, module): _with_map(path, function)
+        (path, module): _noting(called, pattern, _with_map(path, function))
         for pattern, function in functions.items()
         for path, module in _attentions(network, pattern).items()
     }
     with _functions(chosen):
         yield
+    _warn_of_uncalled(functions, called)
+
+
+def _noting(called: set[str], pattern: str, function: AttentionFunction) -> AttentionFunction:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        called.add(pattern)
+        return function(q, k, v)
+
+    return attend
 
 
 def _with_map(path: str, function: Tap) -> AttentionFunction:

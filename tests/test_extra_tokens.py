@@ -312,7 +312,7 @@ def test_gradients_reach_tokens_and_what_reads_them(make_unet, inputs, checkpoin
 
 
 @torch.no_grad()
-def test_mistakes_are_told(unet, inputs):
+def test_mistakes_are_told(unet, inputs, make_unet):
     def entering(*given, **how):
         with extra_tokens(unet, *given, **how):
             pass
@@ -343,6 +343,9 @@ def test_mistakes_are_told(unet, inputs):
         Beside(unet, ["mid7.*"])
     with pytest.raises(ValueError, match="no pattern given"):
         Beside(unet, [])
+    other = Beside(make_unet(base_width=16))
+    with pytest.raises(ValueError, match=r"another network: .*_attention is no cross-attention of \d+ heads"):
+        entering(tokens(), through=other)
     with pytest.raises(ValueError, match="for 3 samples meet a batch of 2"), extra_tokens(unet, tokens(3)):
         predict(unet, inputs)
     assert unet.extra is None

@@ -194,6 +194,10 @@ def test_an_attention_of_ones_own(network):
     assert torch.equal(call(), plain)
     with pytest.raises(ValueError, match="matches no attention"), attention_by(unet, "mid1.res", None):
         pass
+    for uncalled in (attention_by(unet, "mid1.*", attend), attention_maps(unet, {"mid1.*": first_token})):
+        with pytest.warns(UserWarning, match=r"mid1\.\*' changed and saw nothing") as told, uncalled:
+            pass
+        assert told[0].filename == __file__
     FUNCTIONS["first"] = lambda q, k, v: attend(q, k, v, "math")
     try:
         unet.mid1.temporal.attention1.backend = "first"

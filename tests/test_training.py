@@ -256,7 +256,7 @@ def test_the_text_tower_learns_along_and_nothing_else_of_clip(root, stages, tmp_
 
 def test_a_text_tower_that_nobody_reads_is_not_taught(root, stages):
     config, train = settings(root, stages, "diffusion", "use.text=false", "train.text_encoder=true")
-    with pytest.raises(ValueError, match="use.text=false does not read"):
+    with pytest.raises(ValueError, match=r"use\.text=false does not read"):
         diffusion.make(config, train, None, CPU)
 
 

@@ -67,7 +67,7 @@ class Train:
     first_stage_made: float = 0.0  # and of those it makes, from first frame and caption, at quality=draft
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
-    # part=diffusion: CLIP's text tower learns along, from the UNet's loss. A tower that was only taught to match
+    # part=diffusion: CLIP's text tower learns along, from the UNet's loss. One that was only taught to match
     # pictures need not say in its tokens which thing does what.
     text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
