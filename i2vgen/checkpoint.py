@@ -17,6 +17,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from i2vgen.attention import for_any_heads
 from i2vgen.config import SETTINGS_FILE, Config, Use
 from i2vgen.encoders import ClipEncoders
 from i2vgen.safefile import Entry, write_safetensors
-from i2vgen.unet import Drops, UNet, declared_drops
+from i2vgen.unet import ADDED, Drops, UNet, declared_drops
 from i2vgen.vae import AutoencoderKL
 
 ORIGIN_FILE = "origin.json"
@@ -64,7 +65,15 @@ def load(part: str, config: Config, *, device: torch.device | str, dtype: torch.
     else:
         state = read_part(config.weights, part)
         drops = declared_drops(config.unet, config.use) if part == "unet" else NO_DROPS
-    fill(model, state, drops=drops, device=device, dtype=dtype, source=f"{part} of {config.weights}")
+    fill(
+        model,
+        state,
+        drops=drops,
+        device=device,
+        dtype=dtype,
+        source=f"{part} of {config.weights}",
+        added=lambda names: initial(part, config, names),
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -76,17 +85,18 @@ def fill(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     source: str = "the state dict",
+    added: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Put a state dict into a model built on `meta`: strictly, tensor by tensor, cast on the way.
 
     ValueError lists what is missing, left over or of another shape. Tensors that `drops` declares are left
-    out.
+    out. What is missing of `unet.ADDED` is asked of `added`, with a warning.
     """
     wanted = {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
     filled: dict[str, Tensor] = {}
     problems = []
     for name, tensor in state.items() if isinstance(state, Mapping) else state:
-        if any(fnmatch.fnmatchcase(name, pattern) for pattern in drops.patterns):
+        if matches(name, drops.patterns) or (name not in wanted and matches(name, ADDED)):
             continue
         if name in drops.slices:
             tensor = tensor[:, : drops.slices[name]]
@@ -97,6 +107,13 @@ def fill(
         else:
             cast = dtype if tensor.is_floating_point() else None
             filled[name] = tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
+    new = [name for name in wanted if name not in filled and matches(name, ADDED)]
+    if new and added is not None:
+        warnings.warn(
+            f"{source} lacks {len(new)} tensors that the settings add ({new[0]}, ...): they start untrained",
+            stacklevel=3,
+        )
+        filled |= {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in added(new).items()}
     problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
     if problems:
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
@@ -104,6 +121,18 @@ def fill(
     inner(model).load_state_dict(filled, strict=True, assign=True)
     if isinstance(model, ClipEncoders):
         model.reset_buffers()
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def initial(part: str, config: Config, names: Iterable[str]) -> dict[str, Tensor]:
+    """PyTorch's own initialisation, seeded, of these tensors; all of the part is built for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = inner(construct(part, config)).state_dict()
+    return {name: state[name] for name in names}
 
 
 def inner(model: nn.Module) -> nn.Module:
@@ -319,5 +348,5 @@ def _named(problems: list[str], name: str) -> bool:
 
 
 def full_use(use: Use) -> Use:
-    """The same conventions with every part switched on: what an unablated checkpoint holds."""
-    return dataclasses.replace(use, **dict.fromkeys(settings.STRUCTURAL_SWITCHES, True))
+    """The same conventions with every part of the released model: what its checkpoint holds."""
+    return dataclasses.replace(use, **{name: getattr(Use(), name) for name in settings.STRUCTURAL_SWITCHES})

@@ -52,7 +52,8 @@ OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "head
 class Use:
     """Every ablation switch. A part switched off is not built, so its parameters are gone, not ignored.
 
-    What a checkpoint of the full model then loses is declared in `unet.declared_drops`.
+    What a checkpoint of the released model then loses is declared in `unet.declared_drops`, and what it lacks
+    for a switch that is off by default in `unet.ADDED`.
     """
 
     text: bool = True  # the prompt's tokens in cross-attention (77)
@@ -64,6 +65,7 @@ class Use:
     temporal_attention: bool = True  # every temporal transformer, the one after the input conv included
     temporal_convolution: bool = True  # the four temporal convolutions after every ResBlock
     temporal_second_attention: bool = True  # second self-attention of every temporal transformer
+    frame_positions: bool = False  # temporal transformers know the number of a frame (released: they do not)
     # The official code adds the concat branch twice and the weights were trained so; diffusers adds it once.
     concat_gain: float = 2.0
     # The float32 formula of the sinusoidal embedding: official `pow`; diffusers `exp`, up to 6e-5 apart.

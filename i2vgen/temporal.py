@@ -1,7 +1,7 @@
 """What mixes frames and never looks at another pixel. Tensors are [b f h w c] as everywhere.
 
-There is no positional encoding over frames: order in time reaches the network through the frame-position
-planes (`conditioning.py`) and through the zero padding of the temporal convolutions.
+The released model has no positional encoding over frames: order in time reaches it through the
+frame-position planes (`conditioning.py`) and the zero padding of the temporal convolutions.
 
 Axes: b batch, f frames, h w latent rows and columns, p = h w flattened, c channels.
 """
@@ -26,6 +26,7 @@ from i2vgen.layers import (
     as_written,
     in_chunks,
     norm_silu,
+    sinusoid,
     untouched,
     zero_,
 )
@@ -102,12 +103,14 @@ class TemporalTransformer(nn.Module):
         head_width: int,
         groups: int,
         second_attention: bool,
+        positions: bool = False,
         backend: str,
     ):
         super().__init__()
         inner = heads * head_width
         self.norm = GroupNorm(groups, width, eps=TRANSFORMER_EPS)
         self.proj_in = nn.Linear(width, inner)
+        self.positions = FramePositions(inner) if positions else None
         self.norm1 = nn.LayerNorm(inner)
         self.attention1 = FrameAttention(inner, inner, heads, head_width, backend=backend)
         self.norm2 = nn.LayerNorm(inner) if second_attention else None
@@ -121,7 +124,9 @@ class TemporalTransformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [b f h w c] -> same. The entrance norm's statistics run over frames and pixels together."""
         y, norm = rearrange(x, "b f h w c -> b f (h w) c"), self.norm
-        known = as_written(self, GroupNorm, nn.LayerNorm, nn.Linear, FrameAttention, FeedForward)
+        known = as_written(
+            self, GroupNorm, nn.LayerNorm, nn.Linear, FramePositions, FrameAttention, FeedForward
+        )
         pixels = pixels_at_once(self.tokens, y) if known else 0
         if pixels:
             norm = norm.of_parts(y, pixels)
@@ -130,9 +135,18 @@ class TemporalTransformer(nn.Module):
     def on_pixels(self, x: Tensor, norm: Norm) -> Tensor:
         """x [b f p c] -> same"""
         own, entering = untouched(self.proj_in, nn.Linear), norm(x)
-        y = Stream(self.proj_in(entering), in_place=self.sum_in_place, kernel=self.kernel, own=own)
+        tokens = self.proj_in(entering)
+        if self.positions is not None:
+            tokens = tokens + self.positions(x.shape[1])
+        y = Stream(tokens, in_place=self.sum_in_place, kernel=self.kernel, own=own)
+        del tokens
         pays = self.fold and folding.pays(x.shape[:3].numel(), x.shape[-1], y.x.shape[-1])
-        if pays and y.fits(self.attention1) and folding.foldable(self.proj_in, self.norm1, self.attention1):
+        through = pays and self.positions is None  # what is folded is a function of `entering` alone
+        if (
+            through
+            and y.fits(self.attention1)
+            and folding.foldable(self.proj_in, self.norm1, self.attention1)
+        ):
             first = folding.projected(entering, y.x, self.proj_in, self.norm1, self.attention1)
         else:
             del entering
@@ -152,6 +166,20 @@ def pixels_at_once(tokens: int, x: Tensor) -> int:
     b, f, p, _ = x.shape
     pixels = max(1, tokens // (b * f)) if tokens else 0
     return pixels if pixels < p and not torch.is_grad_enabled() else 0
+
+
+class FramePositions(nn.Module):
+    """`use.frame_positions`: the number of a frame, as sinusoids through a layer that begins at zero."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.proj = zero_(nn.Linear(width, width, bias=False))
+
+    def forward(self, frames: int) -> Tensor:
+        """-> [f 1 c], to be added to [b f p c]"""
+        weight = self.proj.weight
+        numbers = torch.arange(frames, device=weight.device)
+        return self.proj(sinusoid(numbers, weight.shape[1]).to(weight.dtype))[:, None]
 
 
 class FrameEncoder(nn.Module):

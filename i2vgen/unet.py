@@ -69,6 +69,7 @@ class Block(nn.Module):
                 head_width=head_width,
                 groups=groups,
                 second_attention=use.temporal_second_attention,
+                positions=use.frame_positions,
                 backend=backend,
             )
             if temporal and use.temporal_attention
@@ -175,6 +176,7 @@ class UNet(nn.Module):
                 head_width=unet.head_width,
                 groups=unet.norm_groups,
                 second_attention=use.temporal_second_attention,
+                positions=use.frame_positions,
                 backend=backend,
             )
             if use.temporal_attention
@@ -431,6 +433,11 @@ class Drops:
 
     patterns: tuple[str, ...]  # as in fnmatch
     slices: dict[str, int]  # tensor name -> how many of its input channels (axis 1) remain
+
+
+# Tensors that the released model lacks, of switches that are off by default. Where a checkpoint has none they
+# start as built; where the model has none, those of a checkpoint are left out.
+ADDED = ("temporal_in.positions.*", "*.temporal.positions.*")
 
 
 def declared_drops(unet: config.UNet, use: config.Use) -> Drops:

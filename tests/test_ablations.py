@@ -1,6 +1,7 @@
 """Every switch of config.Use, found by walking its fields: nothing here names a single one of them.
 
-A new switch is tested by being there; it only has to declare what a full checkpoint loses with it.
+A new switch is tested by being there; it only has to declare what the released checkpoint loses with it, or
+lacks for it.
 """
 
 import dataclasses
@@ -11,17 +12,22 @@ import typing
 import pytest
 import torch
 
-from i2vgen import config
+from i2vgen import checkpoint, config
 from i2vgen.config import Use
-from i2vgen.unet import declared_drops
+from i2vgen.unet import ADDED, declared_drops
 
 FIELDS = [field.name for field in dataclasses.fields(Use)]
-PARTS = [name for name in FIELDS if isinstance(getattr(Use(), name), bool)]
-CONVENTIONS = [name for name in FIELDS if name not in PARTS]
+PARTS = [name for name in FIELDS if getattr(Use(), name) is True]
+ADDITIONS = [name for name in FIELDS if getattr(Use(), name) is False]
+CONVENTIONS = [name for name in FIELDS if name not in PARTS + ADDITIONS]
 
 
 def without(*names):
     return dataclasses.replace(Use(), **dict.fromkeys(names, False))
+
+
+def with_it(name, **others):
+    return dataclasses.replace(Use(), **{name: True}, **others)
 
 
 def predict(unet, inputs):
@@ -82,12 +88,35 @@ def test_a_part_that_is_off_changes_the_output(make_unet, full, inputs, full_out
     assert (got - full_output).abs().max() > 1e-4 * full_output.abs().max()
 
 
-@pytest.mark.parametrize("name", [None, *PARTS])
-def test_gradients_reach_every_parameter_that_is_left(make_unet, inputs, name):
-    unet = make_unet(without(name) if name else Use()).train()
+@pytest.mark.parametrize("use", [Use(), *map(without, PARTS), *map(with_it, ADDITIONS)], ids=str)
+def test_gradients_reach_every_parameter_that_is_left(make_unet, inputs, use):
+    unet = make_unet(use).train()
     predict(unet, inputs).square().mean().backward()
     silent = [n for n, p in unet.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-12]
     assert silent == []
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_an_addition_brings_its_own_tensors_and_nothing_else(make_unet, full, inputs, full_output, name):
+    unet = make_unet(with_it(name))
+    added = {key for key in unet.state_dict() if checkpoint.matches(key, ADDED)}
+    assert added and unet.state_dict().keys() - added == full.state_dict().keys()
+    with torch.no_grad():
+        got = predict(unet, inputs)
+    assert got.isfinite().all()
+    assert (got - full_output).abs().max() > 1e-4 * full_output.abs().max()
+
+
+def test_no_declaration_of_an_addition_is_idle(make_unet):
+    names = make_unet(dataclasses.replace(Use(), **dict.fromkeys(ADDITIONS, True))).state_dict().keys()
+    assert [pattern for pattern in ADDED if not fnmatch.filter(names, pattern)] == []
+
+
+@pytest.mark.parametrize(("name", "part"), list(itertools.product(ADDITIONS, PARTS)))
+def test_an_addition_goes_with_every_part_that_is_off(make_unet, inputs, name, part):
+    unet = make_unet(with_it(name, **{part: False}))
+    with torch.no_grad():
+        assert predict(unet, inputs).isfinite().all()
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(PARTS, 2)), ids="-".join)

@@ -288,11 +288,15 @@ def test_other_folders_and_files_are_not_touched(tmp_path, settings, state):
 # --- ablated models from full weights
 
 
+PARTS = [name for name in STRUCTURAL_SWITCHES if getattr(Use(), name)]
+ADDITIONS = [name for name in STRUCTURAL_SWITCHES if name not in PARTS]
+
+
 def without(name):
     return dataclasses.replace(Use(), **{name: False})
 
 
-@pytest.mark.parametrize("name", STRUCTURAL_SWITCHES)
+@pytest.mark.parametrize("name", PARTS)
 def test_an_ablated_model_loads_full_weights_minus_what_it_declares(folder, settings, state, name):
     loaded = load_unet(folder, dataclasses.replace(settings, use=without(name))).state_dict()
     drops = declared_drops(settings.unet, without(name))
@@ -305,12 +309,29 @@ def test_an_ablated_model_loads_full_weights_minus_what_it_declares(folder, sett
 
 @pytest.mark.parametrize("name", STRUCTURAL_SWITCHES)
 def test_an_ablated_checkpoint_comes_back(tmp_path, settings, name):
-    ablated = dataclasses.replace(settings, use=without(name))
+    use = dataclasses.replace(Use(), **{name: name in ADDITIONS})
+    ablated = dataclasses.replace(settings, use=use)
     state = dict(checkpoint.random_state(checkpoint.build("unet", ablated), seed=1))
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, ablated)
     loaded = config_layers.load_config(weights=str(folder))
     assert loaded.use == ablated.use
     assert same_bits(load_unet(folder, loaded).state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ADDITIONS)
+def test_an_addition_starts_as_built_beside_full_weights(folder, settings, state, name):
+    """And what has learned goes with its switch, without a word."""
+    use = dataclasses.replace(Use(), **{name: True})
+    loaded = config_layers.load_config(None, [f"use.{name}=true"], weights=str(folder))
+    assert loaded.use == use
+    with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* start untrained"):
+        unet = load_unet(folder, loaded)
+    torch.manual_seed(0)
+    fresh, got = checkpoint.construct("unet", loaded).state_dict(), unet.state_dict()
+    assert same_bits(got, {**fresh, **state})
+    saved = checkpoint.save(folder.parent / "added", {"unet": unet}, loaded)
+    plain = config_layers.load_config(None, [f"use.{name}=false"], weights=str(saved))
+    assert same_bits(load_unet(saved, plain).state_dict(), state)
 
 
 def test_a_full_model_does_not_load_ablated_weights(tmp_path, settings):

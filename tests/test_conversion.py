@@ -18,8 +18,9 @@ from weights_conversion import vae as vae_tables
 
 KEYS = Path(__file__).parent / "goldens" / "keys"
 FULL = config.Use()
-OFF = {name: dataclasses.replace(FULL, **{name: False}) for name in STRUCTURAL_SWITCHES}
-BARE = dataclasses.replace(FULL, **{name: name == "text" for name in STRUCTURAL_SWITCHES})
+PARTS = [name for name in STRUCTURAL_SWITCHES if getattr(FULL, name)]
+OFF = {name: dataclasses.replace(FULL, **{name: False}) for name in PARTS}
+BARE = dataclasses.replace(FULL, **{name: name == "text" for name in PARTS})
 
 
 def manifest(name):

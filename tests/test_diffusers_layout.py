@@ -520,9 +520,11 @@ def test_configs_that_are_none_of_ours_are_refused(copy, name, values, message):
     ("section", "values", "message"),
     [
         *(
-            ("use", {switch: False}, rf"use\.{switch} is false")
+            ("use", {switch: False}, rf"use\.{switch} is false; .* always has this part")
             for switch in config.STRUCTURAL_SWITCHES
+            if getattr(config.Use(), switch)
         ),
+        ("use", {"frame_positions": True}, r"use\.frame_positions is true; .* never has this part"),
         ("use", {"later_frames": "picture"}, r"use\.later_frames is picture; .* only have position"),
         ("unet", {"concat_layers": 2}, r"unet\.concat_layers is 2; .* only have 1"),
         ("unet", {"num_global_tokens": 5}, r"unet\.num_global_tokens is 5; .* only have 4"),

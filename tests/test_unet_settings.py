@@ -97,7 +97,7 @@ ABLATED = [
     *(
         dataclasses.replace(config.Use(), **{name: False})
         for name in config.STRUCTURAL_SWITCHES
-        if name != "text"
+        if name != "text" and getattr(config.Use(), name)
     ),
     config.Use(local_tokens=False, concat=False),
     config.Use(temporal_attention=False, concat=False),

@@ -373,17 +373,8 @@ def _completed(
     _check_shapes(source, state, wanted)
     if absent := [name for name in wanted if name not in state]:
         report.fresh += absent
-        return {**_fresh(part, cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
+        return {**checkpoint.initial(part, cfg, absent), **{n: state[n] for n in state}}, _line(source, state)
     return state, _line(source, state)
-
-
-def _fresh(part: str, cfg: config.Config, names: list[str]) -> dict[str, Tensor]:
-    """PyTorch's own initialisation, seeded, for tensors that the source does not hold."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = checkpoint.construct(part, cfg)
-    state = checkpoint.inner(model).state_dict()
-    return {name: state[name] for name in names}
 
 
 def _refuse(source: PartSource, missing: list[str], unexpected: list[str], partial: bool) -> None:

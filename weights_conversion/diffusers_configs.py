@@ -160,8 +160,10 @@ def _expect_class(settings: Mapping[str, Any], name: str) -> None:
 def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
     """Our settings -> unet/config.json. ValueError names the first one that the class cannot express."""
     for switch in config.STRUCTURAL_SWITCHES if use else ():
-        if not getattr(use, switch):
-            raise ValueError(f"use.{switch} is false; diffusers' I2VGenXLUNet always has this part")
+        if getattr(use, switch) != getattr(config.Use(), switch):
+            has = "never has" if getattr(use, switch) else "always has"
+            value = str(getattr(use, switch)).lower()
+            raise ValueError(f"use.{switch} is {value}; diffusers' I2VGenXLUNet {has} this part")
     if use and use.later_frames != "position":
         raise ValueError(
             f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet can only have position here"
