@@ -411,6 +411,10 @@ def load(
     file; `overrides` are what a command line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for
     settings, weights or memory that cannot work.
     """
+    if isinstance(weights, Config) or isinstance(config, Config):
+        raise ValueError(
+            "load takes a weights folder and a YAML file; for a Config: pipeline.load_parts(config)"
+        )
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 

@@ -337,6 +337,8 @@ def test_weights_without_all_parts_are_told_in_time(tiny, nothing_loads, tmp_pat
     folder = checkpoint.save(tmp_path / "w", {"unet": {}}, tiny)
     with pytest.raises(ValueError, match="lacks vae, clip, which generation needs"):
         pipeline.load_parts(dataclasses.replace(tiny, weights=str(folder)))
+    with pytest.raises(ValueError, match=r"for a Config: pipeline\.load_parts"):
+        load(tiny)
 
 
 def test_load_from_a_folder(tiny, tiny_model, picture, tmp_path, recwarn):

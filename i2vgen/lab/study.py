@@ -46,7 +46,7 @@ class Budget:
 
 BUDGETS = {
     "smoke": Budget(clips=1, train_steps=2, seeds=1, rounds=1, sample_steps=2, batch=2),
-    "quick": Budget(clips=16, train_steps=800, seeds=2, rounds=5),
+    "quick": Budget(clips=16, train_steps=500, seeds=2, rounds=5),
     "full": Budget(clips=64, train_steps=None, seeds=3, rounds=9),
 }
 
