@@ -99,6 +99,7 @@ def fit(config, train, folder, **how):
         (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
         (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing is for the UNet"),
         (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder is for the UNet"),
+        (["train.part=vae", "train.clip_unread=true"], r"clip_unread is for train\.part=clip"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
         (["train.data=here", "train.workers=2"], r"train\.workers = 2 are for train\.data=world"),
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
@@ -252,6 +253,20 @@ def test_the_text_tower_learns_along_and_nothing_else_of_clip(root, stages, tmp_
     assert changed == read | {name for name in before if name.startswith("transformer.resblocks.0.")}
     assert config.clip.text["layers"] == 2  # the last block is not read, and so learns nothing
     pipeline.load_parts(dataclasses.replace(config, weights=str(whole / "weights")))
+
+
+def test_clip_can_learn_what_no_unet_reads_and_nothing_else(root, stages, tmp_path):
+    words = [f"weights={stages}/diffusion/weights", "train.steps=2", "train.save_every=2", "train.batch=2"]
+    config, train = settings(root, stages, "clip", *words, "train.clip_unread=true")
+    fit(config, train, tmp_path / "run")
+    before, after = (
+        dict(checkpoint.read_part(folder, "clip"))
+        for folder in (config.weights, tmp_path / "run" / "weights")
+    )
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    last = {name for name in before if name.startswith("transformer.resblocks.1.")}
+    assert changed == {"logit_scale", "text_projection", *last}
+    assert checkpoint.missing_parts(tmp_path / "run" / "weights") == []  # the UNet came along
 
 
 def test_a_text_tower_that_nobody_reads_is_not_taught(root, stages):

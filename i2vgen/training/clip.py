@@ -51,6 +51,8 @@ class ClipLoss(nn.Module):
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
     clip = fresh_or_held("clip", config, train, device)
+    if train.clip_unread:
+        leave_what_is_read(clip)
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         captions = [drop_words(caption, train.word_dropout, draw) for caption in clips.captions]
@@ -60,6 +62,15 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     return Part(
         name="clip", model=clip, step=ClipLoss(clip, train), inputs=inputs, others=others_held("clip", config)
     )
+
+
+def leave_what_is_read(clip: ClipEncoders) -> None:
+    """Only what no UNet reads goes on learning: the text tower's end and the scale of the comparison."""
+    model, read = clip.model, set(clip.text_blocks())
+    clip.requires_grad_(False)
+    for part in (*(b for b in model.transformer.resblocks if b not in read), model.text_projection):
+        part.requires_grad_(True)
+    model.logit_scale.requires_grad_(True)
 
 
 def drop_words(caption: str, probability: float, draw: torch.Generator) -> str:

@@ -72,6 +72,9 @@ class Train:
     text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
     clip_words: float = 0.2  # part=clip: weight of reading each word back from its token; 0: contrast alone
+    # part=clip: what a UNet reads stays (the picture's tower, the text's but for its end), and the rest learns
+    # to match text and pictures again: for one whose text tower has learned along with a UNet.
+    clip_unread: bool = False
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
     vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
     vae_scale: Literal["measured", "given"] = "measured"  # part=vae: 1 / spread of the latents, or vae.scale
@@ -153,6 +156,8 @@ class Train:
                 f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
                 f"{self.first_stage_made} are shares of all clips; their sum is at most 1"
             )
+        if self.clip_unread and self.part != "clip":
+            raise ValueError(f"train.clip_unread is for train.part=clip, but train.part is {self.part}")
         if self.text_encoder and self.lora_rank:
             raise ValueError(
                 f"train.lora_rank = {self.lora_rank} trains adapters of the UNet and nothing else; leave "
