@@ -72,8 +72,8 @@ class Train:
     text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
     clip_words: float = 0.2  # part=clip: weight of reading each word back from its token; 0: contrast alone
-    # part=clip: what a UNet reads stays (the picture's tower, the text's but for its end), and the rest learns
-    # to match text and pictures again: for one whose text tower has learned along with a UNet.
+    # part=clip: what a UNet reads stays (the picture's tower, the text's but for its end), and the rest
+    # learns to match text and pictures again: for one whose text tower has learned along with a UNet.
     clip_unread: bool = False
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
     vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
