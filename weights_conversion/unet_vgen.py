@@ -8,14 +8,13 @@ which they all started, has its own rows (`sd_rows`).
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from i2vgen import config
+from i2vgen import checkpoint, config
 from i2vgen.unet import declared_drops
 from weights_conversion.rules import Place, Row, Table, expand
 
@@ -91,7 +90,7 @@ def rows(unet: config.UNet, use: config.Use) -> list[Row]:
     patterns = declared_drops(unet, use).patterns
 
     def dropped(row: Row) -> bool:
-        return any(fnmatch.fnmatchcase(name, pattern) for name in row.ours for pattern in patterns)
+        return any(checkpoint.matches(name, patterns) for name in row.ours)
 
     return [row for row in expand(places(unet, use)) if not dropped(row)]
 
