@@ -140,15 +140,20 @@ def inner(model: nn.Module) -> nn.Module:
     return model.model if isinstance(model, ClipEncoders) else model
 
 
-def random_state(model: nn.Module, *, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Seeded weights from each tensor's name and shape; none is zero, activations stay finite."""
+def random_state(
+    model: nn.Module, *, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Seeded weights from each tensor's name and shape; none is zero, activations stay finite.
+
+    A GPU draws billions of them in a second; every kind of device draws numbers of its own.
+    """
     for name, like in inner(model).state_dict().items():
         shape = tuple(like.shape)
         if not shape:
-            yield name, torch.tensor(math.log(1 / 0.07))  # CLIP's logit_scale
+            yield name, torch.tensor(math.log(1 / 0.07), device=device)  # CLIP's logit_scale
             continue
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + seed)
-        value = torch.randn(shape, generator=generator)
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
+        value = torch.randn(shape, generator=generator, device=device)
         if len(shape) >= 2:
             value = value / math.sqrt(math.prod(shape[1:]))
         else:

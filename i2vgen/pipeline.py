@@ -450,6 +450,16 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
     )
     if config.adapter:
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
+    return assemble(config, unet, vae, clip, device)
+
+
+def assemble(
+    config: Config, unet: UNet, vae: AutoencoderKL, clip: ClipEncoders, device: torch.device
+) -> I2VGenXL:
+    """Loaded parts (on the CPU where something is to wait there) -> a model as `runtime` wants it.
+
+    A plan for little memory must have been settled (`memory.choose`).
+    """
     storage.store(unet, config.runtime.weight_storage)
     speed.apply(unet, config.runtime, device)
     vae.set_tile(config.runtime.vae_tile)

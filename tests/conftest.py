@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import inspect
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -37,9 +38,16 @@ SMALL = config.UNet(
 )
 
 
-def pytest_configure():
+def pytest_configure(config):
+    if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests say depends on no card; -m gpu shows them one
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, and -m gpu")
 
 
 def pytest_make_parametrize_id(val):

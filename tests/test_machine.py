@@ -336,31 +336,3 @@ def test_what_changes_between_steps_is_heard(change, road, with_config, recorder
         torch.testing.assert_close(fast, plain, **EXACT)
     assert not torch.allclose(*outs[0])
     assert join([unet.prepare(first, frames)] * 2) is not None  # the cached path was really taken
-
-
-# --- on a real one
-
-
-@pytest.mark.gpu
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_a_gpu_gives_the_numbers_of_the_cpu(make_unet, make_inputs, small, dtype):
-    """Kernels, the attention that is fastest there, and a recorded step."""
-    unet = make_unet()
-    x, t, conditions = make_inputs(1, 3)
-    wanted = unet(x, t, unet.prepare(conditions, 3))
-    unet.to("cuda", dtype)
-    cfg = dataclasses.replace(
-        config.Config(sample=config.Sample(width=64, height=32, frames=3)),
-        unet=small,
-        clip=config.Clip(embed_dim=12, text=dict(config.Clip().text) | {"width": 16, "heads": 2}),
-    )
-    speed.apply(unet, cfg.runtime)
-    machine.choose_attention(unet, cfg)
-    x, t, *conditions = (value.to("cuda") for value in (x, t, *conditions))
-    prepared = unet.prepare(pipeline.Conditions(*conditions), 3)
-    play = compiled.Recorded(lambda x, t: unet(x, t, prepared))
-    for _ in range(2):
-        got = play(x, t).double().cpu()
-        assert (got - wanted).norm() <= 8 * torch.finfo(dtype).eps * wanted.norm()
-    assert play.playable

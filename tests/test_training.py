@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -180,7 +181,7 @@ def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
     part = loop.Part("unet", model, Step(), lambda clips, draw: (), slow=frozenset({"slow"}))
     train = Train(spatial_scale_mode=mode, warmup=0, learning_rate=0.01, clip_norm=0)
     state = loop.start(part, train, CPU)
-    figures = loop.update(part, part.step, state, train, lambda i: None, device=CPU, rank=0, ranks=1)
+    figures = loop.update(part, part.step, state, train, lambda i: (), device=CPU, rank=0, ranks=1)
     assert figures["lr"] == 0.01 and model["fast"][0].item() == pytest.approx(0.01, rel=1e-4)
     assert (model["slow"] / model["fast"])[0].item() == pytest.approx(ratio, rel=1e-4)
 
@@ -288,6 +289,31 @@ def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):
     ]
     assert logs[0] == logs[1]
     assert len(encoded) == 5 + 2  # five batches without, two different ones with
+
+
+def test_a_batch_ahead_changes_nothing(root, stages, tmp_path, monkeypatch):
+    """As on a GPU, where a thread makes the next batch while this one is computed with."""
+    words = ["train.steps=3", "train.batch=2", "train.accumulate=2", "train.log_every=1"]
+    plain = fit(*settings(root, stages, "diffusion", *words), tmp_path / "plain")
+    ready, threads = loop._ready, set()
+
+    def ahead(*inputs):
+        make = ready(*inputs)
+        return data.OneAhead(lambda index: threads.add(threading.current_thread().name) or make(index))
+
+    monkeypatch.setattr(loop, "_ready", ahead)
+    assert fit(*settings(root, stages, "diffusion", *words), tmp_path / "ahead") == plain
+    assert len(threads) == 1 and threading.current_thread().name not in threads
+
+
+@pytest.mark.slow  # a spawned process imports PyTorch first
+def test_clips_drawn_ahead_are_kept_too(root, stages, tmp_path):
+    words = ["train.steps=5", "train.batch=2", "train.num_clips=4", "train.log_every=1", "train.cache=true"]
+    logs = [
+        fit(*settings(root, stages, "diffusion", *words, f"train.workers={n}"), tmp_path / str(n))
+        for n in (0, 1)
+    ]
+    assert logs[0] == logs[1]
 
 
 # --- killed and resumed

@@ -9,25 +9,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from statistics import median
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config
+from i2vgen import checkpoint, config, memory, pipeline
 from i2vgen.bench import count, loop, micro, modes, pair
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
 from i2vgen.config import Config
+from i2vgen.runtime import GIB
 
 SIZES = {"gpu-256p": (256, 448), "gpu-704p": (704, 1280)}  # height, width of the video
 FRAMES = 16
 ROUNDS, WARMUPS = 7, 2
 THEIRS, THEIRS_LAST, THEIRS_COMPILED = "diffusers", "diffusers, channels last", "diffusers, compiled"
 SHOWN = 25  # operations of a trace
+PLAN_STEPS = 3
 
 
 @dataclass
@@ -48,7 +54,7 @@ class Run:
         return interleaved(ways, clock=clock_of(self.device), rounds=rounds, warmups=warmups)
 
     def pair(self, dtype: torch.dtype | None = None, settings: Config | None = None) -> pair.Pair:
-        """Both sides' weights and inputs; the random numbers, a minute's work, are drawn once."""
+        """Both sides' weights and inputs; the random numbers are drawn once."""
         if self.drawn is None:
             self.drawn = pair.make_pair(self.settings, self.device, torch.float32)
         dtype = dtype or self.dtype
@@ -129,7 +135,11 @@ def dry_settings() -> Config:
     return Config(
         unet=unet,
         vae=config.VAE(base_width=32, width_multipliers=(1, 2), blocks_per_level=1),
-        clip=config.Clip(embed_dim=16, text=dict(config.Clip().text) | {"width": 16, "heads": 2}),
+        clip=config.Clip(
+            embed_dim=16,
+            text=dict(config.Clip().text) | {"width": 16, "heads": 2, "layers": 2},
+            vision=dict(config.Clip().vision) | {"width": 16, "head_width": 8, "layers": 1},
+        ),
         sample=config.Sample(height=16, width=16, frames=3),
     )
 
@@ -201,17 +211,18 @@ def step(state: Run) -> dict:
 
 
 def _peak(call: Callable[[], Tensor], state: Run) -> dict[str, int]:
-    """Bytes of all tensors at the widest moment of a call, above what lay there before, and reserved."""
+    """Bytes of all tensors at the widest moment of a call: above nothing, above what lay there, reserved."""
     call()
     if state.device.type != "cuda":
-        return {"rise": 1, "reserved": 1}
+        return {"above": 1, "rise": 1, "reserved": 1}
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     call()
     torch.cuda.synchronize()
-    return {"rise": torch.cuda.max_memory_allocated() - before, "reserved": torch.cuda.max_memory_reserved()}
+    most = torch.cuda.max_memory_allocated()
+    return {"above": most, "rise": most - before, "reserved": torch.cuda.max_memory_reserved()}
 
 
 def _work(state: Run, ours: dict) -> dict[str, int]:
@@ -228,7 +239,8 @@ def vae(state: Run) -> dict:
     """Decoding all frames in chunks: seconds and rise of memory."""
     settings = state.settings
     model = checkpoint.build("vae", settings)
-    checkpoint.fill(model, checkpoint.random_state(model, seed=1), device=state.device, dtype=state.dtype)
+    drawn = checkpoint.random_state(model, seed=1, device=state.device)
+    checkpoint.fill(model, drawn, device=state.device, dtype=state.dtype)
     model.eval().requires_grad_(False)
     latents = torch.randn(
         settings.sample.frames, settings.vae.embed_dim, *settings.latent_size, device=state.device
@@ -244,6 +256,64 @@ def vae(state: Run) -> dict:
         times = state.times({"decode": decode})
         found[f"chunk {chunk}"] = {"seconds": times.median("decode"), **peak}
     return found
+
+
+def plans(state: Run) -> dict:
+    """Every memory plan through the whole pipeline: what it was said to take and what it took, and how long.
+
+    All parts in the run's dtype; `peak` is of all tensors on the device, weights included.
+    """
+    names = dict.fromkeys(("dtype", "vae_dtype", "encoder_dtype"), str(state.dtype)[6:])
+    asked = pair.with_runtime(state.settings, names | {"device": state.device.type})
+    asked = dataclasses.replace(asked, sample=dataclasses.replace(asked.sample, steps=PLAN_STEPS))
+    ledger, noise = memory.Ledger(asked), np.random.default_rng(0)
+    shape = asked.sample.height, asked.sample.width, 3
+    picture = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
+    found = {}
+    for plan in memory.PLANS:
+        config = memory.settle(asked, plan, state.device.type)
+        before = torch.cuda.memory_allocated() if state.device.type == "cuda" else 0
+        model = _random_model(config, state.device)
+        stamps: list[float] = []
+
+        def run(model=model, stamps=stamps) -> Tensor:
+            stamps.clear()
+            return pipeline.generate(
+                model, [picture], ["a boat"], [0], on_step=lambda step: stamps.append(_now(state.device))
+            )
+
+        peak = _peak(run, state)
+        begun = _now(state.device)
+        run()
+        whole = _now(state.device) - begun
+        step = median(b - a for a, b in itertools.pairwise(stamps))
+        found[plan] = {
+            "estimate": ledger.estimate(config, state.device.type).total,
+            # The rise counts from what lay there before the run; under `full` these are the weights.
+            "peak": peak["above"] - before,
+            "step_seconds": step,
+            "seconds_per_video": whole + (loop.STEPS - PLAN_STEPS) * step,
+        }
+        del model, run
+        gc.collect()
+    return found
+
+
+def _random_model(config: Config, device: torch.device) -> pipeline.I2VGenXL:
+    place = device if config.runtime.offload == "none" else "cpu"
+    parts = []
+    for name in checkpoint.PARTS:
+        part = checkpoint.build(name, config)
+        drawn = checkpoint.random_state(part, seed=0, device=device)
+        checkpoint.fill(part, drawn, device=place, dtype=memory.dtype(name, config.runtime))
+        parts.append(part.eval().requires_grad_(False))
+    return pipeline.assemble(config, *parts, device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def compiled(state: Run) -> dict:
@@ -313,6 +383,7 @@ PARTS: dict[str, Callable[[Run], dict]] = {
     "step": step,
     "loop": whole_loop,
     "vae": vae,
+    "plans": plans,
     "compiled": compiled,
     "graph": graph,
     "trace": trace,
@@ -349,6 +420,9 @@ TOP = (
     "seconds_per_video",
     "vae_decode_seconds",
     "loop_overhead",
+    "low_peak_gib",
+    "low_to_full_time",
+    "estimate_error",
 )
 
 
@@ -386,6 +460,11 @@ def top(state: Run) -> dict:
     figures = parts.get("loop", {})
     values |= {name: figures.get(name) for name in ("seconds_per_video", "loop_overhead")}
     values["vae_decode_seconds"] = figures.get("vae_decode_seconds")
+    if by_plan := {name: taken for name, taken in parts.get("plans", {}).items() if name in memory.PLANS}:
+        low, full = by_plan["low"], by_plan["full"]
+        values["low_peak_gib"] = low["peak"] / GIB
+        values["low_to_full_time"] = low["seconds_per_video"] / full["seconds_per_video"]
+        values["estimate_error"] = max(abs(p["estimate"] / p["peak"] - 1) for p in by_plan.values())
     return {name: round(value, 8) if isinstance(value, float) else value for name, value in values.items()}
 
 

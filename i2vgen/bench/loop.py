@@ -38,7 +38,8 @@ def measure(both: pair.Pair, peer: Peer, changed: Mapping[str, object], *, full:
     settings, device, clock = both.config, both.device, clock_of(both.device)
     inputs = both.inputs()
     vae = checkpoint.build("vae", settings)
-    checkpoint.fill(vae, checkpoint.random_state(vae, seed=1), device=device, dtype=both.dtype)
+    state = checkpoint.random_state(vae, seed=1, device=device)
+    checkpoint.fill(vae, state, device=device, dtype=both.dtype)
     model = both.ours(changed, vae=vae.eval().requires_grad_(False))
     steps = STEPS if full else FEW
 

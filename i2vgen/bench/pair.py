@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, compiled, pipeline, speed
+from i2vgen import checkpoint, compiled, machine, pipeline, speed
 from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
 from i2vgen.conditioning import Conditions
@@ -55,6 +55,8 @@ class Pair:
             unet.load_state_dict(like.state_dict(), strict=True, assign=True)
         unet.eval().requires_grad_(False)
         speed.apply(unet, config.runtime, self.device)
+        if self.device.type == "cuda":
+            machine.choose_attention(unet, config, self.device)
         if config.runtime.compile:
             compiled.compile_blocks(unet)
         return pipeline.I2VGenXL(config, unet, vae, None, self.device)
@@ -82,7 +84,7 @@ def make_pair(config: Config, device: torch.device, dtype: torch.dtype, *, seed:
     unet = checkpoint.build("unet", config)
     state = {
         name: tensor.to(device=device, dtype=dtype)
-        for name, tensor in checkpoint.random_state(unet, seed=seed)
+        for name, tensor in checkpoint.random_state(unet, seed=seed, device=device)
     }
     return Pair(config, state, device, dtype)
 

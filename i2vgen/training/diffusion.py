@@ -7,7 +7,7 @@ Axes: b batch, f frames, c channels, h w latent rows and columns; t is the times
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ class Encoded(NamedTuple):
     mean: Tensor  # [b c f h w] of the posterior, unscaled
     std: Tensor  # [b c f h w]
     vector: Tensor | None  # [b v] CLIP vectors of the first frames
-    captions: tuple[str, ...]
+    tokens: Tensor | None  # int64 [b k] of the captions
     fps: int
     start: Tensor | None = None  # [b c f h w] latents of the first stage's clips, which a refiner starts from
 
@@ -87,12 +87,14 @@ class Encoding:
 
     def encode(self, clips: Clips) -> Encoded:
         mean, std = self.posterior(clips.pixels)
-        start = vector = None
+        start = vector = tokens = None
         if self.first_stage:
             start = self.vae.scale * self.posterior(self.first_stage(clips.pixels, clips.captions))[0]
         if self.config.use.global_tokens:
             vector = self.clip.image(clip_pixels(clips.pixels[:, :, 0], self.config).to(self.device))
-        return Encoded(mean, std, vector, clips.captions, clips.fps, start)
+        if self.config.use.text:
+            tokens = self.clip.tokenize(clips.captions).to(self.device)
+        return Encoded(mean, std, vector, tokens, clips.fps, start)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Clips [b c f H W] -> mean and std of their latents, unscaled, both [b c f h w]."""
@@ -106,7 +108,7 @@ class Encoding:
         self, clips: Clips | Encoded, draw: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Conditions] | tuple[Tensor, Tensor, Tensor, Conditions, Tensor]:
         encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
-        b = len(encoded.captions)
+        b = len(encoded.mean)
         x0, first = self.latents(encoded, draw)
         t = draw_timesteps(b, self.num_timesteps, self.train.timestep_power, draw)
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
@@ -118,7 +120,7 @@ class Encoding:
         lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
         conditions = Conditions(
-            self.text(encoded.captions, lose_text) if use.text else None,
+            self.text(encoded.tokens, lose_text) if use.text else None,
             encoded.vector.masked_fill(lose_image.to(self.device)[:, None], 0.0)
             if use.global_tokens
             else None,
@@ -135,14 +137,14 @@ class Encoding:
         scale = self.vae.scale
         return scale * (mean + std * noise), scale * (mean[:, :, 0] + std[:, :, 0] * first)
 
-    def text(self, captions: tuple[str, ...], lose: Tensor) -> Tensor:
-        """-> [b k d]; a lost caption becomes the negative prompt, as the sampler's second branch has it.
+    def text(self, tokens: Tensor, lose: Tensor) -> Tensor:
+        """int64 [b k], bool [b] -> [b k d]; a lost caption becomes the negative prompt, as the sampler's
+        second branch has it.
 
         Where the text tower learns, token numbers [b k]: the loss reads them itself.
         """
-        negative = self.config.negative_prompt
-        said = [negative if lost else caption for caption, lost in zip(captions, lose.tolist(), strict=True)]
-        tokens = self.clip.tokenize(said).to(self.device)
+        negative = self.clip.tokenize([self.config.negative_prompt])
+        tokens = torch.where(lose[:, None].to(self.device), negative.to(self.device), tokens)
         return tokens if self.train.text_encoder else self.clip.text(tokens)
 
 
@@ -168,10 +170,14 @@ class Cached:
         self.source, self.encoding, self.num_clips = source, encoding, num_clips
         self.kept: dict[tuple[Bucket, int], Encoded] = {}
 
-    def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Encoded:
+    def __call__(
+        self, bucket: Bucket, positions: Sequence[int], drawn: Callable[[], Clips] | None = None
+    ) -> Encoded:
+        """`drawn` gives these clips where another process has drawn them."""
         key = bucket, positions[0] % self.num_clips
         if key not in self.kept:
-            self.kept[key] = self.encoding.encode(self.source(bucket, positions))
+            clips = drawn() if drawn else self.source(bucket, positions)
+            self.kept[key] = self.encoding.encode(clips)
         return self.kept[key]
 
 

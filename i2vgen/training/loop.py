@@ -118,9 +118,11 @@ def fit(
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(writer)
-        draw = _drawer(part.source or source, plan, train, stack)
+        ready = _ready(part, _drawer(part.source or source, plan, train, stack), train, rank, ranks)
+        if device.type == "cuda":  # which computes one batch while the CPU makes the next
+            ready = stack.enter_context(data.OneAhead(ready))
         while state.step < train.steps:
-            figures = update(part, step, state, train, draw, device=device, rank=rank, ranks=ranks)
+            figures = update(part, step, state, train, ready, device=device, rank=rank, ranks=ranks)
             state.pending.append(figures)
             if not math.isfinite(figures["loss"]):
                 raise FloatingPointError(
@@ -148,9 +150,27 @@ def fit(
 
 
 def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> Callable[[int], Clips]:
-    if train.workers:
+    if not train.workers:
+        return lambda index: source(*plan(index))
+    if not train.cache:
         return stack.enter_context(data.Ahead(source, plan, train.workers))
-    return lambda index: source(*plan(index))
+    ahead = stack.enter_context(data.Ahead(source.source, plan, train.workers))
+    return lambda index: source(*plan(index), drawn=lambda: ahead(index))
+
+
+def _ready(part: Part, draw: Callable[[int], Clips], train: Train, rank: int, ranks: int):
+    """-> batch number -> what the part's step takes"""
+
+    @torch.no_grad()
+    def ready(index: int) -> tuple:
+        return part.inputs(draw(index), data.generator(*_words(train, index, rank, ranks), INPUT_STREAM))
+
+    return ready
+
+
+def _words(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
+    """What names the random streams of a batch: two ranks draw what one does in two batches."""
+    return train.seed, index * ranks + rank
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -184,7 +204,7 @@ def update(
     step: nn.Module,
     state: State,
     train: Train,
-    draw: Callable[[int], Clips],
+    ready: Callable[[int], tuple],
     *,
     device: torch.device,
     rank: int,
@@ -194,11 +214,9 @@ def update(
     dtype, sums = precision(train, device), {}
     for micro in range(train.accumulate):
         index = state.step * train.accumulate + micro
-        words = (train.seed, index * ranks + rank)  # two ranks draw what one does in two batches
-        with torch.no_grad():
-            clips = draw(index)
-            inputs = part.inputs(clips, data.generator(*words, INPUT_STREAM))
-        torch.manual_seed(data.number(*words, DROPOUT_STREAM))  # dropout layers know the global stream only
+        inputs = ready(index)
+        # Dropout layers know the global stream only.
+        torch.manual_seed(data.number(*_words(train, index, rank, ranks), DROPOUT_STREAM))
         last = micro == train.accumulate - 1
         wait = step.no_sync() if ranks > 1 and not last else contextlib.nullcontext()
         with wait:

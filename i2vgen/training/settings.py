@@ -136,11 +136,10 @@ class Train:
                 f"train.num_clips = {self.num_clips} and train.workers = {self.workers} are for "
                 f"train.data={WORLD}, but train.data is {self.data}; leave them at 0"
             )
-        if self.cache and (self.part != "diffusion" or not self.num_clips or self.workers):
+        if self.cache and (self.part != "diffusion" or not self.num_clips):
             raise ValueError(
                 "train.cache keeps the latents of the train.num_clips clips of the world for "
-                f"train.part=diffusion; here train.part is {self.part}, train.num_clips {self.num_clips} "
-                f"and train.workers {self.workers}, which has to be 0"
+                f"train.part=diffusion; here train.part is {self.part} and train.num_clips {self.num_clips}"
             )
         largest = max(self.bucket_batch or (self.batch,))
         if self.cache and self.num_clips % largest:
