@@ -228,6 +228,11 @@ class FrameAttention(Attention):
         short = q.shape[1] <= kernels.MAX_FRAMES and self.backend not in FUNCTIONS
         if self.kernel and short and not torch.is_grad_enabled():
             return kernels.frame_attention(q, k, v, self.heads)
+        if len(q) > 1 and q.device.type not in ("cpu", "meta"):
+            # A call per sample would keep a GPU waiting for the CPU; it minds the copies less.
+            b, m = len(q), self.heads
+            q, k, v = (rearrange(y, "b f p (m d) -> (b p) m f d", m=m) for y in (q, k, v))
+            return rearrange(attend(q, k, v, self.backend), "(b p) m f d -> b f p (m d)", b=b)
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=self.heads) for y in (q, k, v))
         # The fused kernels take one batch axis, and b and p have no common stride: one call per sample. What
         # they return lies as q does, so that a single sample needs no copy on its way back.

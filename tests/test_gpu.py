@@ -70,9 +70,10 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(make_unet, make_inputs, small, dtype
     wanted = unet(x, t, unet.prepare(conditions, 3))
     unet.to("cuda", dtype)
     cfg = dataclasses.replace(
-        config.Config(sample=config.Sample(width=64, height=32, frames=3)),
+        config.Config(),
         unet=small,
         clip=config.Clip(embed_dim=12, text=dict(config.Clip().text) | {"width": 16, "heads": 2}),
+        sample=config.Sample(width=64, height=64, frames=3),
     )
     speed.apply(unet, cfg.runtime)
     machine.choose_attention(unet, cfg, torch.device("cuda"))
@@ -81,7 +82,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(make_unet, make_inputs, small, dtype
     play = compiled.Recorded(lambda x, t: unet(x, t, prepared))
     for _ in range(2):
         got = play(x, t).double().cpu()
-        assert (got - wanted).norm() <= 8 * torch.finfo(dtype).eps * wanted.norm()
+        assert (got - wanted).norm() <= 24 * torch.finfo(dtype).eps * wanted.norm()
     assert play.playable
 
 

@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
@@ -181,7 +180,8 @@ def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
     part = loop.Part("unet", model, Step(), lambda clips, draw: (), slow=frozenset({"slow"}))
     train = Train(spatial_scale_mode=mode, warmup=0, learning_rate=0.01, clip_norm=0)
     state = loop.start(part, train, CPU)
-    figures = loop.update(part, part.step, state, train, lambda i: (), device=CPU, rank=0, ranks=1)
+    ready = loop.Ready(part, lambda index: None, train, 0, 1, ahead=False)
+    figures = loop.update(part, part.step, state, train, ready, device=CPU, rank=0, ranks=1)
     assert figures["lr"] == 0.01 and model["fast"][0].item() == pytest.approx(0.01, rel=1e-4)
     assert (model["slow"] / model["fast"])[0].item() == pytest.approx(ratio, rel=1e-4)
 
@@ -292,18 +292,22 @@ def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):
 
 
 def test_a_batch_ahead_changes_nothing(root, stages, tmp_path, monkeypatch):
-    """As on a GPU, where a thread makes the next batch while this one is computed with."""
+    """As on a GPU, which computes one batch while the CPU makes the next."""
     words = ["train.steps=3", "train.batch=2", "train.accumulate=2", "train.log_every=1"]
     plain = fit(*settings(root, stages, "diffusion", *words), tmp_path / "plain")
-    ready, threads = loop._ready, set()
+    made = []
 
-    def ahead(*inputs):
-        make = ready(*inputs)
-        return data.OneAhead(lambda index: threads.add(threading.current_thread().name) or make(index))
+    class Ahead(loop.Ready):
+        def __init__(self, *inputs, ahead):
+            super().__init__(*inputs, ahead=True)
 
-    monkeypatch.setattr(loop, "_ready", ahead)
+        def ahead(self, index):
+            super().ahead(index)
+            made.extend(self.made)
+
+    monkeypatch.setattr(loop, "Ready", Ahead)
     assert fit(*settings(root, stages, "diffusion", *words), tmp_path / "ahead") == plain
-    assert len(threads) == 1 and threading.current_thread().name not in threads
+    assert made == [2, 4]  # the first batch of each of the other two steps
 
 
 @pytest.mark.slow  # a spawned process imports PyTorch first

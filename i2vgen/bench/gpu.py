@@ -30,7 +30,7 @@ from i2vgen.runtime import GIB
 
 SIZES = {"gpu-256p": (256, 448), "gpu-704p": (704, 1280)}  # height, width of the video
 FRAMES = 16
-ROUNDS, WARMUPS = 7, 2
+ROUNDS, WARMUPS = 5, 1
 THEIRS, THEIRS_LAST, THEIRS_COMPILED = "diffusers", "diffusers, channels last", "diffusers, compiled"
 SHOWN = 25  # operations of a trace
 PLAN_STEPS = 3

@@ -50,7 +50,7 @@ class Pair:
         config = with_runtime(self.config, settings)
         unet = checkpoint.build("unet", config)
         if like is None:
-            checkpoint.fill(unet, self.state)
+            checkpoint.fill(unet, self.state, device=self.device)
         else:
             unet.load_state_dict(like.state_dict(), strict=True, assign=True)
         unet.eval().requires_grad_(False)

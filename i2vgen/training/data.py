@@ -13,7 +13,7 @@ import json
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,29 +262,6 @@ class Ahead:
                 self.waiting[i] = self.pool.submit(_draw, self.source, *self.plan(i))
         pixels, captions, fps = self.waiting.pop(index).result()
         return Clips(torch.from_numpy(pixels), captions, fps)
-
-
-class OneAhead:
-    """Makes the next batch in a thread of its own while this one is computed with; the same batches.
-
-    `ready` maps a batch number to a batch and may use no global random stream. Use it as a context.
-    """
-
-    def __init__(self, ready: Callable[[int], tuple]):
-        self.ready, self.thread = ready, ThreadPoolExecutor(1)
-        self.waiting: dict[int, Future] = {}
-
-    def __enter__(self) -> OneAhead:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.thread.shutdown(cancel_futures=True)
-
-    def __call__(self, index: int) -> tuple:
-        this = self.waiting.pop(index, None) or self.thread.submit(self.ready, index)
-        batch = this.result()
-        self.waiting[index + 1] = self.thread.submit(self.ready, index + 1)
-        return batch
 
 
 def _draw(source: Source, bucket: Bucket, positions: list[int]) -> tuple[np.ndarray, tuple[str, ...], int]:

@@ -118,9 +118,8 @@ def fit(
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(writer)
-        ready = _ready(part, _drawer(part.source or source, plan, train, stack), train, rank, ranks)
-        if device.type == "cuda":  # which computes one batch while the CPU makes the next
-            ready = stack.enter_context(data.OneAhead(ready))
+        draw = _drawer(part.source or source, plan, train, stack)
+        ready = Ready(part, draw, train, rank, ranks, ahead=device.type == "cuda")
         while state.step < train.steps:
             figures = update(part, step, state, train, ready, device=device, rank=rank, ranks=ranks)
             state.pending.append(figures)
@@ -158,14 +157,27 @@ def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> 
     return lambda index: source(*plan(index), drawn=lambda: ahead(index))
 
 
-def _ready(part: Part, draw: Callable[[int], Clips], train: Train, rank: int, ranks: int):
-    """-> batch number -> what the part's step takes"""
+class Ready:
+    """Batch number -> what the part's step takes; with `ahead` the next one can be made in advance.
+
+    A GPU that computes one batch leaves the CPU the time for the next. In a thread of its own that would
+    take longer than one after the other: both would wait for the interpreter's lock.
+    """
+
+    def __init__(self, part: Part, draw: Callable[[int], Clips], train: Train, rank: int, ranks: int, ahead):
+        self.part, self.draw, self.train, self.rank, self.ranks = part, draw, train, rank, ranks
+        self.looks_ahead, self.made = ahead, {}
 
     @torch.no_grad()
-    def ready(index: int) -> tuple:
-        return part.inputs(draw(index), data.generator(*_words(train, index, rank, ranks), INPUT_STREAM))
+    def __call__(self, index: int) -> tuple:
+        if index in self.made:
+            return self.made.pop(index)
+        words = _words(self.train, index, self.rank, self.ranks)
+        return self.part.inputs(self.draw(index), data.generator(*words, INPUT_STREAM))
 
-    return ready
+    def ahead(self, index: int) -> None:
+        if self.looks_ahead:
+            self.made = {index: self(index)}
 
 
 def _words(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -204,7 +216,7 @@ def update(
     step: nn.Module,
     state: State,
     train: Train,
-    ready: Callable[[int], tuple],
+    ready: Ready,
     *,
     device: torch.device,
     rank: int,
@@ -241,6 +253,8 @@ def update(
     if state.ema:
         average(state.ema, checkpoint.inner(part.model).state_dict(), ema_decay(train, state.step))
     state.step += 1
+    if state.step < train.steps:
+        ready.ahead(state.step * train.accumulate)
 
     values = torch.stack(list(sums.values()))
     if ranks > 1:
