@@ -146,7 +146,7 @@ def their_network(unet: nn.Module, inputs: Inputs, guidance: float) -> Callable[
     def predict(x: Tensor, t: Tensor) -> Tensor:
         both = unet(
             torch.cat([x, x]).to(text.dtype),
-            timestep=t,
+            timestep=t.to(x.device),  # samplers hold it on the CPU
             fps=fps,
             image_latents=planes,
             image_embeddings=vectors,
