@@ -177,10 +177,10 @@ def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
         def forward(self):
             return {"loss": sum((p - 1).square().sum() for p in model.values())}
 
-    part = loop.Part("unet", model, Step(), lambda clips, draw: (), slow=frozenset({"slow"}))
+    part = loop.Part("unet", model, Step(), None, slow=frozenset({"slow"}))
     train = Train(spatial_scale_mode=mode, warmup=0, learning_rate=0.01, clip_norm=0)
     state = loop.start(part, train, CPU)
-    ready = loop.Ready(part, lambda index: None, train, 0, 1, ahead=False)
+    ready = loop.Ready(lambda index: (), in_advance=False)
     figures = loop.update(part, part.step, state, train, ready, device=CPU, rank=0, ranks=1)
     assert figures["lr"] == 0.01 and model["fast"][0].item() == pytest.approx(0.01, rel=1e-4)
     assert (model["slow"] / model["fast"])[0].item() == pytest.approx(ratio, rel=1e-4)
@@ -298,8 +298,8 @@ def test_a_batch_ahead_changes_nothing(root, stages, tmp_path, monkeypatch):
     made = []
 
     class Ahead(loop.Ready):
-        def __init__(self, *inputs, ahead):
-            super().__init__(*inputs, ahead=True)
+        def __init__(self, make, *, in_advance):
+            super().__init__(make, in_advance=not in_advance)
 
         def ahead(self, index):
             super().ahead(index)

@@ -119,7 +119,13 @@ def fit(
         if writer is not None:
             stack.enter_context(writer)
         draw = _drawer(part.source or source, plan, train, stack)
-        ready = Ready(part, draw, train, rank, ranks, ahead=device.type == "cuda")
+
+        @torch.no_grad()
+        def make(index: int) -> tuple:
+            stream = data.generator(*_words(train, index, rank, ranks), INPUT_STREAM)
+            return part.inputs(draw(index), stream)
+
+        ready = Ready(make, in_advance=device.type == "cuda")
         while state.step < train.steps:
             figures = update(part, step, state, train, ready, device=device, rank=rank, ranks=ranks)
             state.pending.append(figures)
@@ -158,26 +164,20 @@ def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> 
 
 
 class Ready:
-    """Batch number -> what the part's step takes; with `ahead` the next one can be made in advance.
-
-    A GPU that computes one batch leaves the CPU the time for the next. In a thread of its own that would
-    take longer than one after the other: both would wait for the interpreter's lock.
+    """Batch number -> what the part's step takes; with `in_advance` the next one can be made before it is
+    asked for: a GPU that computes one batch leaves the CPU the time.
     """
 
-    def __init__(self, part: Part, draw: Callable[[int], Clips], train: Train, rank: int, ranks: int, ahead):
-        self.part, self.draw, self.train, self.rank, self.ranks = part, draw, train, rank, ranks
-        self.looks_ahead, self.made = ahead, {}
+    def __init__(self, make: Callable[[int], tuple], *, in_advance: bool):
+        self.make, self.in_advance = make, in_advance
+        self.made: dict[int, tuple] = {}
 
-    @torch.no_grad()
     def __call__(self, index: int) -> tuple:
-        if index in self.made:
-            return self.made.pop(index)
-        words = _words(self.train, index, self.rank, self.ranks)
-        return self.part.inputs(self.draw(index), data.generator(*words, INPUT_STREAM))
+        return self.made.pop(index) if index in self.made else self.make(index)
 
     def ahead(self, index: int) -> None:
-        if self.looks_ahead:
-            self.made = {index: self(index)}
+        if self.in_advance:
+            self.made = {index: self.make(index)}
 
 
 def _words(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
