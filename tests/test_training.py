@@ -17,6 +17,7 @@ from torch import nn
 from i2vgen import checkpoint, pipeline, video
 from i2vgen.conditioning import Conditions
 from i2vgen.training import clip, data, diffusion, loop, vae
+from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Bucket, Train, buckets, load_settings
 
 CPU = torch.device("cpu")
@@ -630,3 +631,8 @@ def test_drawing_ahead_gives_the_same_batches(root):
         for index in (5, 6, 7, 8, 9):
             drawn, wanted = ahead(index), source(*plan(index))
             assert torch.equal(drawn.pixels, wanted.pixels) and drawn[1:] == wanted[1:]
+
+
+def test_a_module_beside_a_model_teaches_no_text_tower(tiny_model):
+    with pytest.raises(ValueError, match="text_encoder teaches the model's text tower"):
+        next(train_beside(tiny_model, nn.Linear(1, 1), None, Train(text_encoder=True)))

@@ -30,7 +30,12 @@ def train_beside(
     attached: Callable[[world.Batch], AbstractContextManager],
     train: Train,
 ) -> Iterator[tuple[int, float]]:
-    """Clips of one object, by AdamW -> after each step its number, from 0 on, and its loss."""
+    """Clips of one object, by AdamW -> after each step its number, from 0 on, and its loss.
+
+    ValueError for `text_encoder`: the model stays as it is, its text tower too.
+    """
+    if train.text_encoder:
+        raise ValueError("text_encoder teaches the model's text tower, but here only the module learns")
     sample = model.config.sample
     encoding = Encoding(model.config, train, model.vae, model.clip, model.device)
     loss_of = DiffusionLoss(model.unet.requires_grad_(False), model.schedule)
