@@ -31,6 +31,7 @@ setup(
     ],
     extras_require={
         "eval": ["opencv-python-headless"],  # optical flow for scripts/score.py
+        "lab": ["matplotlib"],  # the plots of scripts/ablate.py
         "train": ["tensorboard"],  # scripts/train.py writes its curves there too, where it is installed
         # diffusers is the live reference; from transformers 5.6 on its I2VGen-XL pipeline fails by default
         "test": [

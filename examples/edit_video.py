@@ -58,6 +58,8 @@ def main():
     # Each projection is called by itself, so that a tap can stand behind it.
     model = i2vgen.load(overrides=["fuse_projections=false", *given.settings])
     frames = video.load(given.clip)[0][: model.config.sample.frames]
+    n = max(1, frames.shape[1] // model.config.sample.height)  # save.enlarge: every pixel n times
+    frames = frames[:, ::n, ::n]
     print(edit(model, frames, given.picture, given.prompt).save(given.output))
 
 

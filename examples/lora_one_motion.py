@@ -35,7 +35,16 @@ def write_clips(folder, motion, count, sample):
             rows.append((f"{seed}.gif", world.caption(facts, seed)))
     with (folder / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    return facts, seed
+    return seed
+
+
+def one_more(motion, seed):
+    """Facts and caption of the next clip of this motion."""
+    while True:
+        seed += 1
+        facts = world.sample_facts(seed, kind="basic")
+        if facts.moves[0].kind == motion:
+            return facts, world.caption(facts, seed)
 
 
 def main():
@@ -46,13 +55,13 @@ def main():
     options = {"motion": "rotate", "steps": "200", "clips": "64"} | dict(s.split("=") for s in given.settings)
     out, sample = given.output, i2vgen.load().config.sample
 
-    facts, seed = write_clips(out / "clips", options["motion"], int(options["clips"]), sample)
+    last = write_clips(out / "clips", options["motion"], int(options["clips"]), sample)
     words = ["train.part=diffusion", f"weights={SHIPPED}", f"train.data={out / 'clips'}", "train.lora_rank=8",
              f"train.steps={options['steps']}", "train.batch=4", "train.learning_rate=0.002",
              "train.timestep_power=2", f"output={out / 'run'}"]  # fmt: skip
     subprocess.run([sys.executable, str(TRAIN), *words], check=True)
 
-    held_out, caption = world.sample_facts(seed + 1, kind="basic"), world.caption(facts, seed)
+    held_out, caption = one_more(options["motion"], last)
     first = world.render(held_out, width=sample.width, height=sample.height, frames=1)[0]
     for name, words in (("before", []), ("after", [f"adapter={out / 'run' / 'adapter'}"])):
         clip = i2vgen.load(overrides=words)(Image.fromarray(first), caption, seed=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -67,6 +68,13 @@ class ClipEncoders(nn.Module):
         from_the_right = (tokens.flip(-1) == self.tokenizer.eot_token_id).int().argmax(dim=-1, keepdim=True)
         after = torch.arange(tokens.shape[1]) >= tokens.shape[1] - from_the_right
         return tokens.masked_fill(after, self.settings.pad_token)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Those that a vocabulary of one's own (`clip.words`) lacks, each once; none with open_clip's."""
+        if not self.settings.words:
+            return []
+        said = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
+        return [word for word in said if word not in self.settings.words]
 
     def text(self, tokens: Tensor) -> Tensor:
         """int64 [b k] -> text tokens [b k d]: penultimate or last block, final norm, no projection."""

@@ -98,6 +98,7 @@ class Video:
         fps = save.fps if self.fps is None else self.fps
         path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
         config = recorded_config(self.config, self.image, self.prompt, self.seed, path)
+        _warn_of_another(record_path(path), path.name)
         frames, height, width, _ = self.frames.shape
         record = {
             "file": path.name,
@@ -347,6 +348,13 @@ def encode(
     text, vector = (None, None), (None, None)
     with memory.here(model.waiting, "clip"):
         if config.use.text:
+            for prompt in prompts:
+                if unknown := model.clip.unknown_words(prompt):
+                    warnings.warn(
+                        f"these weights were trained on a few words (clip.words) and know nothing of: "
+                        f"{', '.join(unknown)}",
+                        stacklevel=2,
+                    )
             texts = [*prompts, config.negative_prompt]
             tokens = model.clip.text(model.clip.tokenize(texts).to(device))
             text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
@@ -533,6 +541,16 @@ def sha256(path: Path) -> str:
             for block in iter(lambda: stream.read(1 << 20), b""):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _warn_of_another(record: Path, name: str) -> None:
+    """star.mp4 and star.gif have one record: the later one's."""
+    try:
+        other = json.loads(record.read_text())["file"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if other != name:
+        warnings.warn(f"{record} was the record of {other} and is now that of {name}", stacklevel=3)
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -54,7 +54,7 @@ def main() -> int:
         raise ValueError(f"there is no budget={name}; choose {', '.join(studies.BUDGETS)}")
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
+            "the plots need matplotlib, which is not installed: python -m pip install -e '.[lab]'"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
     folder = evaluation_page.check_folder("output", Path(given["output"]))

@@ -56,12 +56,17 @@ def main() -> int:
     print(f"{len(found)} outputs of {len({r.path for r in found})} modules")
     if "output" in given:
         trace.write(found, Path(given["output"]))
+        print(f"written to {given['output']}")
     if broken := [r for r in found if r.broken]:
         print(f"first values that are not finite: {broken[0].path}, {broken[0].broken} of {broken[0].shape}")
     if other is None:
         return 0
     parting, compared = trace.compare(found, other, tolerance=tolerance, names=names)
     print(f"{compared} calls compared")
+    if against != DIFFUSERS:  # whose modules are cut in other places
+        for side, here, there in (("this run", found, other), (against, other, found)):
+            if only := trace.missing(here, there):
+                print(f"{len(only)} modules in {side} only, the first: {only[0]}")
     if parting is None:
         print(f"none differs by more than {tolerance:g}")
         return 0

@@ -156,6 +156,8 @@ def write(
     tables = [(cost_table(study, costs), "")] if costs else []
     tables += score_tables(study, results)
     about = f"Study {study.name}, budget {budget}, base {study.base!r} of {study.weights}."
+    if budget == "smoke":
+        about += " It shows that the study runs; no figure here means anything."
     text = [f"# {study.question}\n\n{about}\n"]
     text += [f"## {table.title}\n\n{as_markdown(table)}\n\n{said}\n" for table, said in tables]
     evaluation_page.write_whole(folder / "table.md", "\n".join(text))

@@ -126,6 +126,12 @@ def compare(
     return None, len(pairs)
 
 
+def missing(first: Sequence[Record], second: Sequence[Record]) -> list[str]:
+    """Paths of the modules of `first` that `second` has not, in their order."""
+    there = {r.path for r in second}
+    return [path for path in dict.fromkeys(r.path for r in first) if path not in there]
+
+
 def difference(one: Record, other: Record) -> float:
     """The largest of a figure, relative to the larger of both scales; infinite where only one is broken."""
     if bool(one.broken) != bool(other.broken):

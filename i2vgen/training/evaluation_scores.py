@@ -177,6 +177,7 @@ def summarise(made: Sequence[Made], known: dict[str, list[float]], seconds: floa
         intervals={
             **{name: _rounded(wilson(sum(v), len(v))) for name, v in verdicts.items()},
             **{name: _rounded(mean_interval(v)) for name, v in figures.items()},
+            "identity": _rounded(share_interval(figures["identity"])),
         },
         counts={name: len(v) for name, v in (verdicts | figures).items()},
         per_motion=per_motion(both),
@@ -224,6 +225,12 @@ def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
         return None
     reach = Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
     return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+
+
+def share_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The same of values between 0 and 1, which it does not leave."""
+    found = mean_interval(values)
+    return found and (max(0.0, found[0]), min(1.0, found[1]))
 
 
 def _mean(values: Sequence[float]) -> float | None:
