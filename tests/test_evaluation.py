@@ -365,6 +365,8 @@ def test_wilson_intervals():
 def test_means_and_what_is_not_there():
     assert evaluation_scores.mean_interval([1.0, 3.0]) == pytest.approx((2 - 1.96, 2 + 1.96))
     assert evaluation_scores.mean_interval([1.0]) is None
+    low, high = evaluation_scores.share_interval([1.0, 1.0, 0.6])
+    assert 0.5 < low < 0.7 and high == 1.0 and evaluation_scores.share_interval([1.0]) is None
     black, grey = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
     assert evaluation_scores.psnr(black, black) == 99.0
     assert evaluation_scores.psnr(black, grey) == pytest.approx(20 * np.log10(5))

@@ -51,7 +51,7 @@ def test_all_are_short_and_in_the_docs():
 
 def test_edit_video(clip, tmp_path):
     frames, picture, caption = clip
-    video.save(frames, tmp_path / "clip", fps=8)
+    video.save(frames, tmp_path / "clip", fps=8, enlarge=3)  # as the shipped settings save
     picture.save(tmp_path / "edited.png")
     call("edit_video", tmp_path / "clip", tmp_path / "edited.png", caption, tmp_path / "out", *QUICK)
     edited = video.load(tmp_path / "out")[0]

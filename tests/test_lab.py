@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,11 @@ def test_trace_script_finds_a_changed_setting(run_script, tmp_path):
     ]
     status, out = run_script("trace.py", *small, f"output={file}")
     assert status == 0 and "modules" in out
-    assert run_script("trace.py", *small, f"against={file}")[0] == 0
+    assert f"written to {file}" in out
+    status, out = run_script("trace.py", *small, f"against={file}")
+    assert status == 0 and "only" not in out
+    status, out = run_script("trace.py", *small, f"against={file}", "use.temporal_second_attention=false")
+    assert re.search(rf"\d+ modules in {re.escape(str(file))} only, the first: temporal_in.norm2", out), out
     status, out = run_script("trace.py", *small, f"against={file}", "use.concat_gain=1.0")
     assert status == 1 and "at conv_in (call 0)" in out
     status, out = run_script("trace.py", *small, f"against={tmp_path / 'none.jsonl'}")

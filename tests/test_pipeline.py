@@ -260,6 +260,15 @@ def test_a_saved_clip_explains_itself(road, picture_file, tmp_path, name):
     assert np.array_equal(again.frames, made.frames)
 
 
+def test_a_record_that_now_tells_of_another_file_is_told(road, picture_file, tmp_path, recwarn):
+    made = road(picture_file, "a boat", seed=7)
+    made.save(tmp_path / "a.gif")
+    made.save(tmp_path / "a.gif")
+    assert not [w for w in recwarn if "record" in str(w.message)]
+    with pytest.warns(UserWarning, match=r"a\.json was the record of a\.gif and is now that of a\.webp"):
+        made.save(tmp_path / "a.webp")
+
+
 def test_a_record_of_one_clip_of_many_names_that_clip_only(road, with_config, picture_file, tmp_path):
     model = with_config(road, image=("a", "b"), prompt=("x", "y"), sample={"seed": (1, 2)}, items="list")
     made = model.generate([picture_file] * 2, ["x", "y"], [1, 2])[1]

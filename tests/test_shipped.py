@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -110,6 +111,15 @@ def test_a_file_for_another_model_says_which_weights_are_missing(root):
     for name in ("i2vgen_xl", "tiny"):
         with pytest.raises(ValueError, match=r"weights .*small.*weights=FOLDER"):
             pipeline.load(config=root / "configs" / f"{name}.yaml")
+
+
+def test_words_it_never_heard_are_told(model, root):
+    star = root / "i2vgen" / "assets" / "star.png"
+    with pytest.warns(UserWarning, match=r"few words \(clip\.words\) and know nothing of: dragon, mordor$"):
+        model(star, "A dragon moves to Mordor, left")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(star, "a yellow star moves to the left")
 
 
 def test_pictures_unlike_its_world_give_a_whole_clip(model, root):
