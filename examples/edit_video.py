@@ -58,8 +58,9 @@ def main():
     # Each projection is called by itself, so that a tap can stand behind it.
     model = i2vgen.load(overrides=["fuse_projections=false", *given.settings])
     frames = video.load(given.clip)[0][: model.config.sample.frames]
-    n = max(1, frames.shape[1] // model.config.sample.height)  # save.enlarge: every pixel n times
-    frames = frames[:, ::n, ::n]
+    n, rest = divmod(frames.shape[1], model.config.sample.height)
+    if not rest:  # as saved with save.enlarge=n: every pixel n times
+        frames = frames[:, ::n, ::n]
     print(edit(model, frames, given.picture, given.prompt).save(given.output))
 
 

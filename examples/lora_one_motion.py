@@ -8,6 +8,7 @@ and samples OUT/before.gif and OUT/after.gif with the same seed. The adapter is 
 
 import argparse
 import csv
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -22,29 +23,24 @@ from i2vgen.training import world
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 
 
-def write_clips(folder, motion, count, sample):
-    """`count` gifs of one motion, the clips of the world's seeds from 10 million on."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows, seed = [("file", "caption")], 10_000_000
-    while len(rows) <= count:
-        seed += 1
+def clips_of(motion):
+    """Seed, facts and caption of the world's clips of one motion, from seed 10 million on."""
+    for seed in itertools.count(10_000_001):
         facts = world.sample_facts(seed, kind="basic")
         if facts.moves[0].kind == motion:
-            frames = world.render(facts, width=sample.width, height=sample.height, frames=sample.frames)
-            video.save(frames, folder / f"{seed}.gif", fps=sample.fps)
-            rows.append((f"{seed}.gif", world.caption(facts, seed)))
+            yield seed, facts, world.caption(facts, seed)
+
+
+def write_clips(folder, clips, sample):
+    """A gif for each clip, and their captions."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [("file", "caption")]
+    for seed, facts, caption in clips:
+        frames = world.render(facts, width=sample.width, height=sample.height, frames=sample.frames)
+        video.save(frames, folder / f"{seed}.gif", fps=sample.fps)
+        rows.append((f"{seed}.gif", caption))
     with (folder / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    return seed
-
-
-def one_more(motion, seed):
-    """Facts and caption of the next clip of this motion."""
-    while True:
-        seed += 1
-        facts = world.sample_facts(seed, kind="basic")
-        if facts.moves[0].kind == motion:
-            return facts, world.caption(facts, seed)
 
 
 def main():
@@ -55,13 +51,14 @@ def main():
     options = {"motion": "rotate", "steps": "200", "clips": "64"} | dict(s.split("=") for s in given.settings)
     out, sample = given.output, i2vgen.load().config.sample
 
-    last = write_clips(out / "clips", options["motion"], int(options["clips"]), sample)
+    clips = clips_of(options["motion"])
+    write_clips(out / "clips", itertools.islice(clips, int(options["clips"])), sample)
     words = ["train.part=diffusion", f"weights={SHIPPED}", f"train.data={out / 'clips'}", "train.lora_rank=8",
              f"train.steps={options['steps']}", "train.batch=4", "train.learning_rate=0.002",
              "train.timestep_power=2", f"output={out / 'run'}"]  # fmt: skip
     subprocess.run([sys.executable, str(TRAIN), *words], check=True)
 
-    held_out, caption = one_more(options["motion"], last)
+    _, held_out, caption = next(clips)
     first = world.render(held_out, width=sample.width, height=sample.height, frames=1)[0]
     for name, words in (("before", []), ("after", [f"adapter={out / 'run' / 'adapter'}"])):
         clip = i2vgen.load(overrides=words)(Image.fromarray(first), caption, seed=1)

@@ -1,6 +1,8 @@
-"""torch.compile and CUDA graphs, both optional: where they fail, the run goes on without them.
+"""The last before a UNet computes: torch.compile and CUDA graphs, both optional.
 
-Compiled is block by block, so that blocks of one shape are compiled once; compiling the UNet as a whole takes
+Where they fail, the run goes on without them.
+
+Compiling goes block by block, so that blocks of one shape are compiled once; the UNet as a whole takes
 minutes and gains nothing more. A CUDA graph plays a whole guidance step again without the CPU's say, which is
 what small sizes wait for.
 """
@@ -13,9 +15,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from i2vgen import machine, speed, storage
+from i2vgen.config import Config
 from i2vgen.runtime import compile_quickly
 from i2vgen.sampler import Predict
 from i2vgen.unet import UNet
+
+
+def make_ready(unet: UNet, config: Config, device: torch.device) -> None:
+    """Give a loaded UNet, of either stage, the form in which `runtime` wants it to compute there."""
+    storage.store(unet, config.runtime.weight_storage)
+    speed.apply(unet, config.runtime, device)
+    if config.runtime.attention == "auto" and device.type == "cuda":
+        machine.choose_attention(unet, config, device)
+    if config.runtime.compile:
+        compile_blocks(unet)
 
 
 def compile_blocks(unet: UNet) -> None:

@@ -69,12 +69,16 @@ class ClipEncoders(nn.Module):
         after = torch.arange(tokens.shape[1]) >= tokens.shape[1] - from_the_right
         return tokens.masked_fill(after, self.settings.pad_token)
 
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Those that a vocabulary of one's own (`clip.words`) lacks, each once; none with open_clip's."""
-        if not self.settings.words:
-            return []
+    def tell_unknown_words(self, prompt: str) -> None:
+        """A note on the words that a vocabulary of one's own (`clip.words`) lacks; open_clip's lacks none."""
         said = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
-        return [word for word in said if word not in self.settings.words]
+        unknown = [word for word in said if word not in self.settings.words]
+        if self.settings.words and unknown:
+            warnings.warn(
+                "these weights were trained on a few words (clip.words) and know nothing of: "
+                f"{', '.join(unknown)}",
+                stacklevel=1,  # from here, so that two stages of one vocabulary say it once
+            )
 
     def text(self, tokens: Tensor) -> Tensor:
         """int64 [b k] -> text tokens [b k d]: penultimate or last block, final norm, no projection."""

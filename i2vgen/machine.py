@@ -105,14 +105,15 @@ def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
     """Of the best of three calls, after two that warm up."""
     taken = []
     for _ in range(5):
-        _wait(device)
+        wait(device)
         start = time.perf_counter()
         call()
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - start)
     return min(taken[2:])
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until it has done what it was given; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

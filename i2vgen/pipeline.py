@@ -36,8 +36,6 @@ from i2vgen import (
     machine,
     memory,
     runtime,
-    speed,
-    storage,
     video,
 )
 from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
@@ -349,12 +347,7 @@ def encode(
     with memory.here(model.waiting, "clip"):
         if config.use.text:
             for prompt in prompts:
-                if unknown := model.clip.unknown_words(prompt):
-                    warnings.warn(
-                        f"these weights were trained on a few words (clip.words) and know nothing of: "
-                        f"{', '.join(unknown)}",
-                        stacklevel=2,
-                    )
+                model.clip.tell_unknown_words(prompt)
             texts = [*prompts, config.negative_prompt]
             tokens = model.clip.text(model.clip.tokenize(texts).to(device))
             text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
@@ -468,13 +461,8 @@ def assemble(
 
     A plan for little memory must have been settled (`memory.choose`).
     """
-    storage.store(unet, config.runtime.weight_storage)
-    speed.apply(unet, config.runtime, device)
+    compiled.make_ready(unet, config, device)
     vae.set_tile(config.runtime.vae_tile)
-    if config.runtime.attention == "auto" and device.type == "cuda":
-        machine.choose_attention(unet, config, device)
-    if config.runtime.compile:
-        compiled.compile_blocks(unet)
     model = I2VGenXL(config, unet, vae, clip, device)
     model.waiting = memory.guests(model.parts, config, device)
     return model

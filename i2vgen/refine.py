@@ -21,7 +21,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, compiled, machine, memory, refine_video, runtime, speed, storage, video
+from i2vgen import checkpoint, compiled, machine, memory, refine_video, runtime, video
 from i2vgen import config as settings
 from i2vgen import refine_sampler as sampling
 from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
@@ -164,6 +164,7 @@ def texts(model: Refiner, prompt: str) -> Tensor:
     """What the network reads with the prompt and its suffix, and with the negative prompt: [2 k d]"""
     config = model.config
     tell_lost_words(model.clip, prompt, config.refine_suffix)
+    model.clip.tell_unknown_words(prompt + config.refine_suffix)
     with warnings.catch_warnings():  # it has been told above, in words of this stage
         warnings.simplefilter("ignore")
         tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
@@ -331,16 +332,14 @@ def load(
         tell(estimate)
     config = dataclasses.replace(config, runtime=sized.runtime)
     parts = load_parts(config, homes, device)
-    if config.runtime.attention == "auto" and device.type == "cuda":
-        machine.choose_attention(parts["unet"], sized, device)
-    if config.runtime.compile:
-        compiled.compile_blocks(parts["unet"])
+    compiled.make_ready(parts["unet"], sized, device)
+    parts["vae"].set_tile(config.runtime.vae_tile)
     return Refiner(config, **parts, device=device, waiting=memory.guests(parts, config, device))
 
 
 def load_parts(config: Config, homes: dict[str, str], device: torch.device) -> dict[str, nn.Module]:
     place = "cpu" if config.runtime.offload != "none" else device
-    parts = {
+    return {
         part: checkpoint.load(
             part,
             dataclasses.replace(config, weights=homes[part]),
@@ -349,10 +348,6 @@ def load_parts(config: Config, homes: dict[str, str], device: torch.device) -> d
         )
         for part in checkpoint.PARTS
     }
-    storage.store(parts["unet"], config.runtime.weight_storage)
-    speed.apply(parts["unet"], config.runtime, device)
-    parts["vae"].set_tile(config.runtime.vae_tile)
-    return parts
 
 
 def homes_of(job: Config, config: Config) -> dict[str, str]:

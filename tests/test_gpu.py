@@ -82,7 +82,9 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(make_unet, make_inputs, small, dtype
     play = compiled.Recorded(lambda x, t: unet(x, t, prepared))
     for _ in range(2):
         got = play(x, t).double().cpu()
-        assert (got - wanted).norm() <= 24 * torch.finfo(dtype).eps * wanted.norm()
+        # A CPU errs by 7.5 in float32, by 3 in half precision.
+        limit = 24 if dtype == torch.float32 else 8
+        assert (got - wanted).norm() <= limit * torch.finfo(dtype).eps * wanted.norm()
     assert play.playable
 
 

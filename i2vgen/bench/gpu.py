@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config, memory, pipeline
+from i2vgen import checkpoint, config, machine, memory, pipeline
 from i2vgen.bench import count, loop, micro, modes, pair
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
@@ -238,10 +238,7 @@ def whole_loop(state: Run) -> dict:
 def vae(state: Run) -> dict:
     """Decoding all frames in chunks: seconds and rise of memory."""
     settings = state.settings
-    model = checkpoint.build("vae", settings)
-    drawn = checkpoint.random_state(model, seed=1, device=state.device)
-    checkpoint.fill(model, drawn, device=state.device, dtype=state.dtype)
-    model.eval().requires_grad_(False)
+    model = pair.random_part("vae", settings, state.device, state.dtype)
     latents = torch.randn(
         settings.sample.frames, settings.vae.embed_dim, *settings.latent_size, device=state.device
     )
@@ -301,18 +298,15 @@ def plans(state: Run) -> dict:
 
 def _random_model(config: Config, device: torch.device) -> pipeline.I2VGenXL:
     place = device if config.runtime.offload == "none" else "cpu"
-    parts = []
-    for name in checkpoint.PARTS:
-        part = checkpoint.build(name, config)
-        drawn = checkpoint.random_state(part, seed=0, device=device)
-        checkpoint.fill(part, drawn, device=place, dtype=memory.dtype(name, config.runtime))
-        parts.append(part.eval().requires_grad_(False))
+    parts = (
+        pair.random_part(name, config, device, memory.dtype(name, config.runtime), place=place)
+        for name in checkpoint.PARTS
+    )
     return pipeline.assemble(config, *parts, device)
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    machine.wait(device)
     return time.perf_counter()
 
 

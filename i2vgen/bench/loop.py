@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from i2vgen import checkpoint, pipeline
+from i2vgen import pipeline
 from i2vgen.bench import pair
 from i2vgen.bench.peer import Peer
 from i2vgen.bench.timing import Clock, clock_of
@@ -37,10 +37,7 @@ def measure(both: pair.Pair, peer: Peer, changed: Mapping[str, object], *, full:
     """
     settings, device, clock = both.config, both.device, clock_of(both.device)
     inputs = both.inputs()
-    vae = checkpoint.build("vae", settings)
-    state = checkpoint.random_state(vae, seed=1, device=device)
-    checkpoint.fill(vae, state, device=device, dtype=both.dtype)
-    model = both.ours(changed, vae=vae.eval().requires_grad_(False))
+    model = both.ours(changed, vae=pair.random_part("vae", settings, device, both.dtype))
     steps = STEPS if full else FEW
 
     latents: list[Tensor] = []

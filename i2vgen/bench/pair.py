@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, compiled, machine, pipeline, speed
+from i2vgen import checkpoint, compiled, pipeline
 from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
 from i2vgen.conditioning import Conditions
@@ -54,11 +54,7 @@ class Pair:
         else:
             unet.load_state_dict(like.state_dict(), strict=True, assign=True)
         unet.eval().requires_grad_(False)
-        speed.apply(unet, config.runtime, self.device)
-        if self.device.type == "cuda":
-            machine.choose_attention(unet, config, self.device)
-        if config.runtime.compile:
-            compiled.compile_blocks(unet)
+        compiled.make_ready(unet, config, self.device)
         return pipeline.I2VGenXL(config, unet, vae, None, self.device)
 
     def all_ours(self, rows: Mapping[str, Mapping[str, object]]) -> dict[str, pipeline.I2VGenXL]:
@@ -87,6 +83,17 @@ def make_pair(config: Config, device: torch.device, dtype: torch.dtype, *, seed:
         for name, tensor in checkpoint.random_state(unet, seed=seed, device=device)
     }
     return Pair(config, state, device, dtype)
+
+
+def random_part(
+    name: str, config: Config, device: torch.device, dtype: torch.dtype, *, place: torch.device | str = ""
+) -> nn.Module:
+    """A part with random weights, drawn on the device and kept there or at `place`."""
+    part = checkpoint.build(name, config)
+    checkpoint.fill(
+        part, checkpoint.random_state(part, seed=1, device=device), device=place or device, dtype=dtype
+    )
+    return part.eval().requires_grad_(False)
 
 
 def make_inputs(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Inputs:

@@ -7,6 +7,7 @@ Axes: b batch, f frames, c channels, h w latent rows and columns; t is the times
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -85,6 +86,11 @@ class Encoding:
         self.first_stage = first_stage
         self.num_timesteps = config.refine.noise_level if first_stage else config.schedule.num_timesteps
 
+    @functools.cached_property
+    def negative(self) -> Tensor:
+        """Token numbers of the negative prompt, int64 [1 k]."""
+        return self.clip.tokenize([self.config.negative_prompt]).to(self.device)
+
     def encode(self, clips: Clips) -> Encoded:
         mean, std = self.posterior(clips.pixels)
         start = vector = tokens = None
@@ -143,8 +149,7 @@ class Encoding:
 
         Where the text tower learns, token numbers [b k]: the loss reads them itself.
         """
-        negative = self.clip.tokenize([self.config.negative_prompt])
-        tokens = torch.where(lose[:, None].to(self.device), negative.to(self.device), tokens)
+        tokens = torch.where(lose[:, None].to(self.device), self.negative, tokens)
         return tokens if self.train.text_encoder else self.clip.text(tokens)
 
 
