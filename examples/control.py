@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 import i2vgen
-from i2vgen import video
-from i2vgen.taps import controlled
-from i2vgen.training import world
+from i2vgen.adapt.taps import controlled
+from i2vgen.files import video
+from i2vgen.model.unet import Residuals
 from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Train
-from i2vgen.unet import Residuals
+from i2vgen.world import drawing
 
 
 class EdgeAdapter(nn.Module):
@@ -83,8 +83,10 @@ def main():
     given.output.mkdir(parents=True, exist_ok=True)
     save_file(adapter.state_dict(), given.output / "adapter.safetensors")
 
-    seed = next(s for s in range(99) if world.sample_facts(s, kind="single").moves[0].kind == "left")
-    clip = world.batch([seed], width=sample.width, height=sample.height, frames=sample.frames, kind="single")
+    seed = next(s for s in range(99) if drawing.sample_facts(s, kind="single").moves[0].kind == "left")
+    clip = drawing.batch(
+        [seed], width=sample.width, height=sample.height, frames=sample.frames, kind="single"
+    )
     drawn, prompt = edges(clip.clips), "a " + clip.facts[0].things[0].shape  # no word of what it does
     first = Image.fromarray(((clip.clips[0, :, 0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     adapter.edges = drawn.to(model.device)

@@ -13,8 +13,9 @@ import dataclasses
 from PIL import Image
 
 import i2vgen
-from i2vgen import pipeline, video
-from i2vgen.taps import taps
+from i2vgen import pipeline
+from i2vgen.adapt.taps import taps
+from i2vgen.files import video
 
 MOTION = ("up.*.temporal.attention*.to_q", "up.*.temporal.attention*.to_k")
 

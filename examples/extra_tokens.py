@@ -20,10 +20,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 import i2vgen
-from i2vgen.extra_tokens import Beside, extra_tokens
-from i2vgen.training import world
+from i2vgen.adapt.extra_tokens import Beside, extra_tokens
 from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Train
+from i2vgen.world import drawing
 
 TOLD = {"still": (0, 0, 0, 0), "right": (0.5, 0, 0, 0), "up": (0, -0.5, 0, 0), "grow": (0, 0, 0.4, 0)}
 TOLD["between"] = (0.4, 0, 0.4, 0)  # to the right and growing, which the world never does at once
@@ -41,7 +41,7 @@ class MotionTokens(nn.Module):
 
 def numbers(facts):
     """An object's way in half pictures, the logarithm of its growth, its turn in radians -> [4]"""
-    x, y, radius, angle = world.track(facts.things[0], facts.moves[0], facts.camera, np.array([0.0, 1.0]))
+    x, y, radius, angle = drawing.track(facts.things[0], facts.moves[0], facts.camera, np.array([0.0, 1.0]))
     told = (x[1] - x[0], y[1] - y[0], np.log(radius[1] / radius[0]), np.radians(angle[1] - angle[0]))
     return torch.tensor(told, dtype=torch.float32)
 
@@ -71,9 +71,9 @@ def main():
     given.output.mkdir(parents=True, exist_ok=True)
     save_file(tokens.state_dict(), given.output / "tokens.safetensors")
 
-    seed = next(s for s in range(99) if world.sample_facts(s, kind="basic").moves[0].kind == "still")
+    seed = next(s for s in range(99) if drawing.sample_facts(s, kind="basic").moves[0].kind == "still")
     sample = model.config.sample
-    clip = world.clip(seed, width=sample.width, height=sample.height, frames=1, kind="basic")
+    clip = drawing.clip(seed, width=sample.width, height=sample.height, frames=1, kind="basic")
     for name, four in TOLD.items():
         with torch.no_grad():
             told = tokens.project(torch.tensor([four], dtype=torch.float32, device=model.device))

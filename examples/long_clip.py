@@ -16,7 +16,7 @@ from PIL import Image
 
 import i2vgen
 from i2vgen import pipeline
-from i2vgen.schedule import timesteps
+from i2vgen.diffusion.schedule import timesteps
 
 
 def long_clip(model, picture, prompt, *, windows=3, seed=0, strength=0.5):
@@ -78,7 +78,7 @@ def main():
     windows = next((int(s[8:]) for s in given.settings if s.startswith("windows=")), 3)
     model = i2vgen.load(overrides=[s for s in given.settings if not s.startswith("windows=")])
     frames = long_clip(model, given.picture, given.prompt, windows=windows)
-    i2vgen.video.save(frames, given.output, fps=model.config.save.fps)
+    i2vgen.files.video.save(frames, given.output, fps=model.config.save.fps)
     print(f"{given.output}: {len(frames)} frames")
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 import i2vgen
-from i2vgen import video
-from i2vgen.config import SHIPPED
-from i2vgen.training import world
+from i2vgen.files import video
+from i2vgen.settings.config import SHIPPED
+from i2vgen.world import drawing
 
 TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 
@@ -26,9 +26,9 @@ TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 def clips_of(motion):
     """Seed, facts and caption of the world's clips of one motion, from seed 10 million on."""
     for seed in itertools.count(10_000_001):
-        facts = world.sample_facts(seed, kind="basic")
+        facts = drawing.sample_facts(seed, kind="basic")
         if facts.moves[0].kind == motion:
-            yield seed, facts, world.caption(facts, seed)
+            yield seed, facts, drawing.caption(facts, seed)
 
 
 def write_clips(folder, clips, sample):
@@ -36,7 +36,7 @@ def write_clips(folder, clips, sample):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [("file", "caption")]
     for seed, facts, caption in clips:
-        frames = world.render(facts, width=sample.width, height=sample.height, frames=sample.frames)
+        frames = drawing.render(facts, width=sample.width, height=sample.height, frames=sample.frames)
         video.save(frames, folder / f"{seed}.gif", fps=sample.fps)
         rows.append((f"{seed}.gif", caption))
     with (folder / "captions.csv").open("w", newline="") as file:
@@ -59,7 +59,7 @@ def main():
     subprocess.run([sys.executable, str(TRAIN), *words], check=True)
 
     _, held_out, caption = next(clips)
-    first = world.render(held_out, width=sample.width, height=sample.height, frames=1)[0]
+    first = drawing.render(held_out, width=sample.width, height=sample.height, frames=1)[0]
     for name, words in (("before", []), ("after", [f"adapter={out / 'run' / 'adapter'}"])):
         clip = i2vgen.load(overrides=words)(Image.fromarray(first), caption, seed=1)
         print(clip.save(out / f"{name}.gif"))

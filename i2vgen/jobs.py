@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from i2vgen import config as settings
-from i2vgen import images, pipeline, video
-from i2vgen.config import Config
-from i2vgen.sampler import OnStep
+from i2vgen import pipeline
+from i2vgen.diffusion.sampler import OnStep
+from i2vgen.files import images, video
+from i2vgen.settings import config as settings
+from i2vgen.settings.config import Config
 
 ITEM_FIELDS = ("image", "prompt", "seed", "output", "refine_prompt")
 

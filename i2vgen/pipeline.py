@@ -27,24 +27,8 @@ from PIL import Image
 from torch import Tensor
 
 import i2vgen
-from i2vgen import (
-    checkpoint,
-    compiled,
-    deep_cache,
-    images,
-    lora,
-    machine,
-    memory,
-    runtime,
-    video,
-)
-from i2vgen.conditioning import Conditions, Prepared, Unconditional, join
-from i2vgen.config import RANDOM, SHIPPED, Config
-from i2vgen.config_layers import load_config
-from i2vgen.deep_cache import DeepCache
-from i2vgen.encoders import ClipEncoders
-from i2vgen.offload import Guest
-from i2vgen.sampler import (
+from i2vgen.adapt import lora
+from i2vgen.diffusion.sampler import (
     Noise,
     OnStep,
     Predict,
@@ -55,10 +39,19 @@ from i2vgen.sampler import (
     guided,
     guided_pair,
 )
-from i2vgen.schedule import Schedule, timesteps
-from i2vgen.solvers import SOLVERS
-from i2vgen.unet import UNet
-from i2vgen.vae import AutoencoderKL
+from i2vgen.diffusion.schedule import Schedule, timesteps
+from i2vgen.diffusion.solvers import SOLVERS
+from i2vgen.fast import compiled, deep_cache, machine, runtime
+from i2vgen.fast.deep_cache import DeepCache
+from i2vgen.files import checkpoint, images, video
+from i2vgen.memory import plans
+from i2vgen.memory.offload import Guest
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.conditioning import Conditions, Prepared, Unconditional, join
+from i2vgen.model.unet import UNet
+from i2vgen.model.vae import AutoencoderKL
+from i2vgen.settings.config import RANDOM, SHIPPED, Config
+from i2vgen.settings.merge import load_config
 
 
 class Sampler(Protocol):
@@ -219,7 +212,7 @@ def generate(
     def step_noise(x: Tensor) -> Tensor:
         return runtime.draw_all(noises, tuple(x.shape[1:])).to(x)
 
-    with memory.here(model.waiting, "unet"):
+    with plans.here(model.waiting, "unet"):
         latents = (sampler or named_sampler(config))(
             network(model, cond, uncond),
             start,
@@ -309,10 +302,10 @@ def invert(
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
     cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
     pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
-    with memory.here(model.waiting, "vae"):
+    with plans.here(model.waiting, "vae"):
         chunk = model.config.runtime.vae_chunk
         latents = finite(model.vae, lambda vae: vae.encode(pixels, None, chunk=chunk))
-    with memory.here(model.waiting, "unet"):
+    with plans.here(model.waiting, "unet"):
         return ddim_invert(
             network(model, cond, uncond),
             rearrange(latents, "f c h w -> 1 c f h w"),
@@ -339,12 +332,12 @@ def encode(
     if sees_latent(config):
         pixels = torch.stack([view.pixels for view in views]).to(device)
         noise = posterior_noise.to(device) if sample.posterior == "sample" else None
-        with memory.here(model.waiting, "vae"):
+        with plans.here(model.waiting, "vae"):
             latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
     fps = torch.full((len(pictures),), sample.fps, device=device)
 
     text, vector = (None, None), (None, None)
-    with memory.here(model.waiting, "clip"):
+    with plans.here(model.waiting, "clip"):
         if config.use.text:
             for prompt in prompts:
                 model.clip.tell_unknown_words(prompt)
@@ -380,7 +373,7 @@ def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     b, config, done = latents.shape[0], model.config, []
     frames = rearrange(latents, "b c f h w -> (b f) c h w")
     chunk = config.runtime.vae_chunk
-    with memory.here(model.waiting, "vae"):
+    with plans.here(model.waiting, "vae"):
         for part in frames.split(chunk):
             pixels = finite(model.vae, lambda vae, part=part: vae.decode(part, chunk=chunk))
             pixels = rearrange(pixels.float(), "n c h w -> c n h w")
@@ -420,7 +413,7 @@ def load(
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 
 
-def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = None) -> I2VGenXL:
+def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = None) -> I2VGenXL:
     """Check weights and memory first, then load UNet, VAE and CLIP onto the device.
 
     `tell` hears of the memory plan and what it takes before anything is loaded.
@@ -441,12 +434,12 @@ def load_parts(config: Config, tell: Callable[[memory.Estimate], None] | None = 
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
     machine.refuse_missing(config, device)
-    config, estimate = memory.choose(config)
+    config, estimate = plans.choose(config)
     if tell is not None:
         tell(estimate)
     place = "cpu" if config.runtime.offload != "none" else device
     unet, vae, clip = (
-        checkpoint.load(part, config, device=place, dtype=memory.dtype(part, config.runtime))
+        checkpoint.load(part, config, device=place, dtype=plans.dtype(part, config.runtime))
         for part in checkpoint.PARTS
     )
     if config.adapter:
@@ -459,12 +452,12 @@ def assemble(
 ) -> I2VGenXL:
     """Loaded parts (on the CPU where something is to wait there) -> a model as `runtime` wants it.
 
-    A plan for little memory must have been settled (`memory.choose`).
+    A plan for little memory must have been settled (`plans.choose`).
     """
     compiled.make_ready(unet, config, device)
     vae.set_tile(config.runtime.vae_tile)
     model = I2VGenXL(config, unet, vae, clip, device)
-    model.waiting = memory.guests(model.parts, config, device)
+    model.waiting = plans.guests(model.parts, config, device)
     return model
 
 

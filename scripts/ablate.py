@@ -30,9 +30,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli
+from i2vgen.evaluation import pages
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
-from i2vgen.training import evaluation_page
 
 FLAGS = ("--help",)
 NAMES = ("budget", "output", "workers", "measures")
@@ -57,7 +57,7 @@ def main() -> int:
             "the plots need matplotlib, which is not installed: python -m pip install -e '.[lab]'"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
-    folder = evaluation_page.check_folder("output", Path(given["output"]))
+    folder = pages.check_folder("output", Path(given["output"]))
     todo = studies.runs(study, budget, folder)
     left = [run for run in todo if not measure.finished(study, run, budget)]
     print(
@@ -68,7 +68,7 @@ def main() -> int:
     costs = None
     if "cost" in study.measures:
         costs = measure.cost(study, budget)
-        evaluation_page.write_whole(folder / "cost.json", json.dumps(costs, indent=1) + "\n")
+        pages.write_whole(folder / "cost.json", json.dumps(costs, indent=1) + "\n")
     perform(study, left, budget, places(given, len(left)))
     page = report.write(study, todo, costs, folder, name)
     print((folder / "table.md").read_text())

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from i2vgen import cli
-from i2vgen.training import world
+from i2vgen.world import drawing
 
 WIDTH, HEIGHT, OVERSAMPLE = 640, 352, 2
 SKY = ((36, 40, 92), (110, 76, 140), (236, 132, 110), (255, 205, 140))  # from the zenith to the horizon
@@ -87,7 +87,7 @@ def main() -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     if "seed" in settings:
         size = int(settings.get("size", 256))
-        clip = world.clip(int(settings["seed"]), width=size, height=size, frames=1, kind="basic")
+        clip = drawing.clip(int(settings["seed"]), width=size, height=size, frames=1, kind="basic")
         Image.fromarray(clip.frames[0]).save(output, optimize=True)
         print(f"{output}: {clip.caption}")
     else:

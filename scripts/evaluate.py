@@ -17,7 +17,7 @@
                     quality, samplers: presets, or solvers x network calls, against a 200-step reference
     batch=          clips sampled at once, 8; memory and speed only
 
-All settings with their defaults stand in i2vgen/config.py.
+All settings with their defaults stand in i2vgen/settings/config.py.
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from i2vgen import cli, pipeline, runtime
-from i2vgen.config import SHIPPED, Config
-from i2vgen.config_layers import load_config
-from i2vgen.training import evaluation, evaluation_page
-from i2vgen.training.evaluation import Plan
+from i2vgen import cli, pipeline
+from i2vgen.evaluation import evaluate, pages
+from i2vgen.evaluation.evaluate import Plan
+from i2vgen.fast import runtime
+from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--help",)
 BATCH = 8
@@ -49,22 +50,22 @@ def main() -> int:
     config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts are those of the world's clips")
-    rows = evaluation.check(config, plan)
-    json_path = evaluation_page.check_file("json", Path(own["json"])) if "json" in own else None
-    folder = evaluation_page.check_folder("output", Path(config.output)) if config.output else None
+    rows = evaluate.check(config, plan)
+    json_path = pages.check_file("json", Path(own["json"])) if "json" in own else None
+    folder = pages.check_folder("output", Path(config.output)) if config.output else None
 
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
     with tqdm(total=rows * 3 * plan.clips, unit="clip", mininterval=0.5) as bar:
-        found = evaluation.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
-    print(evaluation_page.summary(found))
-    for table in evaluation_page.tables(found):
-        print(f"\n{table.title}\n{evaluation_page.as_text(table)}")
+        found = evaluate.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
+    print(pages.summary(found))
+    for table in pages.tables(found):
+        print(f"\n{table.title}\n{pages.as_text(table)}")
     if json_path is not None:
-        evaluation_page.write_json(found.to_dict(), json_path)
+        pages.write_json(found.to_dict(), json_path)
         print(f"\nscores in {json_path}")
     if folder is not None:
-        print(f"\npage in {evaluation_page.write_report(found, folder)}")
+        print(f"\npage in {pages.write_report(found, folder)}")
     return 0
 
 

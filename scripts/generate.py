@@ -20,7 +20,7 @@
     --print-config      print the merged settings as YAML and stop
     --resume            leave out clips that are already there, whole and made with the same settings
 
-All settings with their defaults stand in i2vgen/config.py; sizes are width= and height= in pixels.
+All settings with their defaults stand in i2vgen/settings/config.py; sizes are width= and height= in pixels.
 """
 
 from __future__ import annotations
@@ -33,9 +33,12 @@ from collections.abc import Iterator
 import numpy as np
 from tqdm import tqdm
 
-from i2vgen import cli, jobs, pipeline, refine, runtime, video
-from i2vgen.config import SHIPPED, Config
-from i2vgen.config_layers import load_config
+from i2vgen import cli, jobs, pipeline
+from i2vgen.fast import runtime
+from i2vgen.files import video
+from i2vgen.refiner import refine
+from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--print-config", "--resume", "--help")
 

@@ -17,9 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from i2vgen import cli, config, runtime
+from i2vgen import cli
+from i2vgen.fast import runtime
 from i2vgen.parity import kinds
 from i2vgen.parity.report import Golden, Row, Settings
+from i2vgen.settings import config
 
 
 def main() -> int:

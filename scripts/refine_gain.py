@@ -25,12 +25,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from i2vgen import cli, runtime
-from i2vgen.config import SHIPPED, SHIPPED_REFINER
-from i2vgen.config_layers import load_config
-from i2vgen.training import evaluation_page, gain
-from i2vgen.training.evaluation_page import Table
-from i2vgen.training.gain import Plan
+from i2vgen import cli
+from i2vgen.evaluation import gain, pages
+from i2vgen.evaluation.gain import Plan
+from i2vgen.evaluation.pages import Table
+from i2vgen.fast import runtime
+from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--help",)
 NUMBERS, TEXTS = ("clips", "first_seed"), ("sources", "json")
@@ -51,15 +52,15 @@ def main() -> int:
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
     gain.check(config)
-    path = evaluation_page.check_file("json", Path(out)) if out else None
-    picture = evaluation_page.check_file("output", Path(config.output)) if config.output else None
+    path = pages.check_file("json", Path(out)) if out else None
+    picture = pages.check_file("output", Path(config.output)) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
         found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(evaluation_page.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
+    print(pages.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
     if path is not None:
-        evaluation_page.write_json(found.to_dict(), path)
+        pages.write_json(found.to_dict(), path)
         print(f"\nscores in {path}")
     if picture is not None:
         gain.strip(found, plan.sources[-1], frame=-1).save(picture)

@@ -32,9 +32,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli
+from i2vgen.evaluation import pages
 from i2vgen.scoring import report, scores
 from i2vgen.scoring.scores import Plan
-from i2vgen.training import evaluation_page
 
 FLAGS = ("--list", "--help")
 KNOWN = tuple(f.name for f in dataclasses.fields(Plan))
@@ -51,7 +51,7 @@ def main() -> int:
     if file is not None:
         raise ValueError(f"{file} is no setting; write videos={file}")
     given = take(words)
-    json_path = evaluation_page.check_file("json", Path(given.pop("json"))) if "json" in given else None
+    json_path = pages.check_file("json", Path(given.pop("json"))) if "json" in given else None
     if "videos" not in given:
         raise ValueError("no videos given; write videos=FOLDER")
     job = scores.prepare(Plan(**given))
@@ -60,11 +60,11 @@ def main() -> int:
     with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
         found = scores.run(job, judges, on_clip=bar.update)
     print(describe(found))
-    print(evaluation_page.as_text(report.table(found, job.names)))
+    print(pages.as_text(report.table(found, job.names)))
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:
-        evaluation_page.write_json(report.to_dict(job, found), json_path)
+        pages.write_json(report.to_dict(job, found), json_path)
         print(f"scores in {json_path}")
     return 0
 

@@ -12,7 +12,7 @@
     weights=    a native weights folder, whose settings are taken; its weights are not read
 
 A row without an output was not called as a whole and shows the sum of its inside; one without FLOPs was not
-called at all: a faster form (`runtime`, i2vgen/speed.py) read its weights itself.
+called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights itself.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import json
 import sys
 from pathlib import Path
 
-from i2vgen import checkpoint, cli
-from i2vgen.config_layers import load_config
+from i2vgen import cli
+from i2vgen.files import checkpoint
 from i2vgen.lab import summary
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--help",)
 

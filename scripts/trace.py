@@ -25,10 +25,12 @@ from pathlib import Path
 
 import torch
 
-from i2vgen import checkpoint, cli, runtime
-from i2vgen.config import RANDOM, SHIPPED, Config
-from i2vgen.config_layers import load_config
+from i2vgen import cli
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
 from i2vgen.lab import trace
+from i2vgen.settings.config import RANDOM, SHIPPED, Config
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--help",)
 OWN = ("against", "tolerance", "calls", "output")

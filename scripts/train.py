@@ -29,7 +29,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from i2vgen import cli, runtime
+from i2vgen import cli
+from i2vgen.fast import runtime
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.settings import SECTION, load_settings
 

@@ -15,7 +15,7 @@
     share=        1/4 to 4/4: every fourth clip, for four machines or devices that write to one folder
     seed=         the first clip's; every other one counts on from it by its place in the list
 
-A run that was stopped goes on where it was. All settings with their defaults stand in i2vgen/config.py.
+A run that was stopped goes on where it was. All settings and their defaults: i2vgen/settings/config.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from i2vgen import cli, jobs, pipeline, runtime
-from i2vgen.config import SHIPPED, Config
-from i2vgen.config_layers import load_config
+from i2vgen import cli, jobs, pipeline
+from i2vgen.fast import runtime
 from i2vgen.scoring import vbench
+from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.merge import load_config
 
 FLAGS = ("--help",)
 NAMES = ("info", "images", "dimensions", "ratio", "samples", "share")

@@ -16,10 +16,12 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, config, pipeline
-from i2vgen.conditioning import Conditions
-from i2vgen.config_layers import load_config
-from i2vgen.unet import UNet
+from i2vgen import pipeline
+from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.settings import config
+from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
 # Every kind of part on two levels, a good million parameters: one forward takes hundredths of a second.

@@ -6,7 +6,8 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from i2vgen import config, kernels, speed, triton_kernels
+from i2vgen.fast import kernels, speed, triton_kernels
+from i2vgen.settings import config
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 HALVES = (torch.float16, torch.bfloat16)

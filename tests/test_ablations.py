@@ -12,9 +12,10 @@ import typing
 import pytest
 import torch
 
-from i2vgen import checkpoint, config
-from i2vgen.config import Use
-from i2vgen.unet import ADDED, declared_drops
+from i2vgen.files import checkpoint
+from i2vgen.model.unet import ADDED, declared_drops
+from i2vgen.settings import config
+from i2vgen.settings.config import Use
 
 FIELDS = [field.name for field in dataclasses.fields(Use)]
 PARTS = [name for name in FIELDS if getattr(Use(), name) is True]

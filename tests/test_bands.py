@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import bands, checkpoint, config
-from i2vgen.meter import Meter
-from i2vgen.vae import AutoencoderKL
+from i2vgen.fast import bands
+from i2vgen.files import checkpoint
+from i2vgen.memory.meter import Meter
+from i2vgen.model.vae import AutoencoderKL
+from i2vgen.settings import config
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 VAE = config.VAE(base_width=4, width_multipliers=(1, 2, 2), norm_groups=2, resolution=32)

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from i2vgen import config
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
 from i2vgen.bench.report import Table
-from i2vgen.meter import Meter
+from i2vgen.memory.meter import Meter
+from i2vgen.settings import config
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 BF16 = 2  # bytes

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from i2vgen import config
 from i2vgen.bench import cases, cpu, gpu, loop, memory, modes, pair, timing, train
 from i2vgen.bench.peer import Options, Peer
+from i2vgen.settings import config
 
 Small = cpu.Case(gpu.dry_settings(), ((2, 4, 4), (3, 4, 4)), None, (2, 4, 4))
 
@@ -151,7 +151,7 @@ def test_checkpointing_is_on_where_it_says_so(peer):
         return real(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("i2vgen.unet.checkpoint", counted)
+        patch.setattr("i2vgen.model.unet.checkpoint", counted)
         plain, kept = train.ways_of(both, peer, train.OURS).values()
         plain()
         assert calls == []

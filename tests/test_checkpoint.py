@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from i2vgen import checkpoint, config, config_layers
-from i2vgen.config import STRUCTURAL_SWITCHES, Config, Use
-from i2vgen.safefile import write_safetensors
-from i2vgen.unet import UNet, declared_drops
+from i2vgen.files import checkpoint
+from i2vgen.files.safefile import write_safetensors
+from i2vgen.model.unet import UNet, declared_drops
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import STRUCTURAL_SWITCHES, Config, Use
 
 RELEASED_PARAMETERS = 1_420_469_224
 
@@ -85,7 +86,7 @@ def test_models_and_state_dicts_save_alike(tmp_path, settings, state):
 def test_all_parts_of_a_model(tmp_path, tiny_model):
     folder = checkpoint.save(tmp_path / "w", tiny_model.parts, tiny_model.config)
     assert checkpoint.missing_parts(folder) == []
-    loaded = config_layers.load_config(weights=str(folder))
+    loaded = merge.load_config(weights=str(folder))
     for part, model in tiny_model.parts.items():
         again = checkpoint.load(part, loaded, device="cpu", dtype=torch.float32)
         assert same_bits(checkpoint.inner(again).state_dict(), checkpoint.inner(model).state_dict())
@@ -102,12 +103,12 @@ def test_settings_ride_along_without_the_job(tmp_path, settings, state):
         runtime=config.Runtime(device="cpu", dtype="float64"),
     )
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, job, origin={"note": "é"})
-    stored = config_layers.read_stored_settings(folder)
+    stored = merge.read_stored_settings(folder)
     assert set(stored) & {*config.LITERALS, "runtime"} == {*config.KEPT_TEXTS}
-    loaded = config_layers.load_config(weights=str(folder))
+    loaded = merge.load_config(weights=str(folder))
     kept = {"negative_prompt": "no: stripes", "runtime": config.Runtime()}
     assert loaded == dataclasses.replace(settings, weights=str(folder), **kept)
-    assert config_layers.load_config(None, ["negative_prompt="], weights=str(folder)).negative_prompt == ""
+    assert merge.load_config(None, ["negative_prompt="], weights=str(folder)).negative_prompt == ""
     assert json.loads((folder / checkpoint.ORIGIN_FILE).read_text()) == {"note": "é"}
 
 
@@ -313,7 +314,7 @@ def test_an_ablated_checkpoint_comes_back(tmp_path, settings, name):
     ablated = dataclasses.replace(settings, use=use)
     state = dict(checkpoint.random_state(checkpoint.build("unet", ablated), seed=1))
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, ablated)
-    loaded = config_layers.load_config(weights=str(folder))
+    loaded = merge.load_config(weights=str(folder))
     assert loaded.use == ablated.use
     assert same_bits(load_unet(folder, loaded).state_dict(), state)
 
@@ -322,7 +323,7 @@ def test_an_ablated_checkpoint_comes_back(tmp_path, settings, name):
 def test_an_addition_starts_as_built_beside_full_weights(folder, settings, state, name):
     """And what has learned goes with its switch, without a word."""
     use = dataclasses.replace(Use(), **{name: True})
-    loaded = config_layers.load_config(None, [f"use.{name}=true"], weights=str(folder))
+    loaded = merge.load_config(None, [f"use.{name}=true"], weights=str(folder))
     assert loaded.use == use
     with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* start untrained"):
         unet = load_unet(folder, loaded)
@@ -330,7 +331,7 @@ def test_an_addition_starts_as_built_beside_full_weights(folder, settings, state
     fresh, got = checkpoint.construct("unet", loaded).state_dict(), unet.state_dict()
     assert same_bits(got, {**fresh, **state})
     saved = checkpoint.save(folder.parent / "added", {"unet": unet}, loaded)
-    plain = config_layers.load_config(None, [f"use.{name}=false"], weights=str(saved))
+    plain = merge.load_config(None, [f"use.{name}=false"], weights=str(saved))
     assert same_bits(load_unet(saved, plain).state_dict(), state)
 
 

@@ -10,9 +10,10 @@ import torch
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPVisionConfig
 from transformers import CLIPVisionModelWithProjection as VisionModel
 
-from i2vgen import checkpoint, config
-from i2vgen.config_layers import load_config
-from i2vgen.encoders import ClipEncoders
+from i2vgen.files import checkpoint
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.settings import config
+from i2vgen.settings.merge import load_config
 from weights_conversion import clip, rules
 
 KEYS = Path(__file__).parent / "goldens" / "keys"

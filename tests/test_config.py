@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from i2vgen import config, config_layers
-from i2vgen.config import Config, Use
-from i2vgen.config_layers import load_config
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import Config, Use
+from i2vgen.settings.merge import load_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -481,7 +481,7 @@ def test_every_configuration_loads_and_comes_back(path, tmp_path):
     # the cascade names weights folders that a user makes
     words = ["weights=random", "refine_weights=random"] if path.name == "cascade.yaml" else []
     got = load_config(path, words)
-    assert config_layers.from_dict(json.loads(json.dumps(got.to_dict()))) == got
+    assert merge.from_dict(json.loads(json.dumps(got.to_dict()))) == got
     (tmp_path / "again.yaml").write_text(got.to_yaml())
     assert load_config(tmp_path / "again.yaml") == got
 
@@ -510,7 +510,7 @@ def test_every_setting_goes_there_and_back(tmp_path):
         negative_prompt="",
         output="no",
     )
-    assert config_layers.from_dict(before.to_dict()) == before
+    assert merge.from_dict(before.to_dict()) == before
     (tmp_path / "a.yaml").write_text(before.to_yaml())
     assert load_config(tmp_path / "a.yaml") == before
 
@@ -523,6 +523,6 @@ def test_derived_sizes():
 
 @pytest.mark.parametrize("name", ["json"])
 def test_texts_of_other_scripts_are_never_parsed(name):
-    assert config_layers.parse_overrides([f"{name}=no: [a, ${{b}}"]) == ({}, {name: "no: [a, ${b}"})
+    assert merge.parse_overrides([f"{name}=no: [a, ${{b}}"]) == ({}, {name: "no: [a, ${b}"})
     with pytest.raises(ValueError, match=f"{name}=x is no setting here"):
-        config_layers.load_config(None, [f"{name}=x"])
+        merge.load_config(None, [f"{name}=x"])

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import checkpoint, config
-from i2vgen.config import STRUCTURAL_SWITCHES
-from i2vgen.unet import UNet, declared_drops
-from i2vgen.vae import AutoencoderKL
+from i2vgen.files import checkpoint
+from i2vgen.model.unet import UNet, declared_drops
+from i2vgen.model.vae import AutoencoderKL
+from i2vgen.settings import config
+from i2vgen.settings.config import STRUCTURAL_SWITCHES
 from weights_conversion import rules, unet_diffusers, unet_vgen
 from weights_conversion import vae as vae_tables
 

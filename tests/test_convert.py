@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2vgen import checkpoint, config, config_layers
+from i2vgen.files import checkpoint
+from i2vgen.settings import config, merge
 from weights_conversion import __main__ as command
 from weights_conversion import clip as clip_tables
 from weights_conversion import rules, unet_diffusers, unet_vgen
@@ -93,7 +94,7 @@ def test_official_files_become_a_model(official, states, tmp_path, capsys):
     assert "CLIP with both towers" in report and "missing" not in report and "sha256" in report
     for part in checkpoint.PARTS:
         assert same(load_file(out / f"{part}.safetensors"), states[part])
-    stored = config_layers.from_dict(config_layers.read_stored_settings(out))
+    stored = merge.from_dict(merge.read_stored_settings(out))
     assert stored.unet == CONFIG.unet and stored.use == CONFIG.use
     assert stored.vae == dataclasses.replace(CONFIG.vae) and stored.clip == CONFIG.clip
     origin = json.loads((out / "origin.json").read_text())
@@ -136,7 +137,7 @@ def test_diffusers_and_back_is_the_identity(native, states, tmp_path, flags):
     clip = load_file(tmp_path / "again" / "clip.safetensors")
     kept = [name for name in clip if name not in clip_tables.ABSENT]
     assert same({k: clip[k] for k in kept}, {k: states["clip"][k] for k in kept})
-    stored = config_layers.from_dict(config_layers.read_stored_settings(tmp_path / "again"))
+    stored = merge.from_dict(merge.read_stored_settings(tmp_path / "again"))
     assert stored.unet.head_width == 16 and stored.use.concat_gain == 2.0 and stored.vae.scale == 0.18215
 
 
@@ -179,7 +180,7 @@ def test_an_ablated_configuration_names_what_it_drops(official, states, tmp_path
     got = load_file(out / "unet.safetensors")
     assert torch.equal(got["conv_in.weight"], states["unet"]["conv_in.weight"][:, :4])
     assert not any(name.startswith(("stem.concat", "stem.fps")) for name in got)
-    cfg = config_layers.from_dict(config_layers.read_stored_settings(out))
+    cfg = merge.from_dict(merge.read_stored_settings(out))
     checkpoint.fill(checkpoint.build("unet", cfg), got)
 
 
@@ -276,9 +277,7 @@ def test_verify_names_the_first_difference(native, official, tmp_path, capsys):
     state = load_file(native / "unet.safetensors")
     state["mid1.res.conv1.weight"][0, 0, 0, 0] += 1e-3
     other = tmp_path / "other"
-    checkpoint.save(
-        other, {"unet": state}, config_layers.from_dict(config_layers.read_stored_settings(native))
-    )
+    checkpoint.save(other, {"unet": state}, merge.from_dict(merge.read_stored_settings(native)))
     capsys.readouterr()
     assert run("verify", official / "unet.pth", other, *HEADS) == 1
     assert "1 of" in (said := capsys.readouterr().out) and "mid1.res.conv1.weight" in said
@@ -324,7 +323,7 @@ def test_a_component_folder_brings_its_own_settings(native, states, tmp_path, fl
         assert (
             same({k: got[k] for k in kept}, {k: states[part][k] for k in kept}) and len(kept) >= len(got) - 2
         )
-    assert config_layers.from_dict(config_layers.read_stored_settings(tmp_path / "unet")).unet == CONFIG.unet
+    assert merge.from_dict(merge.read_stored_settings(tmp_path / "unet")).unet == CONFIG.unet
 
 
 def test_a_full_transformers_clip_keeps_its_projection(states, tmp_path):
@@ -361,7 +360,7 @@ def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
     assert same(load_file(tmp_path / "out" / "unet.safetensors"), state)
     origin = json.loads((tmp_path / "out" / "origin.json").read_text())
     assert any("never redistribute" in note for note in origin["licence"])
-    stored = config_layers.from_dict(config_layers.read_stored_settings(tmp_path / "out"))
+    stored = merge.from_dict(merge.read_stored_settings(tmp_path / "out"))
     assert stored.use == cfg.use
     for setting, value in told.items():
         section, field = setting.split(".")
@@ -410,7 +409,7 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
 
 
 def test_verify_compares_settings_too(native, tmp_path, capsys):
-    stored = config_layers.from_dict(config_layers.read_stored_settings(native))
+    stored = merge.from_dict(merge.read_stored_settings(native))
     other = dataclasses.replace(stored, vae=dataclasses.replace(stored.vae, scale=0.5))
     parts = {part: dict(checkpoint.read_part(native, part)) for part in checkpoint.PARTS}
     checkpoint.save(tmp_path / "other", parts, other)

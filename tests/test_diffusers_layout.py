@@ -16,11 +16,14 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from i2vgen import checkpoint, config, config_layers, pipeline, runtime
-from i2vgen.conditioning import Conditions
-from i2vgen.config_layers import load_config
-from i2vgen.schedule import timesteps
-from i2vgen.unet import UNet
+from i2vgen import pipeline
+from i2vgen.diffusion.schedule import timesteps
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.settings import config, merge
+from i2vgen.settings.merge import load_config
 from weights_conversion import clip, rules, unet_diffusers, vae
 from weights_conversion import diffusers_layout as layout
 
@@ -126,7 +129,7 @@ def test_there_and_back(overrides, how, tmp_path):
     layout.write_folder(cfg, ours, tmp_path / "a", **how)
     folder = layout.read_folder(tmp_path / "a", variant=how.get("variant"))
     settings, _ = layout.settings_from_folder(folder)
-    again = config_layers.from_dict(settings | {"sample": {"width": 64, "height": 64}})
+    again = merge.from_dict(settings | {"sample": {"width": 64, "height": 64}})
     quiet = {"dropout": 0.1, "temporal_conv_dropout": 0.1, "concat_dropout": 0.05}
     assert again.unet == dataclasses.replace(cfg.unet, **quiet)
     assert (again.vae, again.clip, again.schedule, again.use) == (cfg.vae, cfg.clip, cfg.schedule, cfg.use)
@@ -184,15 +187,15 @@ def test_full_size_settings():
     }  # fmt: skip
     for name in ("num_attention_heads", "attention_head_dim"):  # the same number under its old and new name
         section = layout.unet_settings({**published, name: 64})
-        assert config_layers.from_dict({"unet": section}).unet == config.UNet()
+        assert merge.from_dict({"unet": section}).unet == config.UNet()
     both = layout.unet_settings({**published, "num_attention_heads": 64, "attention_head_dim": 32})
     assert both["head_width"] == 32
     written = layout.vae_config(config.VAE())
-    assert config_layers.from_dict({"vae": layout.vae_settings(written)}).vae == config.VAE()
+    assert merge.from_dict({"vae": layout.vae_settings(written)}).vae == config.VAE()
     scheduler = layout.scheduler_config(config.Schedule(), config.Sample())
     assert scheduler["set_alpha_to_one"] is False
     section, notes = layout.schedule_settings(scheduler)
-    assert config_layers.from_dict({"schedule": section}).schedule == config.Schedule() and not notes
+    assert merge.from_dict({"schedule": section}).schedule == config.Schedule() and not notes
 
 
 # --------------------------------------------------------------------------- the pipeline, live
@@ -261,7 +264,7 @@ def test_the_plain_unet_is_ours_with_gain_one(cfg, parts, tmp_path):
     layout.write_folder(cfg, parts, tmp_path / "plain", fold=False)
     theirs = diffusers.I2VGenXLUNet.from_pretrained(tmp_path / "plain" / "unet")
     settings, _ = layout.settings_from_folder(layout.read_folder(tmp_path / "plain"), compat="diffusers")
-    use = config_layers.from_dict({"use": settings["use"]}).use
+    use = merge.from_dict({"use": settings["use"]}).use
     assert (use.concat_gain, use.sinusoid, use.frame_planes) == (1.0, "exp", "network")
     assert call_both(cfg, parts["unet"], theirs, use) <= 1e-9
 
@@ -363,7 +366,7 @@ def test_a_folder_that_diffusers_saved_is_read(exported, parts, cfg, tmp_path):
     folder = layout.read_folder(tmp_path / "again")
     for compat in (None, "diffusers"):  # either way our network computes what the folder's does
         settings, _ = layout.settings_from_folder(folder, compat=compat)
-        again = config_layers.from_dict(settings | {"sample": {"width": 64, "height": 64}})
+        again = merge.from_dict(settings | {"sample": {"width": 64, "height": 64}})
         assert (again.vae, again.clip, again.use.concat_gain) == (cfg.vae, cfg.clip, 2.0)
     back = to_native(folder, again)
     for part in checkpoint.PARTS:
@@ -464,7 +467,7 @@ def changed(path, **values):
 
 def test_trained_values_are_the_default(published):
     settings, notes = layout.settings_from_folder(published)
-    cfg = config_layers.from_dict(settings | {"sample": {"width": 64, "height": 64}})
+    cfg = merge.from_dict(settings | {"sample": {"width": 64, "height": 64}})
     assert (cfg.vae.scale, cfg.use.concat_gain, cfg.sample.final_alpha) == (0.18215, 2.0, "first")
     assert (cfg.use.sinusoid, cfg.sample.spacing) == ("pow", "official")
     assert cfg.negative_prompt == config.NEGATIVE_PROMPT
@@ -475,7 +478,7 @@ def test_trained_values_are_the_default(published):
 def test_diffusers_values_are_a_named_choice(published):
     settings, notes = layout.settings_from_folder(published, compat="diffusers")
     sample = settings["sample"] | {"width": 64, "height": 64}
-    cfg = config_layers.from_dict(settings | {"sample": sample})
+    cfg = merge.from_dict(settings | {"sample": sample})
     assert (cfg.vae.scale, cfg.use.concat_gain, cfg.sample.final_alpha) == (0.18125, 1.0, "one")
     assert (cfg.use.sinusoid, cfg.use.frame_planes) == ("exp", "network")
     assert (cfg.sample.spacing, cfg.negative_prompt) == ("leading", "")
@@ -597,7 +600,7 @@ def test_schedules_make_the_same_noise_levels(kind, snr):
     theirs = diffusers.DDIMScheduler.from_config(written).alphas_cumprod.double()
     for one in (
         schedule,
-        config_layers.from_dict({"schedule": layout.schedule_settings(written)[0]}).schedule,
+        merge.from_dict({"schedule": layout.schedule_settings(written)[0]}).schedule,
     ):
         ours = pipeline.make_schedule(dataclasses.replace(config.DEFAULTS, schedule=one)).abar
         assert (ours - theirs).abs().max() <= 2e-6

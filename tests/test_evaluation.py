@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from i2vgen import checkpoint, pipeline
-from i2vgen.config import QUALITIES
-from i2vgen.training import evaluation, evaluation_drift, evaluation_page, evaluation_scores, world
-from i2vgen.training.evaluation import Plan
+from i2vgen import pipeline
+from i2vgen.evaluation import drift, evaluate, pages, scores
+from i2vgen.evaluation.evaluate import Plan
+from i2vgen.files import checkpoint
+from i2vgen.settings.config import QUALITIES
+from i2vgen.world import drawing
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
 FILES = ["index.html", "scores.json", "table.md"]
@@ -65,11 +67,11 @@ def oracle(monkeypatch, road):
 
     def install(spoil=lambda frames: frames):
         monkeypatch.setattr(pipeline, "load_parts", load_parts)
-        facts = {(item.seed, item.caption): item.facts for item in evaluation.items(Plan(clips=200))}
+        facts = {(item.seed, item.caption): item.facts for item in evaluate.items(Plan(clips=200))}
 
         def generate(model, pictures, prompts, seeds):
             clips = [
-                evaluation.render(facts[key], model.config, 1.0) for key in zip(seeds, prompts, strict=True)
+                evaluate.render(facts[key], model.config, 1.0) for key in zip(seeds, prompts, strict=True)
             ]
             for clip, picture in zip(clips, pictures, strict=True):
                 assert np.array_equal(clip[0], np.asarray(picture))
@@ -80,7 +82,7 @@ def oracle(monkeypatch, road):
     return install
 
 
-def scores(path):
+def written(path):
     def refuse(word):
         raise AssertionError(f"{word} in the JSON")
 
@@ -96,9 +98,9 @@ SIZE = ["width=32", "height=32", "frames=8"]
 def test_a_perfect_model(run, quick, oracle):
     oracle()
     status, out, _ = run(*quick, *SIZE, "clips=24", "json=out.json", "batch=7")
-    found = scores("out.json")
+    found = written("out.json")
     assert status == 0
-    for name in (*evaluation_scores.ACCURACIES, "identity"):
+    for name in (*scores.ACCURACIES, "identity"):
         assert found[name] == 1.0, name
     assert found["first_frame_psnr"] == found["clip_psnr"] == 99.0
     assert 10 < found["still_psnr"] < 35 and found["vae_psnr"] > 45
@@ -113,7 +115,7 @@ def test_a_perfect_model(run, quick, oracle):
 def test_a_model_that_repeats_the_picture(run, quick, oracle):
     oracle(lambda frames: np.repeat(frames[:1], len(frames), axis=0))
     assert run(*quick, *SIZE, "clips=24", "json=out.json")[0] == 0
-    found, todo = scores("out.json"), evaluation.items(Plan(clips=24))
+    found, todo = written("out.json"), evaluate.items(Plan(clips=24))
     for name, of in (("motion_accuracy_basic", "basic"), ("other_motion_accuracy", "other")):
         still = [item.facts.moves[0].kind == "still" for item in todo if item.set == of]
         assert found[name] == pytest.approx(np.mean(still), abs=1e-3)
@@ -127,8 +129,8 @@ def test_a_model_that_ignores_the_caption(run, quick, oracle, monkeypatch):
     """The motion of "basic" whatever is asked: only the score made for it tells."""
     oracle()
     perfect = pipeline.generate
-    basic = {item.seed: item.caption for item in evaluation.items(Plan(clips=8)) if item.set == "basic"}
-    other = {item.caption for item in evaluation.items(Plan(clips=8)) if item.set == "other"}
+    basic = {item.seed: item.caption for item in evaluate.items(Plan(clips=8)) if item.set == "basic"}
+    other = {item.caption for item in evaluate.items(Plan(clips=8)) if item.set == "other"}
 
     def generate(model, pictures, prompts, seeds):
         told = [
@@ -138,7 +140,7 @@ def test_a_model_that_ignores_the_caption(run, quick, oracle, monkeypatch):
 
     monkeypatch.setattr(pipeline, "generate", generate)
     assert run(*quick, *SIZE, "clips=8", "json=out.json")[0] == 0
-    found = scores("out.json")
+    found = written("out.json")
     assert found["motion_accuracy_basic"] == found["motion_accuracy_all"] == 1.0
     assert found["other_motion_accuracy"] == 0.0
 
@@ -150,7 +152,7 @@ def test_objects_that_fade_lose_their_identity(run, quick, oracle):
 
     oracle(fade)
     assert run(*quick, *SIZE, "clips=8", "json=out.json")[0] == 0
-    assert scores("out.json")["identity"] < 0.6
+    assert written("out.json")["identity"] < 0.6
 
 
 # --- a real road
@@ -159,8 +161,8 @@ def test_objects_that_fade_lose_their_identity(run, quick, oracle):
 def test_the_report(run, quick, loads):
     status, out, err = run(*quick, "clips=2", "first_seed=5", "json=new/out.json", "output=page")
     assert status == 0 and "error" not in err and loads[0].runtime.batch == 8
-    found = scores("new/out.json")
-    assert set(evaluation_scores.SCORES) <= {*found} and scores("page/scores.json") == found
+    found = written("new/out.json")
+    assert set(scores.SCORES) <= {*found} and written("page/scores.json") == found
     assert found["settings"]["first_seed"] == 5 and found["settings"]["guidance"] == 9.0
     assert found["settings"]["weights"] == "random" and found["settings"]["world_speed"] == 1.0
     assert "sweep" not in found and found["seconds"] > 0
@@ -169,7 +171,7 @@ def test_the_report(run, quick, loads):
     outside = re.findall(r"(?:src|href)=.(?!data:)|url\(|https?:", page)
     assert outside == [] and page.count("<figure>") == 6 and page.count('src="data:image/png') == 12
     assert "prefers-color-scheme: dark" in page
-    for item in evaluation.items(Plan(2, 5)):
+    for item in evaluate.items(Plan(2, 5)):
         assert item.caption in page
     table = Path("page/table.md").read_text()
     assert "| score | value | 95 % interval | clips |" in table and "16 x 16 pixels, 3 frames" in out
@@ -179,7 +181,7 @@ def test_batches_change_nothing(run, quick, loads):
     found = []
     for batch in (1, 4):
         assert run(*quick, "clips=2", f"batch={batch}", "json=out.json")[0] == 0
-        found.append(scores("out.json") | {"seconds": 0})
+        found.append(written("out.json") | {"seconds": 0})
         assert found[-1]["settings"].pop("batch") == batch
     assert found[0] == found[1]
 
@@ -187,15 +189,13 @@ def test_batches_change_nothing(run, quick, loads):
 def test_a_sweep_over_conditions(run, quick, loads, monkeypatch):
     status, out, _ = run(*quick, "clips=1", "sweep=conditions", "json=out.json", "output=page")
     assert status == 0
-    found = scores("out.json")
+    found = written("out.json")
     names = [row["name"] for row in found["sweep"]]
     assert names == [
         "everything", "without concat", "without text", "without local tokens", "without image vector"
     ]  # fmt: skip
     everything, *rest = found["sweep"]
-    assert {name: found[name] for name in evaluation_scores.SCORES} == {
-        name: everything[name] for name in evaluation_scores.SCORES
-    }
+    assert {name: found[name] for name in scores.SCORES} == {name: everything[name] for name in scores.SCORES}
     assert all(row["first_frame_psnr"] != everything["first_frame_psnr"] for row in rest)
     assert all(row["vae_psnr"] == everything["vae_psnr"] for row in rest)
     assert "Sweep over conditions" in out and "without concat" in Path("page/table.md").read_text()
@@ -204,16 +204,16 @@ def test_a_sweep_over_conditions(run, quick, loads, monkeypatch):
 @pytest.fixture
 def short(monkeypatch):
     """The reference and every preset in a few steps."""
-    monkeypatch.setattr(evaluation_drift, "REFERENCE_STEPS", 4)
+    monkeypatch.setattr(drift, "REFERENCE_STEPS", 4)
     for preset in QUALITIES.values():
         monkeypatch.setitem(preset, "steps", 3)
-    monkeypatch.setattr(evaluation_drift, "CALLS", (2, 4))
+    monkeypatch.setattr(drift, "CALLS", (2, 4))
 
 
 def test_a_sweep_over_presets(run, quick, loads, short):
     status, out, err = run(*quick, "clips=1", "steps=4", "sweep=quality", "json=out.json", "output=page")
     assert status == 0, err
-    found = scores("out.json")
+    found = written("out.json")
     reference, exact, fast, draft, cached, _ = found["sweep"]
     assert [row["name"] for row in found["sweep"]] == [
         "reference, 4 steps", "exact", "fast", "draft", "fast, deep_cache=2", "fast, deep_cache=3"
@@ -233,7 +233,7 @@ def test_a_sweep_over_presets(run, quick, loads, short):
 
 def test_a_sweep_over_samplers(run, quick, loads, short):
     assert run(*quick, "clips=1", "steps=4", "sweep=samplers", "json=out.json")[0] == 0
-    rows = {row["name"]: row for row in scores("out.json")["sweep"]}
+    rows = {row["name"]: row for row in written("out.json")["sweep"]}
     assert [*rows] == ["reference, 4 steps"] + [
         f"{name}, {steps} steps"
         for name in ("ddim", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "heun")
@@ -248,7 +248,7 @@ def test_a_row_equal_to_the_settings_is_not_sampled_again(run, quick, loads, mon
     )
     assert run(*quick, "clips=1", "steps=1", "guidance=3", "sweep=guidance", "json=out.json")[0] == 0
     assert asked == [3, 1, 2, 5, 7, 9]
-    assert [row["name"] for row in scores("out.json")["sweep"]] == [
+    assert [row["name"] for row in written("out.json")["sweep"]] == [
         f"guidance {v}" for v in (1, 2, 3, 5, 7, 9)
     ]
 
@@ -261,11 +261,11 @@ def test_a_missing_condition_is_gone_and_nothing_else(road, picture):
     text, local = config.clip.text_length, (config.unet.local_grid // 4) ** 2
     places = {"text": slice(0, text), "local tokens": slice(text, text + local),
               "image vector": slice(text + local, None), "concat": None}  # fmt: skip
-    rows = {variant.missing: variant for variant in evaluation.variants(config, "conditions")}
+    rows = {variant.missing: variant for variant in evaluate.variants(config, "conditions")}
     assert {*rows} == {"", *places}
     before = {name: tensor.clone() for name, tensor in road.unet.state_dict().items()}
     for missing, place in places.items():
-        deaf = evaluation.varied(road, rows[missing]).unet
+        deaf = evaluate.varied(road, rows[missing]).unet
         whole, less = (unet.prepare(conds[0], 3) for unet in (road.unet, deaf))
         changed = (whole.context != less.context).any(dim=(0, 2))
         expected = torch.zeros_like(changed)
@@ -291,11 +291,11 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
     words = ["weights=weights", "device=cpu", "clips=1", "steps=1", "json=out.json"]
     status, _, err = run(*words)
     assert status == 0, err
-    found = scores("out.json")["settings"]
+    found = written("out.json")["settings"]
     assert (found["width"], found["frames"], found["fps"], found["world_speed"]) == (16, 3, 8, 1.0)
     assert {*found["weights_sha256"]} == {"unet.safetensors", "vae.safetensors", "clip.safetensors"}
     # Twice the rate in as many frames is half of the time: true clips show half of the motion.
-    assert run(*words, "fps=16")[0] == 0 and scores("out.json")["settings"]["world_speed"] == 0.5
+    assert run(*words, "fps=16")[0] == 0 and written("out.json")["settings"]["world_speed"] == 0.5
     status, _, err = run(*words, "frames=9")
     assert status == 2 and "4.0 times the motion" in err and "sample.frames = 9" in err
 
@@ -356,27 +356,29 @@ def test_a_file_is_whole_or_as_it_was(run, quick, loads, monkeypatch):
 
 def test_wilson_intervals():
     # Brown, Cai and DasGupta 2001, and by hand at the ends.
-    assert evaluation_scores.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert evaluation_scores.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert evaluation_scores.wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
-    assert evaluation_scores.wilson(0, 0) is None
+    assert scores.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert scores.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert scores.wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
+    assert scores.wilson(0, 0) is None
 
 
 def test_means_and_what_is_not_there():
-    assert evaluation_scores.mean_interval([1.0, 3.0]) == pytest.approx((2 - 1.96, 2 + 1.96))
-    assert evaluation_scores.mean_interval([1.0]) is None
-    low, high = evaluation_scores.share_interval([1.0, 1.0, 0.6])
-    assert 0.5 < low < 0.7 and high == 1.0 and evaluation_scores.share_interval([1.0]) is None
+    assert scores.mean_interval([1.0, 3.0]) == pytest.approx((2 - 1.96, 2 + 1.96))
+    assert scores.mean_interval([1.0]) is None
+    low, high = scores.share_interval([1.0, 1.0, 0.6])
+    assert 0.5 < low < 0.7 and high == 1.0 and scores.share_interval([1.0]) is None
     black, grey = np.zeros((2, 4, 4, 3), np.uint8), np.full((2, 4, 4, 3), 51, np.uint8)
-    assert evaluation_scores.psnr(black, black) == 99.0
-    assert evaluation_scores.psnr(black, grey) == pytest.approx(20 * np.log10(5))
-    empty = evaluation_scores.summarise([], {"still_psnr": [], "vae_psnr": []}, 0.0)
+    assert scores.psnr(black, black) == 99.0
+    assert scores.psnr(black, grey) == pytest.approx(20 * np.log10(5))
+    empty = scores.summarise([], {"still_psnr": [], "vae_psnr": []}, 0.0)
     assert {*empty.values.values(), *empty.intervals.values()} == {None}
-    assert evaluation_page.motion_table(empty).rows == ()
-    assert {row[1:] for row in evaluation_page.score_table(empty).rows} == {("-", "-", "0")}
+    assert pages.motion_table(empty).rows == ()
+    assert {row[1:] for row in pages.score_table(empty).rows} == {("-", "-", "0")}
 
 
 def test_still_clips_are_not_compared_by_pixel():
-    still, left = (world.Facts(None, (), (world.Move(kind),), world.STILL) for kind in ("still", "left"))
-    pan = world.Facts(None, (), (), world.Move("pan left"))
-    assert [evaluation_scores.comparable(facts) for facts in (still, left, pan)] == [False, True, False]
+    still, left = (
+        drawing.Facts(None, (), (drawing.Move(kind),), drawing.STILL) for kind in ("still", "left")
+    )
+    pan = drawing.Facts(None, (), (), drawing.Move("pan left"))
+    assert [scores.comparable(facts) for facts in (still, left, pan)] == [False, True, False]

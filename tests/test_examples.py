@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import i2vgen
-from i2vgen import video
-from i2vgen.training import world
+from i2vgen.files import video
+from i2vgen.world import drawing
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -36,8 +36,8 @@ def call(name, *words):
 @pytest.fixture(scope="module")
 def clip():
     """A true clip of the shipped model's size, its first frame in other colours, and its caption."""
-    seed = next(s for s in range(99) if world.sample_facts(s, kind="basic").moves[0].kind == "right")
-    made = world.clip(seed, width=32, height=32, frames=8, kind="basic")
+    seed = next(s for s in range(99) if drawing.sample_facts(s, kind="basic").moves[0].kind == "right")
+    made = drawing.clip(seed, width=32, height=32, frames=8, kind="basic")
     return made.frames, Image.fromarray(made.frames[0][..., ::-1].copy()), made.caption
 
 
@@ -127,7 +127,7 @@ def test_extra_tokens(tmp_path):
     for kind, told in (("up", (0, -1, 0, 0)), ("grow", (0, 0, 1, 0)), ("rotate", (0, 0, 0, 1))):
         facts = next(
             facts
-            for facts in (world.sample_facts(s, kind="basic") for s in range(999))
+            for facts in (drawing.sample_facts(s, kind="basic") for s in range(999))
             if (facts.moves[0].kind, facts.moves[0].speed) == (kind, "quickly")
         )
         amount = {"up": 0.72, "grow": np.log(1.85), "rotate": np.radians(110.0)}[kind]

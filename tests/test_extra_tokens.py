@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import pipeline, speed
-from i2vgen.attention import Attention, Keys
-from i2vgen.conditioning import Unconditional, join
-from i2vgen.config import Runtime
-from i2vgen.extra_tokens import Beside, extra_tokens
-from i2vgen.training.evaluation import Without
-from i2vgen.unet import Deep
+from i2vgen import pipeline
+from i2vgen.adapt.extra_tokens import Beside, extra_tokens
+from i2vgen.evaluation.evaluate import Without
+from i2vgen.fast import speed
+from i2vgen.model.attention import Attention, Keys
+from i2vgen.model.conditioning import Unconditional, join
+from i2vgen.model.unet import Deep
+from i2vgen.settings.config import Runtime
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 WIDTH = 16  # of the small UNet's context

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import config, folding, speed
-from i2vgen.attention import FrameAttention
-from i2vgen.meter import Meter
-from i2vgen.temporal import TemporalTransformer
+from i2vgen.fast import folding, speed
+from i2vgen.memory.meter import Meter
+from i2vgen.model.attention import FrameAttention
+from i2vgen.model.temporal import TemporalTransformer
+from i2vgen.settings import config
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 ON, OFF = config.Runtime(kernels="plain"), config.Runtime(kernels="plain", fold_products=False)

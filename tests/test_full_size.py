@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import checkpoint, config
+from i2vgen.files import checkpoint
+from i2vgen.settings import config
 from weights_conversion import rules, unet_vgen
 from weights_conversion import vae as vae_tables
 

@@ -14,7 +14,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from i2vgen import checkpoint, config_layers, memory, pipeline, runtime, video
+from i2vgen import pipeline
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint, video
+from i2vgen.memory import plans
+from i2vgen.settings import merge
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "generate.py"
@@ -175,8 +179,8 @@ def test_print_config_is_a_file_that_says_the_same(run, loads, tmp_path):
     ]
     status, out, _ = run(*words)
     (tmp_path / "printed.yaml").write_text(out)
-    printed = config_layers.load_config(tmp_path / "printed.yaml")
-    assert status == 0 and loads == [] and printed == config_layers.load_config(words[0], words[1:-1])
+    printed = merge.load_config(tmp_path / "printed.yaml")
+    assert status == 0 and loads == [] and printed == merge.load_config(words[0], words[1:-1])
     assert yaml.safe_load(out)["prompt"] == ["no: 1e3", ""]
     assert run("printed.yaml", "--print-config")[1] == out
 
@@ -366,7 +370,7 @@ def test_a_lean_plan_gives_the_same_frames(run, picture_file, monkeypatch):
     """Through the door: plan and estimate are told first, and the frames are those of memory=full."""
     # At this size nothing is long enough to be cut; so the plan cuts finer, and a CPU keeps what a GPU would.
     finer = {"offload": "blocks", "token_chunk": 40, "vae_chunk": 1, "vae_tile": 6}
-    monkeypatch.setitem(memory.PLANS, "low", finer)
+    monkeypatch.setitem(plans.PLANS, "low", finer)
     frames = {}
     for plan in ("full", "low"):
         words = [*QUICK, f"image={picture_file}", "prompt=a boat", f"output={plan}", f"memory={plan}"]

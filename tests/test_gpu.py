@@ -6,7 +6,10 @@ import json
 import pytest
 import torch
 
-from i2vgen import checkpoint, compiled, config, kernels, machine, pipeline, speed
+from i2vgen import pipeline
+from i2vgen.fast import compiled, kernels, machine, speed
+from i2vgen.files import checkpoint
+from i2vgen.settings import config
 
 pytestmark = pytest.mark.gpu
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import images
+from i2vgen.files import images
 
 skimage = pytest.importorskip("skimage")
 PHOTOS = [

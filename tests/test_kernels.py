@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i2vgen import kernels
+from i2vgen.fast import kernels
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
@@ -50,7 +50,7 @@ def test_the_kernels_build_for_a_gpu(name, capability):
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
 
-    from i2vgen import triton_kernels
+    from i2vgen.fast import triton_kernels
 
     kernel = getattr(triton_kernels, name)
     pointers, constants = BUILDS[name]

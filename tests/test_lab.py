@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import config
-from i2vgen.attention import FUNCTIONS, attend
-from i2vgen.conditioning import join
-from i2vgen.config_layers import load_config
+from i2vgen.adapt.taps import attention_by, attention_maps, controlled, taps
 from i2vgen.lab import summary, trace
-from i2vgen.taps import attention_by, attention_maps, controlled, taps
-from i2vgen.unet import Residuals
+from i2vgen.model.attention import FUNCTIONS, attend
+from i2vgen.model.conditioning import join
+from i2vgen.model.unet import Residuals
+from i2vgen.settings import config
+from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
 TINY = [ROOT / "configs" / "tiny.yaml", "weights=random"]

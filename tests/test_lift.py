@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import config, refine
-from i2vgen.config_layers import from_dict, load_config, read_stored_settings
-from i2vgen.training import data, diffusion, gain, lift, loop
+from i2vgen.evaluation import gain
+from i2vgen.refiner import refine
+from i2vgen.settings import config
+from i2vgen.settings.merge import from_dict, load_config, read_stored_settings
+from i2vgen.training import data, diffusion, lift, loop
 from i2vgen.training.settings import Bucket, load_settings
 
 CPU = torch.device("cpu")

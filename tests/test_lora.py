@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from i2vgen import config, lora, pipeline, speed
-from i2vgen.config import SHIPPED
+from i2vgen import pipeline
+from i2vgen.adapt import lora
+from i2vgen.fast import speed
+from i2vgen.settings import config
+from i2vgen.settings.config import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ["*attention*.to_*", "mid1.res.conv*"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from i2vgen.loss import draw_offset_noise, offset_noise, training_loss
-from i2vgen.schedule import Schedule, make_betas
+from i2vgen.diffusion.loss import draw_offset_noise, offset_noise, training_loss
+from i2vgen.diffusion.schedule import Schedule, make_betas
 
 BETAS = make_betas(kind="cosine", num_timesteps=1000, zero_terminal_snr=True)
 T = torch.tensor([0, 400, 999])

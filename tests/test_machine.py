@@ -8,12 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i2vgen import attention, compiled, config, machine, pipeline, speed
-from i2vgen.attention import Attention, FrameAttention, attend
+from i2vgen import pipeline
 from i2vgen.bench.count import META, OFF, inputs
-from i2vgen.conditioning import join
-from i2vgen.meter import Meter
-from i2vgen.unet import UNet
+from i2vgen.fast import compiled, machine, speed
+from i2vgen.memory.meter import Meter
+from i2vgen.model import attention
+from i2vgen.model.attention import Attention, FrameAttention, attend
+from i2vgen.model.conditioning import join
+from i2vgen.model.unet import UNet
+from i2vgen.settings import config
 
 CPU = torch.device("cpu")
 EXACT = {"rtol": 0, "atol": 1e-12}

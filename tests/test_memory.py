@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import memory, offload, pipeline, speed, storage
-from i2vgen.attention import Attention
-from i2vgen.conditioning import join
-from i2vgen.config import Runtime
-from i2vgen.layers import FeedForward, GroupNorm, in_chunks
-from i2vgen.meter import Meter
+from i2vgen import pipeline
+from i2vgen.fast import speed
+from i2vgen.memory import offload, plans, storage
+from i2vgen.memory.meter import Meter
+from i2vgen.model.attention import Attention
+from i2vgen.model.conditioning import join
+from i2vgen.model.layers import FeedForward, GroupNorm, in_chunks
+from i2vgen.settings.config import Runtime
 
 
 def changed(settings, **sections):
@@ -135,7 +137,7 @@ def test_in_chunks_may_write_into_its_input():
 
 
 def stream(unet):
-    listed = memory.streamable(unet)
+    listed = plans.streamable(unet)
     return offload.Streamed(listed.blocks, torch.device("cpu"), resident=listed.resident)
 
 
@@ -156,7 +158,7 @@ def test_blocks_that_take_turns_give_the_same_bits(make_unet, make_inputs, proje
     seen = []
     streamed = stream(unet)
     guest = offload.Guest(unet, torch.device("cpu"), streamed=streamed)
-    for block in memory.streamable(unet).blocks:
+    for block in plans.streamable(unet).blocks:
         block.res.register_forward_hook(
             lambda module, inputs, out: seen.append(module.conv1.weight.untyped_storage().data_ptr())
         )
@@ -177,7 +179,7 @@ def test_blocks_that_take_turns_give_the_same_bits(make_unet, make_inputs, proje
 @torch.no_grad()
 def test_a_block_that_comes_unexpectedly_is_fetched(make_unet):
     unet = make_unet()
-    blocks = memory.streamable(unet).blocks
+    blocks = plans.streamable(unet).blocks
     streamed = stream(unet)
     streamed.start()
     for i in (2, 0, 0, 1, len(blocks) - 1):
@@ -216,7 +218,7 @@ def test_the_road_with_parts_that_come_and_go(road, picture, how):
     wanted = road(picture, "a boat").frames
     settings = changed(road.config, runtime={"offload": how, "token_chunk": 17})
     model = pipeline.I2VGenXL(settings, *copy.deepcopy([road.unet, road.vae, road.clip]), road.device)
-    model.waiting = memory.guests(model.parts, settings, model.device)
+    model.waiting = plans.guests(model.parts, settings, model.device)
     assert set(model.waiting) == {"unet", "vae", "clip"}
     speed.apply(model.unet, settings.runtime)
     for _ in range(2):
@@ -300,9 +302,9 @@ def counted(monkeypatch):
         def estimate(self, settings):
             sample, plan = settings.sample, settings.runtime.memory
             need = bytes_[plan] * sample.width * sample.height
-            return memory.Estimate(plan, (memory.Moment("UNet", 0, need),))
+            return plans.Estimate(plan, (plans.Moment("UNet", 0, need),))
 
-    monkeypatch.setattr(memory, "Ledger", Ledger)
+    monkeypatch.setattr(plans, "Ledger", Ledger)
     return bytes_
 
 
@@ -310,26 +312,26 @@ def counted(monkeypatch):
     ("free", "plan"), [(2**60, "full"), (100, "full"), (99, "balanced"), (50, "balanced"), (49, "low")]
 )
 def test_auto_takes_the_fastest_plan_that_fits(tiny, counted, free, plan):
-    settled, estimate = memory.choose(tiny, free * 64 * 64)
+    settled, estimate = plans.choose(tiny, free * 64 * 64)
     assert settled.runtime.memory == estimate.plan == plan
-    assert memory.choose(settled, free * 64 * 64)[0] == settled  # a recorded choice stays what it is
+    assert plans.choose(settled, free * 64 * 64)[0] == settled  # a recorded choice stays what it is
     asked = changed(tiny, runtime={"memory": plan})
-    assert memory.choose(asked, 2**60)[0] == settled
+    assert plans.choose(asked, 2**60)[0] == settled
 
 
 def test_full_is_what_the_settings_say(tiny):
     for more in ({}, {"token_chunk": 9, "vae_chunk": 5, "offload": "parts"}):
         settings = changed(tiny, runtime=more)
-        assert memory.settle(settings, "full") == changed(settings, runtime={"memory": "full"})
+        assert plans.settle(settings, "full") == changed(settings, runtime={"memory": "full"})
 
 
 def test_a_plan_leaves_what_the_user_set(tiny):
-    settled = memory.settle(changed(tiny, runtime={"vae_chunk": 5}), "low", "cuda").runtime
+    settled = plans.settle(changed(tiny, runtime={"vae_chunk": 5}), "low", "cuda").runtime
     assert (settled.vae_chunk, settled.token_chunk, settled.offload) == (5, 28_160, "blocks")
-    assert memory.settle(tiny, "low").runtime.offload == "none"  # on a CPU nothing would be saved
+    assert plans.settle(tiny, "low").runtime.offload == "none"  # on a CPU nothing would be saved
     for name in ("compile", "cuda_graph"):  # neither can follow weights that move
         fixed = changed(tiny, runtime={name: True})
-        assert memory.settle(fixed, "low", "cuda").runtime.offload == "parts"
+        assert plans.settle(fixed, "low", "cuda").runtime.offload == "parts"
         with pytest.raises(ValueError, match=rf"offload=blocks .*runtime\.{name} cannot follow"):
             changed(tiny, runtime={name: True, "offload": "blocks"})
 
@@ -337,8 +339,8 @@ def test_a_plan_leaves_what_the_user_set(tiny):
 def test_a_plan_that_does_not_fit_names_one_that_does(tiny, counted):
     asked = changed(tiny, runtime={"memory": "full"})
     with pytest.raises(ValueError, match=r"64 x 64 x 3 needs about .* are free; memory=low would fit"):
-        memory.choose(asked, 30 * 64 * 64)
-    assert memory.choose(changed(asked, runtime={"check_memory": False}), 0)[0].runtime.memory == "full"
+        plans.choose(asked, 30 * 64 * 64)
+    assert plans.choose(changed(asked, runtime={"check_memory": False}), 0)[0].runtime.memory == "full"
 
 
 @pytest.mark.parametrize("plan", ["auto", "full", "low"])
@@ -346,20 +348,20 @@ def test_advice_that_is_followed_fits_and_no_larger_size_does(tiny, counted, pla
     wide = changed(tiny, sample={"width": 512, "height": 384}, runtime={"memory": plan})
     free = 20 * 300 * 250
     with pytest.raises(ValueError, match="512 x 384 x 3 needs") as caught:
-        memory.choose(wide, free)
+        plans.choose(wide, free)
     advised = re.search(r"memory=low width=(\d+) height=(\d+) would fit", str(caught.value))
     size = int(advised[1]), int(advised[2])
-    sizes = memory.smaller_sizes(wide)
+    sizes = plans.smaller_sizes(wide)
     better = sizes[sizes.index(size) - 1]
     for (width, height), fits in ((size, True), (better, False)):
         settled = changed(wide, sample={"width": width, "height": height}, runtime={"memory": "low"})
-        assert (memory.Ledger(wide).estimate(settled).total <= free) == fits
+        assert (plans.Ledger(wide).estimate(settled).total <= free) == fits
     assert all(w % 64 == h % 64 == 0 and w < 512 for w, h in sizes)
 
 
 def test_no_size_fits_where_the_smallest_does_not(tiny, counted):
     with pytest.raises(ValueError, match=r"no size fits.*\(runtime\.check_memory=false runs anyway\)"):
-        memory.choose(tiny, 10)
+        plans.choose(tiny, 10)
 
 
 # --- the estimate
@@ -367,7 +369,7 @@ def test_no_size_fits_where_the_smallest_does_not(tiny, counted):
 
 @pytest.fixture(scope="module")
 def ledger(tiny):
-    return memory.Ledger(tiny)
+    return plans.Ledger(tiny)
 
 
 def test_weights_are_counted_where_they_are(tiny, tiny_model, ledger):
@@ -389,10 +391,10 @@ def test_weights_are_counted_where_they_are(tiny, tiny_model, ledger):
 
 def test_a_part_that_meta_cannot_run_is_estimated_roughly():
     with pytest.warns(UserWarning, match="estimated roughly: a part does not run on meta"):
-        assert memory.peak(lambda: float(torch.ones(1, device="meta")), 123) == 123
+        assert plans.peak(lambda: float(torch.ones(1, device="meta")), 123) == 123
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert memory.peak(lambda: torch.ones(100, device="meta"), 123) == 400
+        assert plans.peak(lambda: torch.ones(100, device="meta"), 123) == 400
 
 
 MEASURE = """
@@ -400,7 +402,7 @@ import ctypes, gc, json, sys, warnings
 from pathlib import Path
 import torch
 from PIL import Image
-from i2vgen import load_config, pipeline
+from i2vgen import (load_config, pipeline)
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)

@@ -10,7 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, config, config_layers, load, pipeline, runtime, schedule, video
+from i2vgen import load, pipeline
+from i2vgen.diffusion import schedule
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint, video
+from i2vgen.settings import config, merge
 
 PROMPTS = ["a boat", "a red boat on a lake", ""]
 SEEDS = [3, 1, 2**63 - 1]
@@ -252,7 +256,7 @@ def test_a_saved_clip_explains_itself(road, picture_file, tmp_path, name):
     frames, fps = video.load(path)
     assert frames.shape[1:] == (16, 16, 3) and fps == pytest.approx(8, rel=0.1)
 
-    settings = config_layers.from_dict(record["settings"])
+    settings = merge.from_dict(record["settings"])
     assert settings.image == (str(picture_file),) and settings.prompt == ("a boat: no",)
     assert settings.sample.seed == (7,) and settings.output == str(path)
     parts = (road.unet, road.vae, road.clip, road.device)
@@ -273,7 +277,7 @@ def test_a_record_of_one_clip_of_many_names_that_clip_only(road, with_config, pi
     model = with_config(road, image=("a", "b"), prompt=("x", "y"), sample={"seed": (1, 2)}, items="list")
     made = model.generate([picture_file] * 2, ["x", "y"], [1, 2])[1]
     made.save(tmp_path / "b.gif")
-    settings = config_layers.from_dict(json.loads((tmp_path / "b.json").read_text())["settings"])
+    settings = merge.from_dict(json.loads((tmp_path / "b.json").read_text())["settings"])
     assert (settings.prompt, settings.sample.seed, settings.items) == (("y",), (2,), "")
 
 
@@ -370,8 +374,8 @@ def test_load_from_a_folder(tiny, tiny_model, picture, tmp_path, recwarn):
     ],
 )
 def test_what_cannot_be_sampled_is_refused_before_loading(overrides, words, monkeypatch):
-    from i2vgen import checkpoint
-    from i2vgen.config_layers import load_config
+    from i2vgen.files import checkpoint
+    from i2vgen.settings.merge import load_config
 
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("a part was loaded"))
     cfg = load_config(Path(__file__).parents[1] / "configs" / "tiny.yaml", overrides, weights="random")

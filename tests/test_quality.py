@@ -7,15 +7,17 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from i2vgen import config, config_layers, pipeline, speed
-from i2vgen.conditioning import Conditions, join
-from i2vgen.config import QUALITIES, Sample
-from i2vgen.config_layers import load_config
-from i2vgen.deep_cache import DeepCache
-from i2vgen.sampler import StepInfo, Watch, between, ddim, guided, guided_pair, rescaled
-from i2vgen.schedule import Schedule, make_betas
-from i2vgen.solvers import dpmpp_2m
-from i2vgen.unet import Deep, UNet
+from i2vgen import pipeline
+from i2vgen.diffusion.sampler import StepInfo, Watch, between, ddim, guided, guided_pair, rescaled
+from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.diffusion.solvers import dpmpp_2m
+from i2vgen.fast import speed
+from i2vgen.fast.deep_cache import DeepCache
+from i2vgen.model.conditioning import Conditions, join
+from i2vgen.model.unet import Deep, UNet
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import QUALITIES, Sample
+from i2vgen.settings.merge import load_config
 
 
 def released():
@@ -264,7 +266,7 @@ def test_a_preset_stands_where_it_is_given(tmp_path):
 def test_the_official_file_takes_a_preset(root):
     got = load_config(root / "configs" / "i2vgen_xl.yaml", ["quality=fast"]).sample
     assert got == dataclasses.replace(
-        config_layers.with_quality(config.Config(), "fast").sample, width=got.width, height=got.height
+        merge.with_quality(config.Config(), "fast").sample, width=got.width, height=got.height
     )
 
 
@@ -275,7 +277,7 @@ def test_presets_name_the_same_settings_and_exact_is_the_default():
         default = getattr(Sample(), name)
         assert (list(default) if isinstance(default, tuple) else default) == value
     for quality in QUALITIES:
-        made = config_layers.with_quality(config.Config(), quality)
+        made = merge.with_quality(config.Config(), quality)
         assert made == load_config(None, [f"quality={quality}"])
         pipeline.refuse_unsampleable(made)
     assert load_config().sample.quality == "exact"
@@ -283,12 +285,12 @@ def test_presets_name_the_same_settings_and_exact_is_the_default():
 
 def test_settings_that_were_recorded_come_back_as_they_are():
     made = load_config(None, ["quality=fast", "steps=7", "guidance_interval=[0.2,0.9]"])
-    assert config_layers.from_dict(json.loads(json.dumps(made.to_dict()))) == made
+    assert merge.from_dict(json.loads(json.dumps(made.to_dict()))) == made
 
 
 def test_what_it_was_made_with_stands_beside_the_video(road, with_config, picture, tmp_path):
     sample = dataclasses.replace(
-        config_layers.with_quality(road.config, "draft").sample, deep_cache_blocks=1, steps=3
+        merge.with_quality(road.config, "draft").sample, deep_cache_blocks=1, steps=3
     )
     model = with_config(road, sample=dataclasses.asdict(sample))
     path = model(picture, "a star").save(tmp_path / "clip.png")

@@ -903,7 +903,7 @@ def test_describe(torch_file, safe_file, tmp_path):
 
 STREAM = """
 import sys, torch
-from i2vgen.safefile import Entry, write_safetensors
+from i2vgen.files.safefile import (Entry, write_safetensors)
 from weights_conversion import readers
 from weights_conversion.inspect_file import describe
 

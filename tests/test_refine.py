@@ -12,21 +12,15 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import (
-    checkpoint,
-    config,
-    config_layers,
-    memory,
-    pipeline,
-    refine,
-    refine_video,
-    runtime,
-    speed,
-    video,
-)
-from i2vgen.conditioning import Conditions
-from i2vgen.meter import Meter
-from i2vgen.unet import UNet
+from i2vgen import pipeline
+from i2vgen.fast import runtime, speed
+from i2vgen.files import checkpoint, video
+from i2vgen.memory import plans
+from i2vgen.memory.meter import Meter
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.refiner import fitting, refine
+from i2vgen.settings import config, merge
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "generate.py"
 
@@ -40,7 +34,7 @@ def job(road):
 
 @pytest.fixture(scope="module")
 def refiner(job, road):
-    stage = config_layers.second_stage(job)
+    stage = merge.second_stage(job)
     unet = checkpoint.load(
         "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
     )
@@ -101,7 +95,7 @@ def test_a_clip_is_refined_and_depends_on_its_seed_alone(refiner):
 def test_every_setting_does_something(refiner, told, job, changes):
     model = told(**changes)
     if "skip_filter" in changes:  # read where the network is built
-        stage = config_layers.second_stage(dataclasses.replace(job, refine=model.config.refine))
+        stage = merge.second_stage(dataclasses.replace(job, refine=model.config.refine))
         assert stage.use.skip_filter == "sr600" and refiner.config.use.skip_filter == "none"
         unet = checkpoint.load(
             "unet", dataclasses.replace(stage, weights="random"), device="cpu", dtype=torch.float64
@@ -130,7 +124,7 @@ def test_what_the_autoencoder_loses_is_put_back(told):
         shape = refine.geometry(model.config, (16, 12))
         given = refine.encode(model, frames, shape, runtime.SampleNoise(0))
         got = refine.decode(model, given, shape, frames, given)
-        wanted = refine_video.cropped(refine.prepared(model, frames, shape), shape)
+        wanted = fitting.cropped(refine.prepared(model, frames, shape), shape)
         wanted = video.to_uint8(wanted.permute(1, 0, 2, 3)).numpy()
         errors[restore] = np.abs(got.astype(int) - wanted).max()
     assert errors[1.0] <= 1 < errors[0.5] < errors[0.0]
@@ -158,7 +152,7 @@ def test_a_long_clip_goes_in_windows_and_one_frame_alone(refiner, told):
 @pytest.mark.parametrize("fit", ["keep", "crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(448, 256), (1280, 704), (1920, 1080), (333, 777), (1, 1), (5000, 3)])
 def test_any_size_becomes_legal_and_comes_back(fit, size):
-    shape = refine_video.geometry(size, (1280, 720), fit)
+    shape = fitting.geometry(size, (1280, 720), fit)
     assert shape.legal[0] % 64 == 0 and shape.legal[1] % 64 == 16
     assert all(big >= small for big, small in zip(shape.legal, shape.wanted, strict=True))
     if fit == "keep":
@@ -166,22 +160,22 @@ def test_any_size_becomes_legal_and_comes_back(fit, size):
         assert shape.wanted[0] <= 1280 and shape.wanted[1] <= 720
     else:
         assert shape.wanted == (1280, 720) == shape.legal
-    assert refine_video.geometry((1280, 704), (1280, 720), "keep").wanted == (1280, 704)  # not resampled
+    assert fitting.geometry((1280, 704), (1280, 720), "keep").wanted == (1280, 704)  # not resampled
 
 
 @pytest.mark.parametrize("fit", ["keep", "crop", "pad", "stretch"])
 @pytest.mark.parametrize("size", [(33, 17), (10, 40), (64, 64)])
 def test_pixels_go_there_and_back(fit, size):
     frames = clip(2, size[1], size[0])
-    shape = refine_video.geometry(size, (50, 30), fit, multiple=16, rest=4)
-    pixels = refine_video.prepared(frames, shape, antialias=True)
+    shape = fitting.geometry(size, (50, 30), fit, multiple=16, rest=4)
+    pixels = fitting.prepared(frames, shape, antialias=True)
     assert pixels.shape == (2, 3, shape.legal[1], shape.legal[0])
-    back = refine_video.cropped(pixels, shape)
+    back = fitting.cropped(pixels, shape)
     assert back.shape[-2:] == (shape.wanted[1], shape.wanted[0])
     if fit == "pad" and size != (50, 30):
         assert (back == -1).any() and back.amax() > -0.9
     if fit == "keep":  # the padding repeats the border
-        assert torch.equal(back, refine_video.resized(frames, *shape.wanted, antialias=True))
+        assert torch.equal(back, fitting.resized(frames, *shape.wanted, antialias=True))
         assert torch.equal(pixels[..., 0, :].amin(), back[..., 0, :].amin())
 
 
@@ -189,7 +183,7 @@ def test_pixels_go_there_and_back(fit, size):
 @pytest.mark.parametrize("fit", ["keep", "crop", "pad"])
 def test_odd_sizes_are_refined(told, size, fit):
     got = told(fit=fit, width=18, height=14)(clip(2, size[1], size[0]), "a boat", seed=1)
-    wanted = refine_video.geometry(size, (18, 14), fit, multiple=4, rest=0).wanted
+    wanted = fitting.geometry(size, (18, 14), fit, multiple=4, rest=0).wanted
     assert got.shape == (2, wanted[1], wanted[0], 3)
 
 
@@ -273,8 +267,8 @@ def test_lost_words_are_told(refiner):
 def test_weights_of_another_kind_are_refused(job, road, tmp_path, tiny):
     folder = checkpoint.save(tmp_path / "first", {"vae": road.vae}, road.config)
     with pytest.raises(ValueError, match="holds no refiner"):
-        config_layers.second_stage(dataclasses.replace(job, refine_weights=str(folder)))
-    stage = config_layers.second_stage(job)
+        merge.second_stage(dataclasses.replace(job, refine_weights=str(folder)))
+    stage = merge.second_stage(job)
     folder = checkpoint.save(tmp_path / "second", {"vae": road.vae}, stage)
     with pytest.raises(ValueError, match="lacks the unet"):
         refine.homes_of(dataclasses.replace(job, refine_weights=str(folder)), stage)
@@ -286,7 +280,7 @@ def test_vae_and_clip_may_be_the_first_stages(job, refiner, road, tmp_path):
     first = checkpoint.save(tmp_path / "first", {"vae": road.vae, "clip": road.clip}, road.config)
     second = checkpoint.save(tmp_path / "second", {"unet": refiner.unet}, refiner.config)
     both = dataclasses.replace(job, weights=str(first), refine_weights=str(second))
-    homes = refine.homes_of(both, config_layers.second_stage(both))
+    homes = refine.homes_of(both, merge.second_stage(both))
     assert homes == {"unet": str(second), "vae": str(first), "clip": str(first)}
 
 
@@ -295,9 +289,9 @@ def test_a_folder_brings_its_own_settings(refiner, tmp_path):
         refiner.config, refine=config.Refine(guidance=9.0, noise_level=700), refine_suffix=", own"
     )
     folder = str(checkpoint.save(tmp_path / "w", {"unet": refiner.unet}, told))
-    got = config_layers.load_config(None, [f"refine_weights={folder}", "refine.guidance=4"], weights="random")
+    got = merge.load_config(None, [f"refine_weights={folder}", "refine.guidance=4"], weights="random")
     assert (got.refine.guidance, got.refine.noise_level, got.refine_suffix) == (4.0, 700, ", own")
-    assert config_layers.second_stage(got).use == config.REFINER_USE
+    assert merge.second_stage(got).use == config.REFINER_USE
 
 
 def test_too_little_memory_is_told_before_the_first_stage(job, monkeypatch):
@@ -330,7 +324,7 @@ def loaded(job, monkeypatch):
     "plan", [{"memory": "low", "offload": "blocks"}, {"memory": "low", "vae_tile": 3}], ids=str
 )
 def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
-    monkeypatch.setitem(memory.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
+    monkeypatch.setitem(plans.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
     (whole, full), (lean, low) = loaded(memory="full"), loaded(**plan)
     assert full.plan == "full" and low.plan == "low" == lean.config.runtime.memory
     assert lean.config.runtime.token_chunk == 20 and bool(lean.waiting) == ("offload" in plan)
@@ -339,14 +333,14 @@ def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
 
 
 def test_the_plan_is_the_fastest_that_fits(job, monkeypatch):
-    stage = config_layers.second_stage(job)
+    stage = merge.second_stage(job)
     # In a network this small it is the feed-forwards that decide; chunks of tokens would not pay.
-    monkeypatch.setitem(memory.PLANS, "low", {"feed_forward_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
+    monkeypatch.setitem(plans.PLANS, "low", {"feed_forward_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
 
     def asking(plan):
         return dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory=plan))
 
-    needs = {plan: refine.choose_plan(asking(plan), (16, 12), 9)[1] for plan in memory.PLANS}
+    needs = {plan: refine.choose_plan(asking(plan), (16, 12), 9)[1] for plan in plans.PLANS}
     assert needs["full"].total > needs["low"].total
     monkeypatch.setattr(runtime, "free_memory", lambda where: needs["low"].total)
     assert refine.choose_plan(asking("auto"), (16, 12), 9)[1].plan == "low"
@@ -415,9 +409,7 @@ def run(script_at, monkeypatch, road, refiner):
     monkeypatch.setattr(
         refine,
         "load",
-        lambda settings, *size, tell: dataclasses.replace(
-            refiner, config=config_layers.second_stage(settings)
-        ),
+        lambda settings, *size, tell: dataclasses.replace(refiner, config=merge.second_stage(settings)),
     )
     Path("road.yaml").write_text(road.config.to_yaml())
     return run

@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from i2vgen import checkpoint, config, config_layers, runtime
-from i2vgen.config import Runtime
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import Runtime
 
 # --- noise
 
@@ -92,9 +94,9 @@ def test_named_precisions(name):
 def test_every_precision_of_the_settings_is_known():
     for field in ("dtype", "encoder_dtype", "vae_dtype"):
         for name in runtime.DTYPES:
-            assert config_layers.load_config(None, [f"runtime.{field}={name}"])
+            assert merge.load_config(None, [f"runtime.{field}={name}"])
         with pytest.raises(ValueError, match=f"{field} is 'int8'"):
-            config_layers.load_config(None, [f"runtime.{field}=int8"])
+            merge.load_config(None, [f"runtime.{field}=int8"])
 
 
 def test_apply_sets_what_is_asked():

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from i2vgen import checkpoint
-from i2vgen.safefile import DTYPES, Entry, write_safetensors
+from i2vgen.files import checkpoint
+from i2vgen.files.safefile import DTYPES, Entry, write_safetensors
 
 
 def entries_of(tensors):
@@ -96,7 +96,7 @@ def test_strides_gradients_and_pending_operations(tmp_path):
     "dtype", [torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn], ids=str
 )
 def test_casting_on_the_way(tmp_path, dtype, monkeypatch):
-    monkeypatch.setattr("i2vgen.safefile.CHUNK", 7)
+    monkeypatch.setattr("i2vgen.files.safefile.CHUNK", 7)
     tensor = torch.randn(5, 9)
     write_safetensors(tmp_path / "f", [Entry("w", (5, 9), dtype, lambda: tensor)])
     assert same_bits(load_file(tmp_path / "f"), {"w": tensor.to(dtype)})
@@ -161,7 +161,7 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, error):
 
 KILLED = """
 import os, signal, sys, torch
-from i2vgen.safefile import Entry, write_safetensors
+from i2vgen.files.safefile import (Entry, write_safetensors)
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 good = Entry("a", (4,), torch.float32, lambda: torch.zeros(4))

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from i2vgen.sampler import ancestral, ddim, ddim_invert, guided, limit_x0
-from i2vgen.schedule import Schedule, make_betas, timesteps
+from i2vgen.diffusion.sampler import ancestral, ddim, ddim_invert, guided, limit_x0
+from i2vgen.diffusion.schedule import Schedule, make_betas, timesteps
 
 SPACINGS = ("official", "leading", "trailing", "linspace")
 

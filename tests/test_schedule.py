@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from i2vgen import schedule as schedule_module
-from i2vgen.schedule import Schedule, make_betas, next_levels, timesteps
+from i2vgen.diffusion import schedule as schedule_module
+from i2vgen.diffusion.schedule import Schedule, make_betas, next_levels, timesteps
 
 SPACINGS = ("official", "leading", "trailing", "linspace")
 PREDICTIONS = ("v", "eps", "x0", "previous")

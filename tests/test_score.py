@@ -16,10 +16,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import pipeline, video
-from i2vgen.config import SHIPPED
-from i2vgen.config_layers import load_config
+from i2vgen import pipeline
+from i2vgen.files import video
 from i2vgen.scoring import clips, flow, metrics, networks, scores, stats
+from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
 NETWORKS = """
@@ -339,7 +340,7 @@ def test_a_torchscript_network(tmp_path):
 
 def test_an_open_clip_checkpoint_of_the_users(run, tmp_path):
     """Random weights of a tiny card; the same numbers as the towers give when called by hand."""
-    from i2vgen import checkpoint
+    from i2vgen.files import checkpoint
 
     card = {
         "embed_dim": 8,

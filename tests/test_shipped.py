@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from i2vgen import checkpoint, config, config_layers, pipeline
-from i2vgen.training import reading, world
+from i2vgen import pipeline
+from i2vgen.files import checkpoint
+from i2vgen.settings import config, merge
+from i2vgen.world import drawing, reading
 
 SHIPPED = Path(config.SHIPPED)
 CLIPS = 16
@@ -29,9 +31,9 @@ def model():
 
 def clips(kind):
     """Evaluation clips of the model's size: seeds far below those of training."""
-    sample = config_layers.load_config(weights=str(SHIPPED)).sample
+    sample = merge.load_config(weights=str(SHIPPED)).sample
     size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
-    return [world.clip(seed, **size, kind=kind) for seed in range(7000, 7000 + CLIPS)]
+    return [drawing.clip(seed, **size, kind=kind) for seed in range(7000, 7000 + CLIPS)]
 
 
 def generate(model, pictures, captions):
@@ -55,7 +57,7 @@ def test_its_settings_are_those_of_the_committed_training_files(root):
     from i2vgen.training.settings import load_settings
 
     # What was added to the settings since they were written is at its default.
-    stored = config_layers.from_dict(config_layers.read_stored_settings(SHIPPED)).to_dict()
+    stored = merge.from_dict(merge.read_stored_settings(SHIPPED)).to_dict()
     made, _ = load_settings(root / "configs" / "train" / "small_vae.yaml")
     scale = stored["vae"].pop("scale")  # measured in training
     assert 0.1 < scale < 10
@@ -73,8 +75,8 @@ def test_one_frame_is_the_picture_and_the_prompt_decides_the_motion(model):
     right = [reading.score(f, c.facts)["motion_right"] for f, c in zip(frames, true, strict=True)]
     assert np.mean(psnr) > 26
 
-    others = [world.another_motion(clip.facts, seed) for seed, clip in enumerate(true)]
-    captions = [world.caption(facts, seed) for seed, facts in enumerate(others)]
+    others = [drawing.another_motion(clip.facts, seed) for seed, clip in enumerate(true)]
+    captions = [drawing.caption(facts, seed) for seed, facts in enumerate(others)]
     frames = generate(model, first, captions)
     right += [reading.score(f, facts)["motion_right"] for f, facts in zip(frames, others, strict=True)]
     assert np.mean(right) > LEAST_RIGHT
@@ -101,7 +103,7 @@ def test_it_is_what_scripts_take_where_no_weights_are_named(run_script, root, tm
     assert status == 0, out
     record = json.loads(Path("clip.json").read_text())
     assert record["settings"]["weights"] == str(SHIPPED)
-    settings = config_layers.from_dict(record["settings"])
+    settings = merge.from_dict(record["settings"])
     size = settings.save.enlarge * settings.sample.width
     assert Image.open("clip.png").size == (size * settings.sample.frames, size)
     assert settings.save.enlarge > 1 and record["width"] == size

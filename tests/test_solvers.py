@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from i2vgen.sampler import ddim
-from i2vgen.schedule import Schedule, make_betas, timesteps
-from i2vgen.solvers import SOLVERS, dpmpp_2m, dpmpp_2m_sde, euler, heun, plan, unipc
+from i2vgen.diffusion.sampler import ddim
+from i2vgen.diffusion.schedule import Schedule, make_betas, timesteps
+from i2vgen.diffusion.solvers import SOLVERS, dpmpp_2m, dpmpp_2m_sde, euler, heun, plan, unipc
 
 SPACINGS = ("official", "leading", "trailing", "linspace")
 TRAILING = {"spacing": "trailing", "final_alpha": "one"}

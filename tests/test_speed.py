@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import checkpoint, config, layers, pipeline, speed
-from i2vgen.attention import Attention, joined, lay_side_by_side
-from i2vgen.conditioning import join
-from i2vgen.layers import Conv, FeedForward, GroupNorm, norm_silu
-from i2vgen.meter import Meter
-from i2vgen.spatial import Upsample
+from i2vgen import pipeline
+from i2vgen.fast import speed
+from i2vgen.files import checkpoint
+from i2vgen.memory.meter import Meter
+from i2vgen.model import layers
+from i2vgen.model.attention import Attention, joined, lay_side_by_side
+from i2vgen.model.conditioning import join
+from i2vgen.model.layers import Conv, FeedForward, GroupNorm, norm_silu
+from i2vgen.model.spatial import Upsample
+from i2vgen.settings import config
 
 OFF = {
     "share_prefix": False,

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import config, speed
-from i2vgen.attention import FrameAttention
-from i2vgen.layers import FeedForward, GroupNorm, norm_silu
-from i2vgen.temporal import TemporalTransformer
+from i2vgen.fast import speed
+from i2vgen.model.attention import FrameAttention
+from i2vgen.model.layers import FeedForward, GroupNorm, norm_silu
+from i2vgen.model.temporal import TemporalTransformer
+from i2vgen.settings import config
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 FAST = config.Runtime(kernels="plain")
@@ -55,8 +56,8 @@ def test_a_bias_that_is_forgotten_shows(transformer, x):
     plain = transformer(x)
     speed.apply(transformer, FAST)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("i2vgen.stream.Stream.settle", lambda self: self.x)
-        patch.setattr("i2vgen.stream.Stream.read", lambda self, norm: norm(self.x))
+        patch.setattr("i2vgen.fast.stream.Stream.settle", lambda self: self.x)
+        patch.setattr("i2vgen.fast.stream.Stream.read", lambda self, norm: norm(self.x))
         assert not torch.allclose(transformer(x), plain, **EXACT)
 
 

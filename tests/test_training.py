@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from i2vgen import checkpoint, pipeline, video
-from i2vgen.conditioning import Conditions
+from i2vgen import pipeline
+from i2vgen.files import checkpoint, video
+from i2vgen.model.conditioning import Conditions
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.beside import train_beside
 from i2vgen.training.settings import Bucket, Train, buckets, load_settings

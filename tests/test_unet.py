@@ -7,13 +7,16 @@ import json
 import pytest
 import torch
 
-from i2vgen import attention, checkpoint, config, config_layers, runtime
-from i2vgen import unet as unet_module
-from i2vgen.config import Use
-from i2vgen.encoders import ClipEncoders
-from i2vgen.layers import Conv
-from i2vgen.unet import Block, UNet
-from i2vgen.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
+from i2vgen.model import attention
+from i2vgen.model import unet as unet_module
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.layers import Conv
+from i2vgen.model.unet import Block, UNet
+from i2vgen.model.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import Use
 
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 FRAME_MIXERS = ("temporal_attention", "temporal_convolution", "concat_temporal")
@@ -188,7 +191,7 @@ def test_every_condition_is_heard(make_unet, make_inputs, name):
 
 
 def test_frame_planes():
-    from i2vgen.conditioning import frame_planes
+    from i2vgen.model.conditioning import frame_planes
 
     latent = torch.randn(2, 3, 2, 2, dtype=torch.float64)
     planes = frame_planes(latent, 5, "network")
@@ -211,7 +214,7 @@ def test_later_frames_of_the_concat_branch(make_unet, make_inputs, later, monkey
 
     unet = make_unet()
     assert not unet.prepare(conditions, 5).concat.allclose(got)
-    monkeypatch.setattr("i2vgen.conditioning.frame_planes", planes)
+    monkeypatch.setattr("i2vgen.model.conditioning.frame_planes", planes)
     assert unet.prepare(conditions, 5).concat.equal(got)
     assert make_unet(Use(later_frames=later)).prepare(conditions, 1).concat.shape[1] == 1
 
@@ -507,7 +510,7 @@ def test_towers_of_hugging_face_are_refused(tiny, tmp_path):
     card = {"embed_dim": 512, "vision_cfg": {}, "text_cfg": {"hf_tokenizer_name": "roberta-base"}}
     (tmp_path / "card.json").write_text(json.dumps(card))
     with pytest.raises(ValueError, match=r"clip\.text\.hf_tokenizer_name is set"):
-        config_layers.load_config(None, [f"clip.model={tmp_path / 'card.json'}"])
+        merge.load_config(None, [f"clip.model={tmp_path / 'card.json'}"])
 
 
 def test_words_that_open_clip_does_not_know(tiny):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import checkpoint, config
-from i2vgen.unet import UNet
+from i2vgen.files import checkpoint
+from i2vgen.model.unet import UNet
+from i2vgen.settings import config
 from weights_conversion import rules, unet_vgen
 
 KEYS = Path(__file__).parent / "goldens" / "keys"

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from i2vgen import pipeline, video
+from i2vgen import pipeline
+from i2vgen.files import video
 from i2vgen.scoring import vbench
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import video
+from i2vgen.files import video
 
 ENDINGS = ["clip.mp4", "clip.gif", "clip.webp", "clip"]
 

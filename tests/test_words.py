@@ -8,24 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import config, encoders
+from i2vgen.model import clip
+from i2vgen.settings import config
 from i2vgen.training.settings import load_settings
-from i2vgen.training.world import VOCABULARY, caption, sample_facts
+from i2vgen.world.drawing import VOCABULARY, caption, sample_facts
 
 TEXT = {"context_length": 32, "width": 16, "heads": 2, "layers": 2}
 VISION = {"image_size": 16, "patch_size": 8, "layers": 1, "width": 16, "head_width": 8}
 SMALL = Path(__file__).parents[1] / "configs" / "train" / "small_vae.yaml"
 
 
-def clip(words, **text) -> config.Clip:
-    size = 512 + len(encoders.merges(words)) + 2
+def card(words, **text) -> config.Clip:
+    size = 512 + len(clip.merges(words)) + 2
     return config.Clip(
         embed_dim=16, vision=VISION, text={**TEXT, "vocab_size": size, **text}, words=tuple(words)
     )
 
 
 def test_every_word_is_one_token_and_no_two_share_one():
-    tokenizer = encoders.make_tokenizer(clip(VOCABULARY))
+    tokenizer = clip.make_tokenizer(card(VOCABULARY))
     tokens = [tokenizer.encode(word) for word in VOCABULARY]
     assert all(len(t) == 1 for t in tokens)
     assert len({t[0] for t in tokens}) == len(VOCABULARY)
@@ -36,12 +37,12 @@ def test_every_word_is_one_token_and_no_two_share_one():
 )
 def test_words_inside_words_do_not_disturb_each_other(words):
     for order in (words, words[::-1]):
-        tokenizer = encoders.make_tokenizer(clip(order))
+        tokenizer = clip.make_tokenizer(card(order))
         assert [len(tokenizer.encode(word)) for word in order] == [1, 1, 1]
 
 
 def test_other_text_is_spelt_out_and_comes_back():
-    tokenizer = encoders.make_tokenizer(clip(VOCABULARY))
+    tokenizer = clip.make_tokenizer(card(VOCABULARY))
     text = "a zebra, 3 times, sails to the left! über"
     assert tokenizer.decode(tokenizer.encode(text)).split() == [
         "a",
@@ -61,7 +62,7 @@ def test_other_text_is_spelt_out_and_comes_back():
 
 def test_captions_fit_the_shipped_text_length():
     shipped = load_settings(SMALL)[0].clip
-    made = encoders.ClipEncoders(shipped)
+    made = clip.ClipEncoders(shipped)
     assert shipped.words == tuple(VOCABULARY)
     assert made.tokenizer.vocab_size == shipped.text["vocab_size"]  # not one row too many
     captions = [caption(sample_facts(seed), seed) for seed in range(300)]
@@ -74,7 +75,7 @@ def test_captions_fit_the_shipped_text_length():
 
 def test_a_table_smaller_than_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="vocab_size is 600"):
-        encoders.ClipEncoders(clip(VOCABULARY, vocab_size=600))
+        clip.ClipEncoders(card(VOCABULARY, vocab_size=600))
 
 
 @pytest.mark.parametrize("word", ["Red", "to-the", "", "ü", "a b"])
@@ -92,10 +93,10 @@ def test_export_hands_the_vocabulary_on(tmp_path):
     transformers = pytest.importorskip("transformers")
     from weights_conversion.diffusers_configs import write_tokenizer
 
-    own = clip(VOCABULARY)
+    own = card(VOCABULARY)
     write_tokenizer(tmp_path, own)
     theirs = transformers.CLIPTokenizer.from_pretrained(str(tmp_path))
-    ours = encoders.make_tokenizer(own)
+    ours = clip.make_tokenizer(own)
     for seed in range(20):
         text = caption(sample_facts(seed), seed)
         assert theirs(text)["input_ids"][1:-1] == ours.encode(text)

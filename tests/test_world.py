@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from i2vgen.training import reading, world
-from i2vgen.training.world import Facts, Move
+from i2vgen.world import drawing, reading
+from i2vgen.world.drawing import Facts, Move
 
 SIZES = [(64, 16), (32, 8)]  # pixels a side, frames
 OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up", "grow": "shrink", "shrink": "grow"}
@@ -40,7 +40,7 @@ def spoiled(frames, seed):
 def accuracy(seeds, kind, side, frames, *, spoil=False):
     counts = Counter()
     for seed in seeds:
-        clip = world.clip(seed, width=side, height=side, frames=frames, kind=kind)
+        clip = drawing.clip(seed, width=side, height=side, frames=frames, kind=kind)
         pixels = spoiled(clip.frames, seed) if spoil else clip.frames
         counts.update(reading.score(pixels, clip.facts))
     return {name: count / len(seeds) for name, count in counts.items()}
@@ -48,32 +48,32 @@ def accuracy(seeds, kind, side, frames, *, spoil=False):
 
 def one_thing(kind, *, shape="square", seed=0, speed="", **thing):
     """Facts of one thing in the middle of a plain backdrop with this motion."""
-    middle = world.Thing(shape, "red", "medium", x=0.0, y=0.0, radius=0.31, angle=0.0)
-    backdrop = world.Backdrop("plain", (0.5, 0.55, 0.6), (0.6, 0.65, 0.7), 0.3, 0.6, 3.0, 4.0, seed)
-    return Facts(backdrop, (dataclasses.replace(middle, **thing),), (Move(kind, speed),), world.STILL)
+    middle = drawing.Thing(shape, "red", "medium", x=0.0, y=0.0, radius=0.31, angle=0.0)
+    backdrop = drawing.Backdrop("plain", (0.5, 0.55, 0.6), (0.6, 0.65, 0.7), 0.3, 0.6, 3.0, 4.0, seed)
+    return Facts(backdrop, (dataclasses.replace(middle, **thing),), (Move(kind, speed),), drawing.STILL)
 
 
 def draw(facts, side=64, frames=16, speed=1.0):
-    return world.render(facts, width=side, height=side, frames=frames, speed=speed)
+    return drawing.render(facts, width=side, height=side, frames=frames, speed=speed)
 
 
 # --- the clips
 
 
 def test_same_seed_same_bytes_and_other_seeds_other_clips():
-    once, again = world.clip(7), world.clip(7)
+    once, again = drawing.clip(7), drawing.clip(7)
     assert once.frames.tobytes() == again.frames.tobytes()
     assert once.caption == again.caption and once.facts == again.facts
     assert once.frames.shape == (16, 64, 64, 3) and once.frames.dtype == np.uint8
-    pictures = {world.clip(seed, frames=2).frames.tobytes() for seed in range(40)}
+    pictures = {drawing.clip(seed, frames=2).frames.tobytes() for seed in range(40)}
     assert len(pictures) == 40
-    assert world.clip(7, kind="basic").facts != once.facts
+    assert drawing.clip(7, kind="basic").facts != once.facts
 
 
 def test_seeds_keep_their_clips():
     """The shipped model was trained on these clips: whoever changes the lots changes its data."""
-    facts = "\n".join(repr(rounded(dataclasses.asdict(world.sample_facts(seed)))) for seed in range(200))
-    captions = "\n".join(world.caption(world.sample_facts(seed), seed) for seed in range(200))
+    facts = "\n".join(repr(rounded(dataclasses.asdict(drawing.sample_facts(seed)))) for seed in range(200))
+    captions = "\n".join(drawing.caption(drawing.sample_facts(seed), seed) for seed in range(200))
     assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "77b72bdd726cf885"
     assert hashlib.sha256(facts.encode()).hexdigest()[:16] == "31908f67f825259b"
 
@@ -89,91 +89,91 @@ def rounded(value):
 @pytest.mark.parametrize(("width", "height", "frames"), [(8, 8, 1), (48, 80, 3), (101, 33, 5), (16, 64, 2)])
 def test_any_size_and_frame_count(width, height, frames):
     for seed in range(12):
-        clip = world.clip(seed, width=width, height=height, frames=frames)
+        clip = drawing.clip(seed, width=width, height=height, frames=frames)
         assert clip.frames.shape == (frames, height, width, 3)
 
 
 def test_sizes_and_frame_counts_show_the_same_motion():
     """A finer clip, averaged over its cells, is the coarse clip; every other frame is the shorter clip."""
     for seed in range(12):
-        fine = world.clip(seed, width=128, height=128, frames=9).frames
-        coarse = world.clip(seed, frames=5).frames
+        fine = drawing.clip(seed, width=128, height=128, frames=9).frames
+        coarse = drawing.clip(seed, frames=5).frames
         mean = fine[::2].reshape(5, 64, 2, 64, 2, 3).mean((2, 4))
         assert np.abs(mean - coarse).mean() < 1.5
 
 
 def test_wide_pictures_hold_the_square_one():
-    square, wide = world.clip(3, width=32, height=32).frames, world.clip(3, width=64, height=32).frames
+    square, wide = drawing.clip(3, width=32, height=32).frames, drawing.clip(3, width=64, height=32).frames
     assert np.array_equal(wide[:, :, 16:48], square)
 
 
 def test_the_kinds():
     for seed in range(60):
-        basic = world.sample_facts(seed, kind="basic")
-        assert len(basic.things) == 1 and basic.moves[0].kind in world.BASIC_MOTIONS
+        basic = drawing.sample_facts(seed, kind="basic")
+        assert len(basic.things) == 1 and basic.moves[0].kind in drawing.BASIC_MOTIONS
         assert basic.camera.kind == "still" and basic.determined
-        assert len(world.sample_facts(seed, kind="pair").things) == 2
-        assert world.sample_facts(seed, kind="single").moves[0].kind in world.MOTIONS
-        camera = world.sample_facts(seed, kind="camera")
-        assert camera.camera.kind in world.CAMERA_MOVES and {m.kind for m in camera.moves} <= {"still"}
+        assert len(drawing.sample_facts(seed, kind="pair").things) == 2
+        assert drawing.sample_facts(seed, kind="single").moves[0].kind in drawing.MOTIONS
+        camera = drawing.sample_facts(seed, kind="camera")
+        assert camera.camera.kind in drawing.CAMERA_MOVES and {m.kind for m in camera.moves} <= {"still"}
         assert camera.determined == (camera.camera.kind == "zoom in") and camera.backdrop.kind != "plain"
 
 
 def test_proportions():
-    facts = [world.sample_facts(seed) for seed in range(3000)]
+    facts = [drawing.sample_facts(seed) for seed in range(3000)]
     camera = sum(f.camera.kind != "still" for f in facts) / 3000
     pairs = sum(len(f.things) == 2 and f.camera.kind == "still" for f in facts) / 3000
     assert abs(camera - 0.22) < 0.03 and abs(pairs - 0.20) < 0.03
     seen = Counter(move.kind for f in facts for move in f.moves)
-    assert set(seen) == set(world.MOTIONS) and min(seen.values()) > 100
-    assert {f.camera.kind for f in facts} == {"still", *world.CAMERA_MOVES}
-    assert {t.shape for f in facts for t in f.things} == set(world.SHAPES)
-    assert {t.colour for f in facts for t in f.things} == set(world.COLOURS)
-    assert {f.backdrop.kind for f in facts} == set(world.BACKDROPS)
-    assert {m.speed for f in facts for m in f.moves} == set(world.SPEEDS)
+    assert set(seen) == set(drawing.MOTIONS) and min(seen.values()) > 100
+    assert {f.camera.kind for f in facts} == {"still", *drawing.CAMERA_MOVES}
+    assert {t.shape for f in facts for t in f.things} == set(drawing.SHAPES)
+    assert {t.colour for f in facts for t in f.things} == set(drawing.COLOURS)
+    assert {f.backdrop.kind for f in facts} == set(drawing.BACKDROPS)
+    assert {m.speed for f in facts for m in f.moves} == set(drawing.SPEEDS)
 
 
 def test_nothing_round_rotates():
     for kind in ("basic", "single", "pair"):
         for seed in range(400):
-            facts = world.sample_facts(seed, kind=kind)
+            facts = drawing.sample_facts(seed, kind=kind)
             for thing, move in zip(facts.things, facts.moves, strict=True):
-                assert not (move.kind == "rotate" and thing.shape in world.ROUND)
+                assert not (move.kind == "rotate" and thing.shape in drawing.ROUND)
 
 
 def test_things_stay_inside_apart_and_visible():
     time = np.linspace(0, 1, 5)
     wide = (np.arange(64) + 0.5 - 32) / 16  # the picture is the inner half of these pixels
     for seed in range(500):
-        facts = world.sample_facts(seed)
+        facts = drawing.sample_facts(seed)
         tracks = [
-            world.track(t, m, facts.camera, time) for t, m in zip(facts.things, facts.moves, strict=True)
+            drawing.track(t, m, facts.camera, time) for t, m in zip(facts.things, facts.moves, strict=True)
         ]
         for thing, (x, y, radius, angle) in zip(facts.things, tracks, strict=True):
             u, v = (wide - x[:, None])[:, None, :], (wide - y[:, None])[:, :, None]
-            cover = world.coverage(thing.shape, u, v, radius, angle, 16.0)
+            cover = drawing.coverage(thing.shape, u, v, radius, angle, 16.0)
             inside = cover[:, 16:48, 16:48].sum((1, 2)) / cover.sum((1, 2))
             assert inside.min() > 0.8 and inside[0] > 0.85
         if len(tracks) == 2:
             (x, y, r, _), (u, v, s, _) = tracks
             assert np.all(np.hypot(x - u, y - v) > r + s)
-            a, b = (np.array(world.COLOURS[thing.colour]) for thing in facts.things)
+            a, b = (np.array(drawing.COLOURS[thing.colour]) for thing in facts.things)
             assert np.linalg.norm(a - b) > 110
         for thing in facts.things:
-            core = np.array(world.COLOURS[thing.colour]) / 255
+            core = np.array(drawing.COLOURS[thing.colour]) / 255
             mixes = [np.array(facts.backdrop.first), np.array(facts.backdrop.second)]
             assert min(np.linalg.norm(core - mix) for mix in mixes) > 0.3
 
 
-@pytest.mark.parametrize("shape", world.SHAPES)
+@pytest.mark.parametrize("shape", drawing.SHAPES)
 def test_shapes_have_the_area_and_reach_of_their_outline(shape):
     line = np.linspace(-1.6, 1.6, 641)
-    inside = world.shape_distance(shape, line[None, :], line[:, None]) < 0
+    inside = drawing.shape_distance(shape, line[None, :], line[:, None]) < 0
     area = inside.mean() * 3.2**2
     radius = np.hypot(line[None, :], line[:, None])[inside].max()
-    assert radius == pytest.approx(world.REACH[shape], abs=0.02)
+    assert radius == pytest.approx(drawing.REACH[shape], abs=0.02)
     assert 1.7 < area < 3.2  # about as much as each other; a disc has pi
-    outside = world.shape_distance(shape, np.array([3.0]), np.array([0.0]))
+    outside = drawing.shape_distance(shape, np.array([3.0]), np.array([0.0]))
     assert 1.5 < outside < 2.6
 
 
@@ -182,12 +182,12 @@ def redness(frames):
     return frames[..., 0].astype(int) - frames[..., 1] > 60
 
 
-@pytest.mark.parametrize("kind", sorted(world.DIRECTIONS))
+@pytest.mark.parametrize("kind", sorted(drawing.DIRECTIONS))
 def test_travel_happens(kind):
     mask = redness(draw(one_thing(kind)))
     y, x = np.mgrid[:64, :64]
     first, last = ((x[m].mean(), y[m].mean()) for m in (mask[0], mask[-1]))
-    way = np.array(world.DIRECTIONS[kind]) * world.TRAVEL[""] * 32
+    way = np.array(drawing.DIRECTIONS[kind]) * drawing.TRAVEL[""] * 32
     assert np.allclose(np.subtract(last, first), way, atol=0.4)
     assert np.hypot(*way) > 16  # a quarter of the picture
 
@@ -210,17 +210,19 @@ def test_rotation_is_clockwise():
     assert np.array_equal(draw(one_thing("still"))[0], draw(one_thing("still"))[-1])
 
 
-@pytest.mark.parametrize("kind", world.CAMERA_MOVES)
+@pytest.mark.parametrize("kind", drawing.CAMERA_MOVES)
 def test_camera_moves_happen(kind):
     """The last frame is the first frame, shifted or magnified, where both show the same part of the world."""
-    facts = dataclasses.replace(world.sample_facts(5, kind="camera"), camera=Move(kind), things=(), moves=())
+    facts = dataclasses.replace(
+        drawing.sample_facts(5, kind="camera"), camera=Move(kind), things=(), moves=()
+    )
     first, last = draw(facts, side=100, frames=3)[[0, 2]].astype(int)
     if kind.startswith("pan"):
-        x, y = (round(50 * world.TRAVEL[""] * way) for way in world.DIRECTIONS[kind.removeprefix("pan ")])
+        x, y = (round(50 * drawing.TRAVEL[""] * way) for way in drawing.DIRECTIONS[kind.removeprefix("pan ")])
         one = first[max(y, 0) : 100 + min(y, 0), max(x, 0) : 100 + min(x, 0)]
         other = last[max(-y, 0) : 100 + min(-y, 0), max(-x, 0) : 100 + min(-x, 0)]
     else:
-        factor = world.ZOOM[""] if kind == "zoom in" else 1 / world.ZOOM[""]
+        factor = drawing.ZOOM[""] if kind == "zoom in" else 1 / drawing.ZOOM[""]
         places = (np.arange(-20, 20) + 0.5) / factor
         lines = np.rint(places + 49.5).astype(int)
         one, other = first[np.ix_(lines, lines)], last[30:70, 30:70]
@@ -234,29 +236,29 @@ def test_speed_is_a_factor_on_time():
     frozen = draw(facts, speed=0.0)
     assert np.array_equal(frozen[0], frozen[-1])
     ways = [
-        world.track(one_thing("left", speed=s).things[0], Move("left", s), Move("still"), np.ones(1))[0]
-        for s in world.SPEEDS
+        drawing.track(one_thing("left", speed=s).things[0], Move("left", s), Move("still"), np.ones(1))[0]
+        for s in drawing.SPEEDS
     ]
     assert ways[0] > ways[1] > ways[2]
 
 
 def test_another_motion_keeps_the_picture():
     for seed in range(80):
-        facts = world.sample_facts(seed, kind="basic")
-        other = world.another_motion(facts, seed)
-        assert other.moves[0].kind != facts.moves[0].kind and other.moves[0].kind in world.BASIC_MOTIONS
-        assert not (other.moves[0].kind == "rotate" and facts.things[0].shape in world.ROUND)
+        facts = drawing.sample_facts(seed, kind="basic")
+        other = drawing.another_motion(facts, seed)
+        assert other.moves[0].kind != facts.moves[0].kind and other.moves[0].kind in drawing.BASIC_MOTIONS
+        assert not (other.moves[0].kind == "rotate" and facts.things[0].shape in drawing.ROUND)
         assert np.array_equal(draw(facts, 32, 1), draw(other, 32, 1))
         assert all(reading.score(draw(other, 32, 8), other).values())
     with pytest.raises(ValueError, match="one object under a still camera"):
-        world.another_motion(world.sample_facts(0, kind="pair"), 0)
+        drawing.another_motion(drawing.sample_facts(0, kind="pair"), 0)
 
 
 def test_batch_stacks():
-    got = world.batch([3, 4, 5], width=24, height=16, frames=5, kind="basic")
+    got = drawing.batch([3, 4, 5], width=24, height=16, frames=5, kind="basic")
     assert got.clips.shape == (3, 3, 5, 16, 24) and got.clips.dtype == torch.float32
     assert got.clips.is_contiguous() and got.clips.min() >= -1 and got.clips.max() <= 1
-    clip = world.clip(4, width=24, height=16, frames=5, kind="basic")
+    clip = drawing.clip(4, width=24, height=16, frames=5, kind="basic")
     pixels = ((got.clips[1] + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 3, 0).numpy()
     assert np.array_equal(pixels, clip.frames)
     assert got.captions[1] == clip.caption and got.facts[1] == clip.facts
@@ -278,12 +280,12 @@ def test_batch_stacks():
 )
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        world.clip(**({"seed": 0} | arguments))
+        drawing.clip(**({"seed": 0} | arguments))
 
 
 def test_an_empty_batch_is_refused():
     with pytest.raises(ValueError, match="no seeds"):
-        world.batch([])
+        drawing.batch([])
 
 
 # --- the captions: read by their words alone, without the tables that made them
@@ -317,12 +319,12 @@ def understood(text):
         if "camera" in words:
             zoom = which({"zoom in": "in closer", "zoom out": "out back pulls"}, words)
             camera, pace = zoom or "pan " + which(WAYS, words), speed
-        shape = which({s: s for s in world.SHAPES}, words)
+        shape = which({s: s for s in drawing.SHAPES}, words)
         if shape:
             still = camera != "still"
             motion = "still" if still else which(WAYS, words) or which(DEEDS, words)
             size = which({"small": "small tiny little", "large": "large big huge"}, words, "medium")
-            colour = which({c: c for c in world.COLOURS}, words)
+            colour = which({c: c for c in drawing.COLOURS}, words)
             things.add((shape, colour, size, motion, "" if still else speed))
     return things, camera, pace
 
@@ -330,8 +332,8 @@ def understood(text):
 def test_captions_tell_the_facts():
     texts = set()
     for seed in range(1500):
-        facts = world.sample_facts(seed)
-        text = world.caption(facts, seed)
+        facts = drawing.sample_facts(seed)
+        text = drawing.caption(facts, seed)
         texts.add(text)
         told = {
             (t.shape, t.colour, t.size, m.kind, m.speed)
@@ -344,16 +346,16 @@ def test_captions_tell_the_facts():
 def test_captions_use_the_vocabulary_and_all_of_it():
     words = Counter()
     for seed in range(4000):
-        words.update(re.findall(r"[^ ,]+", world.caption(world.sample_facts(seed), seed)))
-    assert sorted(words) == world.VOCABULARY == sorted(set(world.VOCABULARY))
-    assert len(world.VOCABULARY) == 107 and all(re.fullmatch("[a-z]+", word) for word in words)
+        words.update(re.findall(r"[^ ,]+", drawing.caption(drawing.sample_facts(seed), seed)))
+    assert sorted(words) == drawing.VOCABULARY == sorted(set(drawing.VOCABULARY))
+    assert len(drawing.VOCABULARY) == 107 and all(re.fullmatch("[a-z]+", word) for word in words)
 
 
 def test_captions_are_varied_and_repeatable():
-    facts = world.sample_facts(1, kind="basic")
-    texts = {world.caption(facts, seed) for seed in range(60)}
+    facts = drawing.sample_facts(1, kind="basic")
+    texts = {drawing.caption(facts, seed) for seed in range(60)}
     assert len(texts) > 15
-    assert world.caption(facts, 5) == world.caption(facts, 5)
+    assert drawing.caption(facts, 5) == drawing.caption(facts, 5)
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]|  |,,", text) for text in texts)
 
 
@@ -392,7 +394,7 @@ def mirrored(kind):
 
 def test_a_mirrored_clip_reads_mirrored():
     for seed in range(40):
-        clip = world.clip(seed, width=32, height=32, frames=8)
+        clip = drawing.clip(seed, width=32, height=32, frames=8)
         things = [dataclasses.replace(t, x=-t.x, angle=-t.angle) for t in clip.facts.things]
         got = motions(np.ascontiguousarray(clip.frames[:, :, ::-1]), things)
         assert got == ([mirrored(m.kind) for m in clip.facts.moves], mirrored(clip.facts.camera.kind))
@@ -400,20 +402,20 @@ def test_a_mirrored_clip_reads_mirrored():
 
 def test_a_reversed_clip_reads_reversed():
     for seed in range(40):
-        clip = world.clip(seed, width=32, height=32, frames=8, kind="single")
+        clip = drawing.clip(seed, width=32, height=32, frames=8, kind="single")
         (thing,), (move,) = clip.facts.things, clip.facts.moves
-        x, y, radius, angle = (float(v[0]) for v in world.track(thing, move, clip.facts.camera, np.ones(1)))
+        x, y, radius, angle = (float(v[0]) for v in drawing.track(thing, move, clip.facts.camera, np.ones(1)))
         last = dataclasses.replace(thing, x=x, y=y, radius=radius, angle=angle)
         got = reading.read(clip.frames[::-1], facts_objects=[last])
         assert got.things[0].motion == " ".join(OPPOSITE.get(word, word) for word in move.kind.split())
         if move.kind == "rotate":
-            assert got.things[0].turn == pytest.approx(-world.TURN[move.speed], abs=6)
+            assert got.things[0].turn == pytest.approx(-drawing.TURN[move.speed], abs=6)
 
 
 @pytest.mark.parametrize("kind", [None, "camera"])
 def test_a_frozen_clip_reads_still_and_scores_so(kind):
     for seed in range(40):
-        clip = world.clip(seed, width=32, height=32, frames=8, kind=kind)
+        clip = drawing.clip(seed, width=32, height=32, frames=8, kind=kind)
         frozen = np.repeat(clip.frames[:1], 8, axis=0)
         assert motions(frozen, clip.facts.things) == (["still"] * len(clip.facts.things), "still")
         score = reading.score(frozen, clip.facts)
@@ -425,8 +427,8 @@ def test_a_frozen_clip_reads_still_and_scores_so(kind):
 
 def test_another_motion_is_not_taken_for_the_one_asked_for():
     for seed in range(30):
-        facts = world.sample_facts(seed, kind="basic")
-        other = world.another_motion(facts, seed)
+        facts = drawing.sample_facts(seed, kind="basic")
+        other = drawing.another_motion(facts, seed)
         score = reading.score(draw(other, 32, 8), facts)
         assert not score["motion_right"] and score["camera_right"]
 
@@ -438,7 +440,7 @@ def test_amounts_are_measured():
     assert got.growth == pytest.approx(1.55, abs=0.04)
     got = reading.read(draw(one_thing("rotate")), facts_objects=one_thing("rotate").things).things[0]
     assert got.turn == pytest.approx(75, abs=2)
-    facts = dataclasses.replace(world.sample_facts(5, kind="camera"), things=(), moves=())
+    facts = dataclasses.replace(drawing.sample_facts(5, kind="camera"), things=(), moves=())
     seen = reading.read(draw(dataclasses.replace(facts, camera=Move("pan up"))))
     assert (seen.pan_x, seen.pan_y, seen.zoom) == pytest.approx((0.0, -0.52, 1.0), abs=0.03)
     seen = reading.read(draw(dataclasses.replace(facts, camera=Move("zoom out"))))
@@ -449,7 +451,7 @@ def test_amounts_are_measured():
 def test_other_speeds_and_shapes_of_picture_are_read(speed):
     good = 0
     for seed in range(30):
-        clip = world.clip(seed, width=56, height=32, frames=10, speed=speed)
+        clip = drawing.clip(seed, width=56, height=32, frames=10, speed=speed)
         good += all(reading.score(clip.frames, clip.facts, speed=speed).values())
     assert good >= 29
 
@@ -461,7 +463,7 @@ def test_lost_changed_and_swollen_things_are_noticed():
     gone, other_colour = good.copy(), good.copy()
     gone[10:12] = np.median(good[0], axis=(0, 1)).astype(np.uint8)
     assert not reading.score(gone, facts)["object_right"]
-    other_colour[8:][redness(good[8:])] = world.COLOURS["green"]
+    other_colour[8:][redness(good[8:])] = drawing.COLOURS["green"]
     assert not reading.score(other_colour, facts)["object_right"]
     swollen = np.concatenate([good[:12], draw(one_thing("still", shape="circle", radius=0.62))[12:]])
     assert not reading.score(swollen, facts)["object_right"]

@@ -15,7 +15,8 @@ import sys
 
 from tqdm import tqdm
 
-from i2vgen import cli, runtime
+from i2vgen import cli
+from i2vgen.fast import runtime
 from weights_conversion.export import LAYOUTS, export
 from weights_conversion.inspect_file import describe
 from weights_conversion.recognise import what

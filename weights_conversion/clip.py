@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from i2vgen import config
+from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
 Tower = Literal["text", "image"]

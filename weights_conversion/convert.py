@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import i2vgen
-from i2vgen import checkpoint, config, config_layers
-from i2vgen.safefile import Entry
+from i2vgen.files import checkpoint
+from i2vgen.files.safefile import Entry
+from i2vgen.settings import config, merge
 from weights_conversion import clip as clip_tables
 from weights_conversion import readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import vae as vae_tables
@@ -149,15 +150,13 @@ def _entries(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
 
 def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config.Config:
     """Settings that the sources state or show by their shapes, then the user's overrides."""
-    stated, literals = config_layers.parse_overrides(overrides)
+    stated, literals = merge.parse_overrides(overrides)
     if literals:
         raise ValueError(f"{', '.join(literals)} is no setting of a model; give unet., vae., clip., use. ...")
     settings: dict[str, Any] = {}
     for part in found:
         if part.settings:
-            config_layers.refuse_contradiction(
-                part.settings, str(part.files[0].parent), stated, "the command line"
-            )
+            merge.refuse_contradiction(part.settings, str(part.files[0].parent), stated, "the command line")
         _merge(settings, part.settings)
     cards = {part.part: part.card for part in found if part.part in ("text", "image") and part.card}
     if cards.keys() == {"text", "image"}:
@@ -169,7 +168,7 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
     _merge(settings, stated)
     _fit_missing(settings, {p.part for p in found})
     try:
-        return config_layers.from_dict(settings)
+        return merge.from_dict(settings)
     except ValueError as error:
         raise ValueError(f"the parts do not make one model: {error}") from error
 
@@ -288,7 +287,7 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     source = held[0]
     full = checkpoint.full_use(cfg.use)
     if source.layout == "native":
-        stored = config_layers.from_dict(dict(source.settings)) if source.settings else cfg
+        stored = merge.from_dict(dict(source.settings)) if source.settings else cfg
         full_rows = [rules.Row(name, (name,)) for name in checkpoint.build("unet", stored).state_dict()]
         rows = full_rows
     elif source.layout == "diffusers":

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from i2vgen import config
-from i2vgen.encoders import make_tokenizer
+from i2vgen.model.clip import make_tokenizer
+from i2vgen.settings import config
 from weights_conversion import vae as vae_tables
 
 Json = dict[str, Any]

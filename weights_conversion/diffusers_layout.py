@@ -27,8 +27,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, config
-from i2vgen.safefile import Entry, write_safetensors
+from i2vgen.files import checkpoint
+from i2vgen.files.safefile import Entry, write_safetensors
+from i2vgen.settings import config
 from weights_conversion import clip as clip_tables
 from weights_conversion import readers, unet_diffusers
 from weights_conversion import vae as vae_tables

@@ -11,7 +11,8 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from i2vgen import checkpoint, config, config_layers
+from i2vgen.files import checkpoint
+from i2vgen.settings import config, merge
 from weights_conversion import diffusers_layout, rules, sources, unet_vgen
 from weights_conversion import vae as vae_tables
 
@@ -46,7 +47,7 @@ def export(
     parts = {p.part: p.tensors for p in sources.native(native)}
     if not parts:
         raise ValueError(f"{native} holds no part to export")
-    cfg = config_layers.from_dict(config_layers.read_stored_settings(native))
+    cfg = merge.from_dict(merge.read_stored_settings(native))
     if layout == "diffusers":
         total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
         tick = None if on_bytes is None else checkpoint.counter(total, on_bytes)

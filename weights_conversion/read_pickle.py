@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from i2vgen.safefile import DTYPES
+from i2vgen.files.safefile import DTYPES
 from weights_conversion.mapped import DAMAGED, SAVE_ANEW, shown
 
 MAX_PICKLE = 64 << 20  # bytes; the official UNet's has 0.2 MiB

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from i2vgen.safefile import DTYPES, METADATA
+from i2vgen.files.safefile import DTYPES, METADATA
 from weights_conversion.mapped import (
     DAMAGED,
     MAX_AXES,

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from i2vgen import checkpoint
-from i2vgen.config import SETTINGS_FILE
-from i2vgen.config_layers import read_stored_settings
+from i2vgen.files import checkpoint
+from i2vgen.settings.config import SETTINGS_FILE
+from i2vgen.settings.merge import read_stored_settings
 from weights_conversion import diffusers_layout, readers
 from weights_conversion.recognise import WORDS, Found, recognise
 

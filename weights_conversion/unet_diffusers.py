@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
-from i2vgen import config
+from i2vgen.settings import config
 from weights_conversion import rules
 from weights_conversion.rules import Place, Row, Table, expand
 from weights_conversion.unet_vgen import (

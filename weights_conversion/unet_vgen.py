@@ -14,8 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from i2vgen import checkpoint, config
-from i2vgen.unet import declared_drops
+from i2vgen.files import checkpoint
+from i2vgen.model.unet import declared_drops
+from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
 MLP: Table = (("0", "linear1", "affine"), ("2", "linear2", "affine"))

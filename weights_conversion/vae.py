@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from i2vgen import config
+from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
 # The checkpoint keeps the autoencoder under this prefix, beside a UNet and a text model that are not used

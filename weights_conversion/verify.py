@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, config
-from i2vgen.conditioning import Conditions
+from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import Conditions
+from i2vgen.settings import config
 from weights_conversion import clip as clip_tables
 from weights_conversion import convert, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion.recognise import WORDS

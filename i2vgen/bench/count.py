@@ -12,12 +12,13 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from i2vgen import pipeline, speed
+from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
-from i2vgen.conditioning import Conditions
-from i2vgen.config import Config
-from i2vgen.meter import Meter, Operation
-from i2vgen.unet import UNet
+from i2vgen.fast import speed
+from i2vgen.memory.meter import Meter, Operation
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.settings.config import Config
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from i2vgen import config
 from i2vgen.bench import count, loop, memory, modes, pair, train
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, interleaved, thread_clock
-from i2vgen.config import Config
+from i2vgen.settings import config
+from i2vgen.settings.config import Config
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 ROUNDS = 5

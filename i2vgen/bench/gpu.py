@@ -20,13 +20,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config, machine, memory, pipeline
+from i2vgen import pipeline
 from i2vgen.bench import count, loop, micro, modes, pair
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
-from i2vgen.config import Config
-from i2vgen.runtime import GIB
+from i2vgen.fast import machine
+from i2vgen.fast.runtime import GIB
+from i2vgen.files import checkpoint
+from i2vgen.memory import plans
+from i2vgen.settings import config
+from i2vgen.settings.config import Config
 
 SIZES = {"gpu-256p": (256, 448), "gpu-704p": (704, 1280)}  # height, width of the video
 FRAMES = 16
@@ -255,7 +259,7 @@ def vae(state: Run) -> dict:
     return found
 
 
-def plans(state: Run) -> dict:
+def memory_plans(state: Run) -> dict:
     """Every memory plan through the whole pipeline: what it was said to take and what it took, and how long.
 
     All parts in the run's dtype; `peak` is of all tensors on the device, weights included.
@@ -263,12 +267,12 @@ def plans(state: Run) -> dict:
     names = dict.fromkeys(("dtype", "vae_dtype", "encoder_dtype"), str(state.dtype)[6:])
     asked = pair.with_runtime(state.settings, names | {"device": state.device.type})
     asked = dataclasses.replace(asked, sample=dataclasses.replace(asked.sample, steps=PLAN_STEPS))
-    ledger, noise = memory.Ledger(asked), np.random.default_rng(0)
+    ledger, noise = plans.Ledger(asked), np.random.default_rng(0)
     shape = asked.sample.height, asked.sample.width, 3
     picture = Image.fromarray(noise.integers(0, 256, shape, dtype=np.uint8))
     found = {}
-    for plan in memory.PLANS:
-        config = memory.settle(asked, plan, state.device.type)
+    for plan in plans.PLANS:
+        config = plans.settle(asked, plan, state.device.type)
         before = torch.cuda.memory_allocated() if state.device.type == "cuda" else 0
         model = _random_model(config, state.device)
         stamps: list[float] = []
@@ -299,7 +303,7 @@ def plans(state: Run) -> dict:
 def _random_model(config: Config, device: torch.device) -> pipeline.I2VGenXL:
     place = device if config.runtime.offload == "none" else "cpu"
     parts = (
-        pair.random_part(name, config, device, memory.dtype(name, config.runtime), place=place)
+        pair.random_part(name, config, device, plans.dtype(name, config.runtime), place=place)
         for name in checkpoint.PARTS
     )
     return pipeline.assemble(config, *parts, device)
@@ -377,7 +381,7 @@ PARTS: dict[str, Callable[[Run], dict]] = {
     "step": step,
     "loop": whole_loop,
     "vae": vae,
-    "plans": plans,
+    "plans": memory_plans,
     "compiled": compiled,
     "graph": graph,
     "trace": trace,
@@ -454,7 +458,7 @@ def top(state: Run) -> dict:
     figures = parts.get("loop", {})
     values |= {name: figures.get(name) for name in ("seconds_per_video", "loop_overhead")}
     values["vae_decode_seconds"] = figures.get("vae_decode_seconds")
-    if by_plan := {name: taken for name, taken in parts.get("plans", {}).items() if name in memory.PLANS}:
+    if by_plan := {name: taken for name, taken in parts.get("plans", {}).items() if name in plans.PLANS}:
         low, full = by_plan["low"], by_plan["full"]
         values["low_peak_gib"] = low["peak"] / GIB
         values["low_to_full_time"] = low["seconds_per_video"] / full["seconds_per_video"]

@@ -12,7 +12,7 @@ from i2vgen import pipeline
 from i2vgen.bench import pair
 from i2vgen.bench.peer import Peer
 from i2vgen.bench.timing import Clock, clock_of
-from i2vgen.sampler import Predict, ddim
+from i2vgen.diffusion.sampler import Predict, ddim
 
 STEPS = 50
 FEW = 4  # steps where the whole loop is not asked for

@@ -13,7 +13,7 @@ import torch
 
 from i2vgen.bench import pair
 from i2vgen.bench.peer import Peer
-from i2vgen.config import Config
+from i2vgen.settings.config import Config
 
 STATUS = Path("/proc/self/status")
 

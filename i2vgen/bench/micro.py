@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from i2vgen.bench.timing import clock_of, interleaved
-from i2vgen.config import Config
-from i2vgen.layers import Conv, FeedForward, GroupNorm
-from i2vgen.spatial import Upsample
-from i2vgen.temporal import TemporalTransformer
+from i2vgen.model.layers import Conv, FeedForward, GroupNorm
+from i2vgen.model.spatial import Upsample
+from i2vgen.model.temporal import TemporalTransformer
+from i2vgen.settings.config import Config
 
 Way = Callable[[], Tensor]
 BACKENDS = {

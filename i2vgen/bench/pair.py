@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, compiled, pipeline
+from i2vgen import pipeline
 from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
-from i2vgen.conditioning import Conditions
-from i2vgen.config import Config, Use
+from i2vgen.fast import compiled
+from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import Conditions
+from i2vgen.settings.config import Config, Use
 
 # Where the two read the paper differently, theirs: else the outputs could not be compared.
 THEIR_USE = Use(concat_gain=1.0, sinusoid="exp", frame_planes="network")

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from i2vgen import config
+from i2vgen.settings import config
 
 MODES = ("infer", "train")
 

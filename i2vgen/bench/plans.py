@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from i2vgen import memory, pipeline
+from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
-from i2vgen.config import SHIPPED, Config, Runtime
-from i2vgen.runtime import GIB
+from i2vgen.fast.runtime import GIB
+from i2vgen.memory import plans
+from i2vgen.settings.config import SHIPPED, Config, Runtime
 
 # bfloat16 where the default on a GPU is half precision, float32 where the official code computes so.
 HALF = {"dtype": "bfloat16"}
@@ -27,7 +28,7 @@ def run(network: type[nn.Module], config: Config | None = None) -> Report:
     config = config or Config()
     tables, values = [], {}
     for title, dtypes in DTYPES.items():
-        found = plans(config, dtypes)
+        found = estimates(config, dtypes)
         values[title] = {plan: dataclasses.asdict(estimate) for plan, estimate in found.items()}
         values[title] |= {f"{plan}_gib": estimate.total / GIB for plan, estimate in found.items()}
         tables.append(table(f"{title}: GiB on the device, weights + activations", found))
@@ -59,14 +60,14 @@ def shipped_clip(how: str) -> tuple[Tensor, Tensor]:
     return told[-1], torch.from_numpy(clip.frames).float()
 
 
-def plans(config: Config, dtypes: dict[str, str]) -> dict[str, memory.Estimate]:
+def estimates(config: Config, dtypes: dict[str, str]) -> dict[str, plans.Estimate]:
     # As on a GPU: what waits on the CPU takes nothing. The device itself is never asked.
     config = dataclasses.replace(config, runtime=dataclasses.replace(Runtime(), **dtypes))
-    ledger = memory.Ledger(config)
-    return {plan: ledger.estimate(memory.settle(config, plan, "cuda"), "cuda") for plan in memory.PLANS}
+    ledger = plans.Ledger(config)
+    return {plan: ledger.estimate(plans.settle(config, plan, "cuda"), "cuda") for plan in plans.PLANS}
 
 
-def table(title: str, found: dict[str, memory.Estimate]) -> Table:
+def table(title: str, found: dict[str, plans.Estimate]) -> Table:
     rows = []
     for plan, estimate in found.items():
         cells = (f"{m.weights / GIB:.2f} + {m.activations / GIB:.2f}" for m in estimate.moments)

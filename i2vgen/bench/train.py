@@ -17,8 +17,8 @@ from i2vgen.bench import memory, pair
 from i2vgen.bench.peer import Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
-from i2vgen.config import Config
-from i2vgen.loss import training_loss
+from i2vgen.diffusion.loss import training_loss
+from i2vgen.settings.config import Config
 
 ROUNDS = 5
 THEIRS = "diffusers"

@@ -14,16 +14,19 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from i2vgen import checkpoint, pipeline, runtime, speed
-from i2vgen.config import Config
-from i2vgen.config_layers import load_config
+from i2vgen import pipeline
+from i2vgen.evaluation import evaluate, pages
+from i2vgen.evaluation.drift import Sampled, counting
+from i2vgen.evaluation.evaluate import Evaluation, Plan
+from i2vgen.fast import runtime, speed
+from i2vgen.files import checkpoint
 from i2vgen.lab import study as studies
 from i2vgen.lab import summary, trace
 from i2vgen.lab.study import Budget, Run, Study
-from i2vgen.meter import Meter
-from i2vgen.training import data, diffusion, evaluation, evaluation_page, loop
-from i2vgen.training.evaluation import Evaluation, Plan
-from i2vgen.training.evaluation_drift import Sampled, counting
+from i2vgen.memory.meter import Meter
+from i2vgen.settings.config import Config
+from i2vgen.settings.merge import load_config
+from i2vgen.training import data, diffusion, loop
 
 RESULT, STRIP = "result.json", "strip.png"
 STRIPS = 3  # clips in a run's strip
@@ -113,8 +116,8 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
     config = dataclasses.replace(config, runtime=settings)
     model, plan, sampled = pipeline.load_parts(config), Plan(clips=budget.clips), Sampled()
     with counting(model.unet, sampled):
-        found = evaluation.evaluate(model, plan)
-    evaluation_page.write_report(found, run.folder)
+        found = evaluate.evaluate(model, plan)
+    pages.write_report(found, run.folder)
     save_strip(found, run.folder / STRIP)
     facts = {
         "variant": run.variant,
@@ -123,11 +126,11 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "fingerprint": studies.fingerprint(study, run, budget),
         "scores": found.scores.values,
         "intervals": found.scores.intervals,
-        "calls": sampled.whole // math.ceil(len(evaluation.items(plan)) / BATCH),
+        "calls": sampled.whole // math.ceil(len(evaluate.items(plan)) / BATCH),
         "loss": loss,
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    evaluation_page.write_whole(result, json.dumps(facts, indent=1) + "\n")
+    pages.write_whole(result, json.dumps(facts, indent=1) + "\n")
     return result
 
 
@@ -165,7 +168,7 @@ def teach(study: Study, run: Run, budget: Budget, device: str) -> tuple[Path, li
 def save_strip(found: Evaluation, path: Path) -> None:
     """The first clips of the basic set, one below the other."""
     chosen = [one for one in found.shown if one.item.set == "basic"][:STRIPS]
-    rows = [evaluation_page.strip(one.frames) for one in chosen]
+    rows = [pages.strip(one.frames) for one in chosen]
     picture = Image.new("RGBA", (max(row.width for row in rows), sum(row.height + 3 for row in rows)))
     top = 0
     for row in rows:

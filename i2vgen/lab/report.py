@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from i2vgen.evaluation import pages
+from i2vgen.evaluation.pages import LABELS, Table, as_html, as_markdown, figure
 from i2vgen.lab.measure import RESULT, STRIP
 from i2vgen.lab.study import Run, Study
 from i2vgen.scoring.stats import student
-from i2vgen.training import evaluation_page
-from i2vgen.training.evaluation_page import LABELS, Table, as_html, as_markdown, figure
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
@@ -160,10 +160,10 @@ def write(
         about += " It shows that the study runs; no figure here means anything."
     text = [f"# {study.question}\n\n{about}\n"]
     text += [f"## {table.title}\n\n{as_markdown(table)}\n\n{said}\n" for table, said in tables]
-    evaluation_page.write_whole(folder / "table.md", "\n".join(text))
+    pages.write_whole(folder / "table.md", "\n".join(text))
     write_csv(study, results, costs, folder / "results.csv")
     pictures = plots(study, results, costs, folder)
-    evaluation_page.write_whole(folder / "index.html", page(study, about, tables, pictures, runs))
+    pages.write_whole(folder / "index.html", page(study, about, tables, pictures, runs))
     return folder / "index.html"
 
 
@@ -181,7 +181,7 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
             for variant, line in cells(study, results, measure).items():
                 for score, c in line.items():
                     rows.writerow((variant, measure, score, c.value, c.low, c.high, c.over))
-    evaluation_page.write_whole(path, file.getvalue())
+    pages.write_whole(path, file.getvalue())
 
 
 def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Path) -> list[Path]:
@@ -243,7 +243,7 @@ def page(study: Study, about: str, tables, pictures: Sequence[Path], runs: Seque
     title = html.escape(study.question)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{evaluation_page.STYLE}</style></head><body>
+<title>{title}</title><style>{pages.STYLE}</style></head><body>
 <h1>{title}</h1>
 <p>{html.escape(about)}</p>
 {"".join(parts)}

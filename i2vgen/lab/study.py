@@ -22,10 +22,10 @@ from typing import Literal, NamedTuple
 
 import yaml
 
-from i2vgen import checkpoint
-from i2vgen.config import SHIPPED, Config
-from i2vgen.config_layers import from_dict, load_config, parse_overrides, read_stored_settings
-from i2vgen.training.evaluation_scores import SCORES
+from i2vgen.evaluation.scores import SCORES
+from i2vgen.files import checkpoint
+from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_stored_settings
 from i2vgen.training.settings import SECTION, Train, load_settings
 
 Measure = Literal["cost", "untrained", "trained"]

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, runtime, speed
-from i2vgen.conditioning import Conditions
-from i2vgen.config import Config
-from i2vgen.meter import Meter
+from i2vgen.fast import runtime, speed
+from i2vgen.files import checkpoint
+from i2vgen.memory.meter import Meter
+from i2vgen.model.conditioning import Conditions
+from i2vgen.settings.config import Config
 
 META = torch.device("meta")
 

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from i2vgen import speed
-from i2vgen.conditioning import Conditions
-from i2vgen.config import Config
-from i2vgen.unet import UNet
+from i2vgen.fast import speed
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.settings.config import Config
 
 FIGURES = ("mean", "std", "low", "high")
 # Settings of `runtime` under which every module is called as it is written.

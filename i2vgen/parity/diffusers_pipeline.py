@@ -13,9 +13,12 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config, config_layers, pipeline, sampler, video
-from i2vgen.conditioning import frame_planes
+from i2vgen import pipeline
+from i2vgen.diffusion import sampler
+from i2vgen.files import checkpoint, video
+from i2vgen.model.conditioning import frame_planes
 from i2vgen.parity.report import Golden, Row, Settings, compare
+from i2vgen.settings import config, merge
 from weights_conversion import clip as clip_tables
 from weights_conversion import diffusers_configs, rules, unet_diffusers
 from weights_conversion import vae as vae_tables
@@ -131,7 +134,7 @@ def settings_of(description: Mapping) -> config.Config:
         "negative_prompt": description["negative_prompt"],
         "clip": dataclasses.asdict(clip),
     }
-    return config_layers.from_dict(settings)
+    return merge.from_dict(settings)
 
 
 def build(golden: Golden, cfg: config.Config, settings: Settings) -> pipeline.I2VGenXL:

@@ -18,11 +18,11 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from i2vgen import loss, sampler
-from i2vgen import schedule as schedule_module
+from i2vgen.diffusion import loss, sampler
+from i2vgen.diffusion import schedule as schedule_module
+from i2vgen.diffusion.sampler import Noise, Predict, StepInfo
+from i2vgen.diffusion.schedule import Prediction, Schedule, Variance
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
-from i2vgen.sampler import Noise, Predict, StepInfo
-from i2vgen.schedule import Prediction, Schedule, Variance
 
 TABLE_TOLERANCE = 1e-12  # absolute, float64 tables
 SIGMA_TOLERANCE = 1e-6  # absolute; the official sigma tables were computed in float32

@@ -9,11 +9,12 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, config
-from i2vgen.encoders import ClipEncoders
+from i2vgen.files import checkpoint
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.vae import AutoencoderKL, Posterior
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
 from i2vgen.parity.weights import fan_in_weight, fingerprint
-from i2vgen.vae import AutoencoderKL, Posterior
+from i2vgen.settings import config
 from weights_conversion import rules
 from weights_conversion import vae as vae_tables
 

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import images, video
+from i2vgen.files import images, video
 from i2vgen.parity.report import Golden, Row, Settings, check, compare, synthetic_picture
 
 FLOAT_BOUND = 1e-6

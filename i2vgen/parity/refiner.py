@@ -14,13 +14,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from i2vgen import config
-from i2vgen.conditioning import Conditions
+from i2vgen.diffusion.sampler import Predict, ddim, guided
+from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
 from i2vgen.parity.report import Golden, Row, Settings, compare
 from i2vgen.parity.unet import keep
-from i2vgen.sampler import Predict, ddim, guided
-from i2vgen.schedule import Schedule, make_betas
-from i2vgen.unet import UNet
+from i2vgen.settings import config
 from weights_conversion import rules, unet_vgen
 
 # Bounds of the goldens' README on the outputs, tighter ones of our own where rounding allows: the goldens

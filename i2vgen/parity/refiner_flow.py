@@ -15,14 +15,25 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import config, images, refine_video, video
-from i2vgen.conditioning import Conditions, join
+from i2vgen.diffusion.sampler import Predict
+from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.files import images, video
+from i2vgen.model.conditioning import Conditions, join
+from i2vgen.model.spatial import damp_lowest
 from i2vgen.parity import refiner
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
-from i2vgen.refine_sampler import Grid, Levels, at, guided_rescaled, invert, make_grid, refine, refiner_levels
-from i2vgen.sampler import Predict
-from i2vgen.schedule import Schedule, make_betas
-from i2vgen.spatial import damp_lowest
+from i2vgen.refiner import fitting
+from i2vgen.refiner.sampler import (
+    Grid,
+    Levels,
+    at,
+    guided_rescaled,
+    invert,
+    make_grid,
+    refine,
+    refiner_levels,
+)
+from i2vgen.settings import config
 
 TABLE_ABS = 1e-6
 # Levels grow to infinity at the noisy end, so there the bound is relative.
@@ -286,12 +297,12 @@ def prepost(golden: Golden, settings: Settings) -> Iterator[Row]:
     frames = golden["in.frames_uint8_hwc"].numpy()
     stored = golden["pre.normalized"]
     rows, columns = stored.shape[-2:]
-    pixels = refine_video.resized(frames, columns, rows, antialias=False)
+    pixels = fitting.resized(frames, columns, rows, antialias=False)
     yield compare("pre.normalized", pixels, stored, max_abs=PIXELS_ABS)
     for name in sorted(golden):
         if match := re.fullmatch(r"pre\.bilinear_(\d+)x(\d+)", name):
             rows, columns = map(int, match.groups())
-            pixels = refine_video.resized(frames, columns, rows, antialias=False)
+            pixels = fitting.resized(frames, columns, rows, antialias=False)
             yield compare(name, pixels, golden[name], max_abs=PIXELS_ABS)
         elif match := re.fullmatch(r"freeu\.(scale|even)([\d.]+)", name):
             which, gain = match.groups()

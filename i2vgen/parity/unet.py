@@ -8,11 +8,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.conditioning import Conditions, frame_planes
-from i2vgen.layers import sinusoid
+from i2vgen.model.conditioning import Conditions, frame_planes
+from i2vgen.model.layers import sinusoid
+from i2vgen.model.unet import UNet
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
 from i2vgen.parity.weights import fingerprint, grid_weight
-from i2vgen.unet import UNet
 from weights_conversion import rules, unet_vgen
 
 # Bounds of the goldens' README. Half precision is a smoke bound there.

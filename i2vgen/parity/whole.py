@@ -9,11 +9,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import checkpoint, config, pipeline, runtime
-from i2vgen.conditioning import Conditions
+from i2vgen import pipeline
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import Conditions
 from i2vgen.parity.diffusion import stand_in
 from i2vgen.parity.encoders import build_clip, build_vae
 from i2vgen.parity.report import Golden, Row, Settings, check, compare, synthetic_picture
+from i2vgen.settings import config
 
 LATENT_ABS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 DECODED_ABS = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.5}

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from i2vgen import images, pipeline, video
-from i2vgen.config import Preprocess
+from i2vgen import pipeline
+from i2vgen.files import images, video
+from i2vgen.settings.config import Preprocess
 
 VIDEOS = (".mp4", ".gif", ".webp", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 LISTS = (".jsonl", ".csv")

@@ -29,9 +29,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from i2vgen import checkpoint, images
-from i2vgen.config_layers import load_config
-from i2vgen.encoders import ClipEncoders
+from i2vgen.files import checkpoint, images
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.settings.merge import load_config
 
 Network = Callable[..., Tensor]
 FVD_SIDE = 224  # what every I3D of the literature was trained on

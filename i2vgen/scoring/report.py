@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 
 import i2vgen
+from i2vgen.evaluation.pages import NONE, Table
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
-from i2vgen.training.evaluation_page import NONE, Table
 
 ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
 INSIDE = "inside the error bars"

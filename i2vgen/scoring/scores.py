@@ -15,12 +15,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from i2vgen import images, runtime, video
-from i2vgen.config import Runtime
+from i2vgen.fast import runtime
+from i2vgen.files import images, video
 from i2vgen.scoring import clips as files
 from i2vgen.scoring import flow, metrics, networks, stats
 from i2vgen.scoring.clips import Clip
 from i2vgen.scoring.stats import Mean
+from i2vgen.settings.config import Runtime
 
 NEEDS = {
     "picture": "the picture that each clip was made from: generate.py's JSON beside the clip, or a list",

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from i2vgen.config import MAX_SEED, Config
 from i2vgen.jobs import Job
+from i2vgen.settings.config import MAX_SEED, Config
 
 SAMPLES = 5  # per prompt, what the benchmark looks for
 RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, as its folders are called

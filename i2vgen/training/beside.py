@@ -18,16 +18,16 @@ import torch
 from torch import nn
 
 from i2vgen.pipeline import I2VGenXL
-from i2vgen.training import world
 from i2vgen.training.data import FIRST_TRAINING_SEED, Clips
 from i2vgen.training.diffusion import DiffusionLoss, Encoding
 from i2vgen.training.settings import Train
+from i2vgen.world import drawing
 
 
 def train_beside(
     model: I2VGenXL,
     module: nn.Module,
-    attached: Callable[[world.Batch], AbstractContextManager],
+    attached: Callable[[drawing.Batch], AbstractContextManager],
     train: Train,
 ) -> Iterator[tuple[int, float]]:
     """Clips of one object, by AdamW -> after each step its number, from 0 on, and its loss.
@@ -43,7 +43,7 @@ def train_beside(
     size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
     for step in range(train.steps):
         first = FIRST_TRAINING_SEED + train.batch * step
-        clips = world.batch(range(first, first + train.batch), kind="single", **size)
+        clips = drawing.batch(range(first, first + train.batch), kind="single", **size)
         with torch.no_grad():
             draw = torch.Generator().manual_seed(step)
             inputs = encoding(Clips(clips.clips, clips.captions, sample.fps), draw)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from i2vgen.config import Config
-from i2vgen.encoders import ClipEncoders
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.settings.config import Config
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.diffusion import clip_pixels, fresh_or_held, others_held
 from i2vgen.training.loop import Part

@@ -22,10 +22,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import images, video
-from i2vgen.config import Config
-from i2vgen.training import world
+from i2vgen.files import images, video
+from i2vgen.settings.config import Config
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, world_speed
+from i2vgen.world import drawing
 
 LOGGER = logging.getLogger(__name__)
 ENDINGS = (".mp4", ".gif")
@@ -76,7 +76,7 @@ class World:
         first = FIRST_TRAINING_SEED + (train.seed << 48)
         numbers = [p % train.num_clips if train.num_clips else p for p in positions]
         kinds = train.kinds
-        batch = world.batch(
+        batch = drawing.batch(
             [first + n for n in numbers],
             kind=[kinds[n % len(kinds)] for n in numbers] if kinds else None,
             width=sample.width,

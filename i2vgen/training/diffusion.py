@@ -17,19 +17,22 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from i2vgen import checkpoint, lora, pipeline, runtime
-from i2vgen.conditioning import Conditions
-from i2vgen.config import RANDOM, Config
-from i2vgen.encoders import ClipEncoders
-from i2vgen.loss import draw_offset_noise, training_loss
-from i2vgen.schedule import Schedule
-from i2vgen.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen import pipeline
+from i2vgen.adapt import lora
+from i2vgen.diffusion.loss import draw_offset_noise, training_loss
+from i2vgen.diffusion.schedule import Schedule
+from i2vgen.fast import runtime
+from i2vgen.files import checkpoint
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
+from i2vgen.model.unet import UNet
+from i2vgen.model.vae import AutoencoderKL
+from i2vgen.settings.config import RANDOM, Config
 from i2vgen.training import lift
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Bucket, Train, buckets
-from i2vgen.unet import UNet
-from i2vgen.vae import AutoencoderKL
 
 INHERITED = (ResBlock, SpatialTransformer, Downsample, Upsample)
 STRIP_CLIPS = 4

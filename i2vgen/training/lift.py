@@ -19,11 +19,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from i2vgen import pipeline, refine, refine_video, video
-from i2vgen.config import Config, Refine
-from i2vgen.config_layers import load_config, with_quality
+from i2vgen import pipeline
+from i2vgen.diffusion.schedule import Schedule
+from i2vgen.files import video
 from i2vgen.pipeline import I2VGenXL
-from i2vgen.schedule import Schedule
+from i2vgen.refiner import fitting, refine
+from i2vgen.settings.config import Config, Refine
+from i2vgen.settings.merge import load_config, with_quality
 from i2vgen.training.settings import Train, buckets
 
 
@@ -52,7 +54,7 @@ class FirstStage:
                 clips[i] = self.made(clips[i, 0], caption)
             elif lot < self.train.first_stage_made + self.train.first_stage_vae:
                 clips[i] = decoded(self.model, rearrange(small[i], "c f h w -> f c h w"))
-        large = refine_video.resized(
+        large = fitting.resized(
             rearrange(clips, "b f h w c -> (b f) h w c").numpy(),
             width,
             height,

@@ -34,9 +34,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from i2vgen import checkpoint
-from i2vgen.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
-from i2vgen.safefile import Entry, write_safetensors
+from i2vgen.files import checkpoint
+from i2vgen.files.safefile import Entry, write_safetensors
+from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.training import data
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.settings import FREE, Bucket, Train, buckets

@@ -1,6 +1,6 @@
 """The settings of a training run: the `train:` section of a YAML file, `train.name=value` on a command line.
 
-Everything else in such a file is read by `i2vgen.config_layers.load_config`; what the model is stands there.
+Everything else in such a file is read by `i2vgen.settings.merge.load_config`; what the model is stands there.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from i2vgen.config import MAX_FRAMES, MAX_SEED, Config
-from i2vgen.config_layers import load_config
-from i2vgen.training import world
+from i2vgen.settings.config import MAX_FRAMES, MAX_SEED, Config
+from i2vgen.settings.merge import load_config
+from i2vgen.world import drawing
 
 SECTION = "train"
 WORLD = "world"
@@ -122,10 +122,10 @@ class Train:
         _check(self, "seed", 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
         _check(self, "data", self.data, f"{WORLD!r} or a folder")
         for kind in self.kinds:
-            if kind not in world.KINDS:
+            if kind not in drawing.KINDS:
                 raise ValueError(
                     f"train.kinds has {kind!r}, which is no kind of the world's clips; give a list of "
-                    f"{', '.join(world.KINDS)}"
+                    f"{', '.join(drawing.KINDS)}"
                 )
         if self.data != WORLD and self.kinds:
             raise ValueError(

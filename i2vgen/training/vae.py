@@ -12,13 +12,13 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen import checkpoint
-from i2vgen.config import Config
+from i2vgen.files import checkpoint
+from i2vgen.model.vae import AutoencoderKL, ResBlock
+from i2vgen.settings.config import Config
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.diffusion import fresh_or_held, others_held, picture
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Train, buckets
-from i2vgen.vae import AutoencoderKL, ResBlock
 
 SHOWN = 8  # frames in a sample strip
 SCALE_CLIPS = 32  # clips whose latents decide the measured scale

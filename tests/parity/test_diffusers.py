@@ -10,14 +10,16 @@ import dataclasses
 import pytest
 import torch
 
-from i2vgen import checkpoint, config, speed
-from i2vgen.conditioning import Conditions
-from i2vgen.encoders import ClipEncoders
+from i2vgen.diffusion.sampler import ddim
+from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.fast import speed
+from i2vgen.files import checkpoint
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
+from i2vgen.model.vae import AutoencoderKL
 from i2vgen.parity.diffusion import stand_in
-from i2vgen.sampler import ddim
-from i2vgen.schedule import Schedule, make_betas
-from i2vgen.unet import UNet
-from i2vgen.vae import AutoencoderKL
+from i2vgen.settings import config
 from weights_conversion import rules, unet_diffusers
 from weights_conversion import vae as vae_tables
 

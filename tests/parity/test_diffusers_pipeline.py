@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from i2vgen import checkpoint, config
+from i2vgen.files import checkpoint
 from i2vgen.parity import diffusers_pipeline as parity
 from i2vgen.parity.report import Golden, Settings
+from i2vgen.settings import config
 from weights_conversion import diffusers_layout
 
 pytestmark = pytest.mark.reference

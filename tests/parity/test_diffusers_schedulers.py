@@ -8,9 +8,11 @@ import math
 import pytest
 import torch
 
-from i2vgen import config, pipeline, solvers
-from i2vgen.schedule import Schedule, make_betas
-from i2vgen.schedulers import from_diffusers
+from i2vgen import pipeline
+from i2vgen.diffusion import solvers
+from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.diffusion.schedulers import from_diffusers
+from i2vgen.settings import config
 
 pytestmark = pytest.mark.reference
 CLOSE = 2e-5  # relative, of float32 tables

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import loss, sampler
-from i2vgen import schedule as schedule_module
+from i2vgen.diffusion import loss, sampler
+from i2vgen.diffusion import schedule as schedule_module
+from i2vgen.diffusion.schedule import Schedule
 from i2vgen.parity import diffusion
 from i2vgen.parity.report import Golden, Settings
-from i2vgen.schedule import Schedule
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 KINDS = {

@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i2vgen import config, vae
-from i2vgen.encoders import ClipEncoders
+from i2vgen.model import vae
+from i2vgen.model.clip import ClipEncoders
 from i2vgen.parity import encoders as parity
 from i2vgen.parity.report import Golden, Settings
+from i2vgen.settings import config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 KINDS = {"pipeline_vae": parity.vae, "pipeline_clip": parity.clip}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import images, video
+from i2vgen.files import images, video
 from i2vgen.parity import pictures
 from i2vgen.parity.report import Golden, Settings
 

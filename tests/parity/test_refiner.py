@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from i2vgen import config, refine_sampler, spatial, unet
+from i2vgen.model import spatial, unet
 from i2vgen.parity import refiner, refiner_flow
 from i2vgen.parity.kinds import KINDS
 from i2vgen.parity.report import Golden, Settings
+from i2vgen.refiner import sampler
+from i2vgen.settings import config
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
 FILES = {
@@ -99,17 +101,17 @@ def _brought_to_the_negative(patch):
 
 
 def _start(form):
-    right = refine_sampler.refine
+    right = sampler.refine
     return _set(refiner_flow, "refine", lambda *a, start, **named: right(*a, start=form, **named))
 
 
 def _grid(form):
-    right = refine_sampler.make_grid
+    right = sampler.make_grid
     return _set(refiner_flow, "make_grid", lambda *a, form=form, **n: right(*a, form="clean", **n))
 
 
 def _inverted_on_the_samplers_table(patch):
-    betas = refine_sampler.refiner_levels().schedule().betas
+    betas = sampler.refiner_levels().schedule().betas
     patch.setattr(refiner_flow, "cosine_betas", lambda: betas)
 
 
@@ -133,7 +135,7 @@ MISTAKES = {
     "shift of one end": (
         "refiner_schedule",
         "schedule.interp_sigma",
-        _set(refiner_flow, "refiner_levels", partial(refine_sampler.refiner_levels, shift=(4.0, 4.0))),
+        _set(refiner_flow, "refiner_levels", partial(sampler.refiner_levels, shift=(4.0, 4.0))),
     ),
 }  # fmt: skip
 
@@ -174,7 +176,7 @@ def test_enlarging_later_gives_the_same_numbers(rows_):
 
 
 def test_level_and_index_are_inverse():
-    table = refine_sampler.refiner_levels()
+    table = sampler.refiner_levels()
     for index in (0.0, 0.25, 37.5, 598.4, 998.0):
         assert math.isclose(table.index(table.level(index)), index, abs_tol=1e-9)
     assert table.level(999) == math.inf and table.index(math.inf) == 999
@@ -184,29 +186,29 @@ def test_level_and_index_are_inverse():
 @pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "heun"])
 @pytest.mark.parametrize("steps", [1, 6, 13, 30])
 def test_the_clean_grid_has_as_many_steps_as_asked(solver, steps):
-    table = refine_sampler.refiner_levels()
-    grid = refine_sampler.make_grid(table, total=600, steps=steps, solver=solver)
+    table = sampler.refiner_levels()
+    grid = sampler.make_grid(table, total=600, steps=steps, solver=solver)
     assert grid.steps == steps and grid.timesteps[0] == 599 and grid.levels[-1] == 0
     stands = [table.level(t) for t in grid.timesteps]
     assert list(grid.levels[:-1]) == stands  # the network is told where x stands
-    official = refine_sampler.make_grid(table, total=600, steps=steps, solver=solver, form="official")
+    official = sampler.make_grid(table, total=600, steps=steps, solver=solver, form="official")
     assert official.steps == steps + (steps in (6, 13) and solver == "dpmpp_2m_sde")
 
 
 @pytest.mark.parametrize("start", ["clean", "official"])
 def test_the_solvers_return_a_certain_clip(start):
     """A network that knows the clip: whatever the noise, both solvers end on it."""
-    table = refine_sampler.refiner_levels()
+    table = sampler.refiner_levels()
     clip = torch.randn(1, 4, 3, 4, 4, dtype=torch.float64)
 
     def knows(x, t):
         return (table.alphas[t[0]] * x - clip) / table.sigmas[t[0]]
 
     for solver, eta in (("dpmpp_2m_sde", 1.0), ("dpmpp_2m_sde", 0.0), ("heun", 1.0)):
-        grid = refine_sampler.make_grid(table, total=600, steps=8, solver=solver)
+        grid = sampler.make_grid(table, total=600, steps=8, solver=solver)
         x = table.noised(clip, torch.randn_like(clip), 599)
         seen = []
-        got = refine_sampler.refine(
+        got = sampler.refine(
             knows, x, table, grid, solver=solver, start=start, eta=eta, noise=torch.randn_like,
             on_step=lambda info, seen=seen: seen.append(info.x),
         )  # fmt: skip
@@ -214,8 +216,8 @@ def test_the_solvers_return_a_certain_clip(start):
 
 
 def test_the_clean_start_shows_the_network_its_state():
-    table = refine_sampler.refiner_levels()
-    grid = refine_sampler.make_grid(table, total=600, steps=1)
+    table = sampler.refiner_levels()
+    grid = sampler.make_grid(table, total=600, steps=1)
     x = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64)
     for form, factor in (("clean", 1.0), ("official", table.sigmas[599].item())):
         seen = []
@@ -224,7 +226,7 @@ def test_the_clean_start_shows_the_network_its_state():
             seen.append(x)
             return x
 
-        refine_sampler.refine(watch, x, table, grid, start=form, noise=torch.randn_like)
+        sampler.refine(watch, x, table, grid, start=form, noise=torch.randn_like)
         assert torch.allclose(seen[0], factor * x, rtol=1e-12)
 
 
@@ -237,9 +239,9 @@ def test_windows_cover_a_clip_and_blend_what_agrees(frames, window, overlap):
         return 2 * x
 
     x = torch.randn(1, 4, frames, 2, 2, dtype=torch.float64)
-    got = refine_sampler.windowed(pointwise, window, overlap)(x, torch.zeros(1))
+    got = sampler.windowed(pointwise, window, overlap)(x, torch.zeros(1))
     assert torch.allclose(got, 2 * x, rtol=1e-12)  # where all windows agree the blend changes nothing
     assert calls == ([frames] if frames <= window else [window] * len(calls))
-    starts = refine_sampler.window_starts(frames, window, overlap)
+    starts = sampler.window_starts(frames, window, overlap)
     assert len(starts) == len(calls) and starts[0] == 0
     assert all(b - a <= window - overlap for a, b in itertools.pairwise(starts))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
 
-from i2vgen import attention, conditioning, layers, spatial, temporal, unet
+from i2vgen.model import attention, conditioning, layers, spatial, temporal, unet
 from i2vgen.parity import unet as parity
 from i2vgen.parity.report import Golden, Settings
 from weights_conversion import unet_vgen

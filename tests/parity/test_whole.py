@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen import pipeline, runtime
+from i2vgen import pipeline
+from i2vgen.fast import runtime
 from i2vgen.parity import encoders, whole
 from i2vgen.parity.report import Golden, Settings, synthetic_picture
 

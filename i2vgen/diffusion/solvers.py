@@ -1,0 +1,320 @@
+"""Solvers that need fewer calls than DDIM for the same latents, as functions with DDIM's signature.
+
+All of them step between the discrete noise levels x = alpha x0 + sigma eps of the schedule, with lambda =
+log(alpha / sigma), half the log-SNR, as their clock. Where no signal is left (t = T - 1 at zero terminal SNR)
+lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and whoever looks back on it
+uses alpha / sigma as the clock, which is 0 there (x / sigma is the integral of x0 over it). The last step is
+of first order: it crosses the most of lambda, and all that is left of it where `final_alpha` is "one".
+Coefficients are Python floats from float64 tables; the state is in at least float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from i2vgen.diffusion.sampler import (
+    Noise,
+    OnStep,
+    Predict,
+    StepInfo,
+    Watch,
+    at_least_float32,
+    call,
+    check_latents,
+    timestep,
+)
+from i2vgen.diffusion.schedule import Schedule, Spacing, next_levels, timesteps
+
+FinalAlpha = Literal["first", "one"]
+
+
+class Step(NamedTuple):
+    """From the level at timestep `t` to the next one."""
+
+    t: int
+    alpha: float
+    sigma: float
+    alpha_to: float
+    sigma_to: float
+    next_t: int | None  # the timestep of the level it lands on; None: the last step
+
+    @property
+    def decay(self) -> float:
+        """exp(-h): 0 from no signal and onto no noise"""
+        return self.sigma_to * self.alpha / (self.alpha_to * self.sigma)
+
+    @property
+    def h(self) -> float:
+        """How far lambda goes."""
+        return math.inf if self.decay == 0 else -math.log(self.decay)
+
+    def of_x(self) -> float:
+        return self.sigma_to / self.sigma
+
+    def of_x0(self) -> float:
+        """With `of_x`: the step of DDIM, exact where the network's x0 does not change."""
+        return self.alpha_to * (1 - self.decay)
+
+
+def plan(schedule: Schedule, steps: int, spacing: Spacing, final_alpha: FinalAlpha) -> list[Step]:
+    """The steps of `schedule.timesteps`, noisy to clean."""
+    if final_alpha not in ("first", "one"):
+        raise ValueError(f"final_alpha is {final_alpha!r}; choose first or one")
+    visited = timesteps(schedule.num_timesteps, steps, spacing)
+    levels = next_levels(schedule.num_timesteps, steps, spacing)
+    alpha, sigma = schedule.sqrt_abar.tolist(), schedule.sqrt_one_minus_abar.tolist()
+    made = [
+        Step(t, alpha[t], sigma[t], alpha[to], sigma[to], next_t)
+        for t, to, next_t in zip(visited, levels, [*visited[1:], None], strict=True)
+    ]
+    if final_alpha == "one":
+        made[-1] = made[-1]._replace(alpha_to=1.0, sigma_to=0.0)
+    return made
+
+
+def ahead(before: Step | None, now: Step) -> float:
+    """How much of the last change of x0 to add, which makes it the x0 of half of this step."""
+    if before is None or now.next_t is None or now.alpha == 0:
+        return 0.0
+    if before.alpha == 0:  # by alpha / sigma: (now's way) / (2 before's way)
+        return (1 / now.decay - 1) / 2
+    return now.h / (2 * before.h)
+
+
+@torch.no_grad()
+def dpmpp_2m(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    final_alpha: FinalAlpha = "first",
+    order: int = 2,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
+
+    One call per step; x0 is extrapolated from the step before. `order` 1 is DDIM. `noise` is not used.
+    """
+    return _multistep(
+        predict, x, plan(schedule, steps, spacing, final_alpha), schedule, order, None, on_step, check_finite
+    )
+
+
+@torch.no_grad()
+def dpmpp_2m_sde(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    final_alpha: FinalAlpha = "first",
+    order: int = 2,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by SDE-DPM-Solver++ 2M (Lu et al. 2022b, section 5).
+
+    `dpmpp_2m` with fresh noise in every step that does not end on clean latents; `noise` draws it like x.
+    `order` 1 is DDIM with eta 1.
+    """
+    if noise is None:
+        raise ValueError("dpmpp_2m_sde needs `noise`; pass a function that draws noise like x")
+    return _multistep(
+        predict, x, plan(schedule, steps, spacing, final_alpha), schedule, order, noise, on_step, check_finite
+    )
+
+
+def _multistep(
+    predict: Predict,
+    x: Tensor,
+    planned: Sequence[Step],
+    schedule: Schedule,
+    order: int,
+    noise: Noise | None,
+    on_step: OnStep | None,
+    check_finite: bool,
+) -> Tensor:
+    check_latents(x)
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}; choose 1 or 2")
+    x, before, last = at_least_float32(x), None, None
+    watch = Watch(schedule, on_step, check_finite)
+    for index, step in enumerate(planned):
+        x0 = _x0(predict, x, step.t, schedule)
+        weight = ahead(before, step) if order == 2 else 0.0
+        target = x0 + weight * (x0 - last) if weight else x0
+        if noise is None:
+            x = step.of_x() * x + step.of_x0() * target
+        else:
+            x = step.of_x() * step.decay * x + step.alpha_to * (1 - step.decay**2) * target
+            if step.sigma_to > 0:
+                x = x + step.sigma_to * math.sqrt(1 - step.decay**2) * noise(x)
+        before, last = step, x0
+        watch.step(StepInfo(index, len(planned), step.t, x, x0))
+    watch.end()
+    return x
+
+
+@torch.no_grad()
+def unipc(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    final_alpha: FinalAlpha = "first",
+    order: int = 2,
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by UniPC of order 2 (Zhao et al. 2023, x0 form, B2).
+
+    `dpmpp_2m` predicts; the call of the next step then corrects this one at no further cost. `order` 1 is
+    DDIM with that correction. `noise` is not used.
+    """
+    check_latents(x)
+    if order not in (1, 2):
+        raise ValueError(f"order is {order}; choose 1 or 2")
+    planned = plan(schedule, steps, spacing, final_alpha)
+    x, before, last, correct = at_least_float32(x), None, None, None
+    watch = Watch(schedule, on_step, check_finite)
+    for index, step in enumerate(planned):
+        x0 = _x0(predict, x, step.t, schedule)
+        if correct is not None:
+            x = correct(x0)
+        weight = ahead(before, step) if order == 2 else 0.0
+        plain = step.of_x() * x + step.of_x0() * x0
+        x = plain + step.of_x0() * weight * (x0 - last) if weight else plain
+        if step.next_t is not None:
+            correct = _corrector(step, before if order == 2 else None, plain, x0, last)
+        before, last = step, x0
+        watch.step(StepInfo(index, len(planned), step.t, x, x0))
+    watch.end()
+    return x
+
+
+def _corrector(
+    step: Step, before: Step | None, plain: Tensor, x0: Tensor, last: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    """-> x at the end of a step from the x0 that the network sees there.
+
+    With u = (lambda - lambda at the start) / h, x0 is a parabola through u = -`back`, 0 and 1, and the step
+    its integral with the weight h exp(h (u - 1)). Without a step before: half of the change, as B2 has it,
+    which is the trapezoid rule over alpha / sigma.
+    """
+    if before is None or before.alpha == 0 or step.alpha == 0:
+        return lambda seen: plain + 0.5 * step.of_x0() * (seen - x0)
+    h, back = step.h, before.h / step.h
+    first = 1 - (1 - step.decay) / h  # integral of u
+    second = 1 - 2 * first / h  # integral of u^2
+
+    # Newton's form: x0 + slope u + bend u (u - 1); `slope` is that from 0 to 1, `behind` that up to 0.
+    def correct(seen: Tensor) -> Tensor:
+        slope, behind = seen - x0, (x0 - last) / back
+        bend = (slope - behind) / (1 + back)
+        return plain + step.alpha_to * (first * slope + (second - first) * bend)
+
+    return correct
+
+
+@torch.no_grad()
+def euler(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    final_alpha: FinalAlpha = "first",
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by Euler steps of x / alpha over sigma / alpha.
+
+    The slope there is eps (Karras et al. 2022), so this is DDIM in other words, and the base of `heun`.
+    `noise` is not used.
+    """
+    planned = plan(schedule, steps, spacing, final_alpha)
+    return _over_sigma(predict, x, planned, schedule, False, on_step, check_finite)
+
+
+@torch.no_grad()
+def heun(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    spacing: Spacing = "official",
+    final_alpha: FinalAlpha = "first",
+    noise: Noise | None = None,
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """Noise x [b c f h w] -> latents [b c f h w] by Heun's method (Karras et al. 2022, algorithm 1).
+
+    Every step but the last is taken again with the mean slope of both its ends: two calls per step. From no
+    signal, where sigma / alpha is infinite, that is the mean x0 over alpha / sigma. `noise` is not used.
+    """
+    planned = plan(schedule, steps, spacing, final_alpha)
+    return _over_sigma(predict, x, planned, schedule, True, on_step, check_finite)
+
+
+def _over_sigma(
+    predict: Predict,
+    x: Tensor,
+    planned: Sequence[Step],
+    schedule: Schedule,
+    twice: bool,
+    on_step: OnStep | None,
+    check_finite: bool,
+) -> Tensor:
+    check_latents(x)
+    x = at_least_float32(x)
+    watch = Watch(schedule, on_step, check_finite)
+    for index, step in enumerate(planned):
+        x0 = _x0(predict, x, step.t, schedule)
+        moved = step.of_x() * x + step.of_x0() * x0
+        if twice and step.next_t is not None:
+            moved = moved + _half_the_bend(step, x, x0, moved, _x0(predict, moved, step.next_t, schedule))
+        x = moved
+        watch.step(StepInfo(index, len(planned), step.t, x, x0))
+    watch.end()
+    return x
+
+
+def _half_the_bend(step: Step, x: Tensor, x0: Tensor, end: Tensor, end_x0: Tensor) -> Tensor:
+    """What the mean slope of both ends adds to a step from `x` to `end`."""
+    if step.alpha == 0:
+        return 0.5 * step.of_x0() * (end_x0 - x0)
+    eps, end_eps = (x - step.alpha * x0) / step.sigma, (end - step.alpha_to * end_x0) / step.sigma_to
+    return 0.5 * (step.sigma_to - step.sigma * step.alpha_to / step.alpha) * (end_eps - eps)
+
+
+def _x0(predict: Predict, x: Tensor, t: int, schedule: Schedule) -> Tensor:
+    """One call: x [b c f h w] at t -> x0 [b c f h w]"""
+    now = timestep(t, x)
+    return schedule.to_x0(call(predict, x, now), x, now)
+
+
+SOLVERS = {
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
+    "unipc": unipc,
+    "euler": euler,
+    "heun": heun,
+}

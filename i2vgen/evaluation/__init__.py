@@ -1,0 +1,1 @@
+"""How well a trained model does what it is told, measured on the drawn world."""

@@ -1,0 +1,119 @@
+"""What this machine has and what is fastest on it: settings that cannot work are refused, `auto` is measured.
+
+Axes: n sequences, m heads, d head width; b batch, f frames, p pixels of a frame, k context tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from i2vgen.fast import kernels, runtime
+from i2vgen.model.attention import NEEDS, Attention, FrameAttention, attend, works
+from i2vgen.model.unet import UNet
+from i2vgen.settings.config import Config
+
+LOGGER = logging.getLogger(__name__)
+CANDIDATES = ("sdpa", "flash", "cudnn", "efficient", "flash3")
+QUERIES = 256  # are compared with the formula: enough to see a wrong kernel, few enough for its scores
+
+
+def refuse_missing(config: Config, device: torch.device) -> None:
+    """ValueError for what this device has not, before anything is loaded."""
+    name, width, dtype = config.runtime.attention, config.unet.head_width, runtime.dtype(config.runtime)
+    if name in NEEDS and not works(name, torch.zeros(1, 1, 16, width, dtype=dtype, device=device)):
+        raise ValueError(
+            f"runtime.attention is {name}, which does not work with {dtype} and heads of {width} on "
+            f"{device}: it needs {NEEDS[name]}; runtime.attention=auto takes what is there"
+        )
+    kernels.choose(config.runtime.kernels, device)
+    if config.runtime.cuda_graph and device.type != "cuda":
+        raise ValueError(
+            f"runtime.cuda_graph is true, which needs a CUDA device, but this one is {device}; leave it out"
+        )
+    low, high = config.sample.guidance_interval
+    changing = {
+        "sample.guidance_interval": low > 0 or high < 1,
+        "sample.deep_cache": config.sample.deep_cache > 1,
+    }
+    if config.runtime.cuda_graph and any(changing.values()):
+        name = next(name for name, on in changing.items() if on)
+        raise ValueError(
+            f"runtime.cuda_graph plays one recorded step again and again, but {name} makes the steps differ; "
+            "leave one of the two out"
+        )
+
+
+@torch.no_grad()
+def choose_attention(unet: UNet, config: Config, device: torch.device) -> dict[str, str]:
+    """Set the backend of every spatial, cross- and temporal attention -> what was chosen for each kind.
+
+    Measured once, at the real shapes of the finest level with attention; it takes well under a second.
+    """
+    level = config.unet.attention_levels.index(True) if True in config.unet.attention_levels else None
+    if level is None:
+        return {}
+    h, w = (size >> level for size in config.latent_size)
+    b, f, d = config.runtime.batch, config.sample.frames, config.unet.head_width
+    m = config.unet.widths[level] // d
+    dtype = unet.conv_in.weight.dtype
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=dtype, device=device)
+
+    tokens = rearrange(normal(3, b * f, h * w, m * d), "i n p (m d) -> i n m p d", m=m)
+    context = normal(2, b, m, config.unet.context_tokens(config.clip.text_length), d)
+    frames = rearrange(normal(3, f, h * w, m * d), "i f p (m d) -> i p m f d", m=m)
+    long = rearrange(tokens[0], "(b f) m p d -> b m (f p) d", b=b)
+    chosen = {
+        "spatial": fastest(*tokens),
+        "cross": fastest(long, *context),
+        "temporal": fastest(*frames),
+    }
+    for block in unet.blocks():
+        pairs = []
+        if block.spatial is not None:
+            pairs = [("spatial", block.spatial.self_attention), ("cross", block.spatial.cross_attention)]
+        if block.temporal is not None:
+            pairs += [("temporal", part) for part in (block.temporal.attention1, block.temporal.attention2)]
+        for kind, part in pairs:
+            if isinstance(part, Attention | FrameAttention):
+                part.backend = chosen[kind]
+    LOGGER.info("attention: %s", ", ".join(f"{kind} {name}" for kind, name in chosen.items()))
+    return chosen
+
+
+def fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The backend that takes the least time among those that are there and right to the dtype's rounding."""
+    times = {}
+    wanted = attend(*(x.float() for x in (q[:1, :1, :QUERIES], k[:1, :1], v[:1, :1])), "math")
+    for name in CANDIDATES:
+        if not works(name, q[:1, :, :QUERIES]):
+            continue
+        got = attend(q[:1], k[:1], v[:1], name)[:, :1, :QUERIES]
+        if (got - wanted).norm() <= 4 * torch.finfo(q.dtype).eps * wanted.norm():
+            times[name] = seconds(lambda name=name: attend(q, k, v, name), q.device)
+    return min(times, key=times.get, default="sdpa")
+
+
+def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
+    """Of the best of three calls, after two that warm up."""
+    taken = []
+    for _ in range(5):
+        wait(device)
+        start = time.perf_counter()
+        call()
+        wait(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken[2:])
+
+
+def wait(device: torch.device) -> None:
+    """Until it has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

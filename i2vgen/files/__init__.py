@@ -1,0 +1,1 @@
+"""Everything that touches a disk: weights, pictures, videos and the records beside them."""

@@ -1,0 +1,357 @@
+"""Native weights: a folder of safetensors, the settings they were made with, and where they came from.
+
+    settings.json                     {"format": 1, "settings": every setting, see config.py}
+    origin.json                       source files, hashes, licence notes; free-form
+    unet.safetensors                  one file per part (unet, vae, clip), or shards
+    unet-00001-of-00003.safetensors   with unet.safetensors.index.json (`weight_map`: tensor -> file)
+
+Models are built on `meta` and filled strictly: every tensor must be there and none may be left over, except
+what an ablation declares (`unet.declared_drops`). Nothing in a weights folder is ever executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from i2vgen.files.safefile import Entry, write_safetensors
+from i2vgen.model.attention import for_any_heads
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.unet import ADDED, Drops, UNet, declared_drops
+from i2vgen.model.vae import AutoencoderKL
+from i2vgen.settings import config as settings
+from i2vgen.settings.config import SETTINGS_FILE, Config, Use
+
+ORIGIN_FILE = "origin.json"
+PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
+NO_DROPS = Drops((), {})
+
+
+def build(part: str, config: Config) -> nn.Module:
+    """One part without memory or numbers, on the `meta` device."""
+    with torch.device("meta"):
+        return construct(part, config)
+
+
+def construct(part: str, config: Config) -> nn.Module:
+    """One part as a training from scratch starts: PyTorch's initialisation, branches zero at their ends."""
+    if part == "unet":
+        return UNet(config.unet, config.use, backend=config.runtime.attention)
+    if part == "vae":
+        return AutoencoderKL(config.vae, backend=for_any_heads(config.runtime.attention))
+    if part == "clip":
+        return ClipEncoders(config.clip)
+    raise ValueError(f"there is no part {part!r}; a model has {', '.join(PARTS)}")
+
+
+def load(part: str, config: Config, *, device: torch.device | str, dtype: torch.dtype) -> nn.Module:
+    """One part with the weights of `config.weights`, or random ones, in eval mode and without gradients."""
+    model = build(part, config)
+    if config.weights == settings.RANDOM:
+        state = random_state(model, seed=0)
+        drops = NO_DROPS
+    else:
+        state = read_part(config.weights, part)
+        drops = declared_drops(config.unet, config.use) if part == "unet" else NO_DROPS
+    fill(
+        model,
+        state,
+        drops=drops,
+        device=device,
+        dtype=dtype,
+        source=f"{part} of {config.weights}",
+        added=lambda names: initial(part, config, names),
+    )
+    return model.eval().requires_grad_(False)
+
+
+def fill(
+    model: nn.Module,
+    state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    *,
+    drops: Drops = NO_DROPS,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    source: str = "the state dict",
+    added: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Put a state dict into a model built on `meta`: strictly, tensor by tensor, cast on the way.
+
+    ValueError lists what is missing, left over or of another shape. Tensors that `drops` declares are left
+    out. What is missing of `unet.ADDED` is asked of `added`, with a warning.
+    """
+    wanted = {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
+    filled: dict[str, Tensor] = {}
+    problems = []
+    for name, tensor in state.items() if isinstance(state, Mapping) else state:
+        if matches(name, drops.patterns) or (name not in wanted and matches(name, ADDED)):
+            continue
+        if name in drops.slices:
+            tensor = tensor[:, : drops.slices[name]]
+        if name not in wanted:
+            problems.append(f"unexpected {name}")
+        elif tuple(tensor.shape) != wanted[name]:
+            problems.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {wanted[name]}")
+        else:
+            cast = dtype if tensor.is_floating_point() else None
+            filled[name] = tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
+    new = [name for name in wanted if name not in filled and matches(name, ADDED)]
+    if new and added is not None:
+        warnings.warn(
+            f"{source} lacks {len(new)} tensors that the settings add ({new[0]}, ...): they start untrained",
+            stacklevel=3,
+        )
+        filled |= {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in added(new).items()}
+    problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
+    if problems:
+        shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
+        raise ValueError(f"{source} does not fit the settings in {len(problems)} tensors: {shown}")
+    inner(model).load_state_dict(filled, strict=True, assign=True)
+    if isinstance(model, ClipEncoders):
+        model.reset_buffers()
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def initial(part: str, config: Config, names: Iterable[str]) -> dict[str, Tensor]:
+    """PyTorch's own initialisation, seeded, of these tensors; all of the part is built for it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        state = inner(construct(part, config)).state_dict()
+    return {name: state[name] for name in names}
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """The module whose state dict a weights file holds: for CLIP open_clip's own."""
+    return model.model if isinstance(model, ClipEncoders) else model
+
+
+def random_state(
+    model: nn.Module, *, seed: int, device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Seeded weights from each tensor's name and shape; none is zero, activations stay finite.
+
+    A GPU draws billions of them in a second; every kind of device draws numbers of its own.
+    """
+    for name, like in inner(model).state_dict().items():
+        shape = tuple(like.shape)
+        if not shape:
+            yield name, torch.tensor(math.log(1 / 0.07), device=device)  # CLIP's logit_scale
+            continue
+        generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()) + seed)
+        value = torch.randn(shape, generator=generator, device=device)
+        if len(shape) >= 2:
+            value = value / math.sqrt(math.prod(shape[1:]))
+        else:
+            value = 1 + 0.1 * value if name.endswith("weight") else 0.05 * value
+        yield name, value
+
+
+def missing_parts(folder: str | Path) -> list[str]:
+    """Parts that a native folder lacks for generation."""
+    return [part for part in PARTS if not part_files(Path(folder), part)]
+
+
+def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of a part, one at a time. ValueError if the part is missing or damaged."""
+    files = part_files(Path(folder), part)
+    if not files:
+        raise ValueError(
+            f"weights folder {folder} lacks the {part}; it needs {part}.safetensors or its shards"
+        )
+    return _tensors(files)
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    yield name, file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+
+
+def read_origin(folder: str | Path) -> dict:
+    """Where a native folder's weights come from, as far as it says; ValueError if the file is damaged."""
+    path = Path(folder) / ORIGIN_FILE
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); convert the weights again") from error
+
+
+def part_files(folder: Path, part: str) -> list[Path]:
+    """The file or shards of a part; empty if it is not there. ValueError for a damaged index."""
+    index = folder / f"{part}.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            bad = [name for name in names if Path(name).name != name]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{index} is damaged ({error!r}); convert the weights again") from error
+        if bad:
+            raise ValueError(f"{index} names files outside its folder: {bad[0]}")
+        return [folder / name for name in names]
+    single = folder / f"{part}.safetensors"
+    return [single] if single.is_file() else []
+
+
+def save(
+    folder: str | Path,
+    parts: Mapping[str, nn.Module | Mapping[str, Tensor | Entry]],
+    config: Config,
+    *,
+    origin: Mapping | None = None,
+    shard_bytes: int | None = None,
+    on_bytes: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a native folder, whole or not at all; an old one at the same place is replaced at the very end.
+
+    `parts` maps names of PARTS to models or state dicts. Tensors are taken out of a state dict one at a time,
+    once for their shape and once to be written, so that one that reads lazily never lies in memory whole; an
+    `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
+    anything but weights. `on_bytes` is told of progress: bytes written, bytes in all.
+    """
+    folder = check_place(folder)
+    if unknown := set(parts) - set(PARTS):
+        raise ValueError(f"there is no part {sorted(unknown)[0]!r}; a model has {', '.join(PARTS)}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        states = {p: inner(m).state_dict() if isinstance(m, nn.Module) else m for p, m in parts.items()}
+        entries = {part: _entries(state) for part, state in states.items()}
+        tick = counter(sum(e.nbytes for listed in entries.values() for e in listed), on_bytes)
+        for part, listed in entries.items():
+            _write_part(temporary, part, listed, config, shard_bytes, tick)
+        stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
+        # The job and the machine are not the weights' business; their usual texts are.
+        for name in (*settings.LITERALS, "runtime"):
+            if name not in settings.KEPT_TEXTS:
+                stored.pop(name, None)
+        _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
+        _write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})
+        _replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def check_place(folder: str | Path) -> Path:
+    """ValueError unless a weights folder can be written here: nothing there yet, or an older one."""
+    folder = Path(folder)
+    if folder.is_file() or (
+        folder.is_dir() and not (folder / SETTINGS_FILE).is_file() and any(folder.iterdir())
+    ):
+        raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    if file := next((parent for parent in folder.absolute().parents if parent.is_file()), None):
+        raise ValueError(f"{folder} cannot be made: {file} is a file, not a folder")
+    return folder
+
+
+def _write_part(
+    folder: Path,
+    part: str,
+    entries: list[Entry],
+    config: Config,
+    shard_bytes: int | None,
+    tick: Callable[[int], None],
+) -> None:
+    metadata = {"format": "pt", "part": part, "i2vgen": json.dumps(config.to_dict()[part], sort_keys=True)}
+    pieces = shards(entries, shard_bytes)
+    if len(pieces) == 1:
+        write_safetensors(folder / f"{part}.safetensors", pieces[0], metadata=metadata, on_bytes=tick)
+        return
+    weight_map = {}
+    for i, piece in enumerate(pieces, start=1):
+        name = f"{part}-{i:05}-of-{len(pieces):05}.safetensors"
+        write_safetensors(folder / name, piece, metadata=metadata, on_bytes=tick)
+        weight_map.update((entry.name, name) for entry in piece)
+    total = sum(entry.nbytes for entry in entries)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / f"{part}.safetensors.index.json", index)
+
+
+def _entries(state: Mapping[str, Tensor | Entry]) -> list[Entry]:
+    """A tensor is read for its shape now and again in its turn to be written; an Entry only then."""
+    return [
+        held
+        if isinstance(held, Entry)
+        else Entry(name, tuple(held.shape), held.dtype, lambda name=name: state[name])
+        for name, held in state.items()
+    ]
+
+
+def shards(entries: Sequence[Entry], shard_bytes: int | None) -> list[list[Entry]]:
+    """Entries in their order, cut so that no piece but one of a single tensor exceeds `shard_bytes`."""
+    pieces: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shard_bytes is not None and pieces[-1] and size + entry.nbytes > shard_bytes:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(entry)
+        size += entry.nbytes
+    return pieces
+
+
+def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """-> a function that is told of every piece and passes on (bytes done, bytes in all)."""
+    done = 0
+
+    def tick(count: int) -> None:
+        nonlocal done
+        done += count
+        if on_bytes is not None:
+            on_bytes(min(done, total), total)
+
+    return tick
+
+
+def _write_json(path: Path, content: dict) -> None:
+    with path.open("w") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _replace(temporary: Path, folder: Path) -> None:
+    if not folder.exists():
+        temporary.rename(folder)
+        return
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
+
+
+def _named(problems: list[str], name: str) -> bool:
+    return any(problem.startswith(f"{name} has shape") for problem in problems)
+
+
+def full_use(use: Use) -> Use:
+    """The same conventions with every part of the released model: what its checkpoint holds."""
+    return dataclasses.replace(use, **{name: getattr(Use(), name) for name in settings.STRUCTURAL_SWITCHES})

@@ -1,0 +1,1 @@
+"""The same numbers in less memory: plans, counting, offloading, eight-bit weights."""

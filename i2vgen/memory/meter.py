@@ -1,0 +1,273 @@
+"""Counts what a network does without doing it: FLOPs, bytes, operations and the peak of live activations.
+
+Run the network under a `Meter` on the `meta` device, where tensors have shapes and no values. The figures
+carry no noise, need no weights, and take seconds at any size. What is counted stands at `Meter`.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+aten = torch.ops.aten
+
+
+@torch.library.custom_op("i2vgen_meter::attention", mutates_args=())
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """softmax(scale q kᵀ + mask) v as one operation: q [... t d], k [... k d], v [... k e] -> [... t e]"""
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    # The fused kernels of CPU and CUDA lay their result out as the queries lie.
+    return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+ATTENTION = torch.ops.i2vgen_meter.attention.default
+
+
+# ---------------------------------------------------------------------------------------------------
+# FLOPs: a multiplication and an addition are two. Each function takes the operation's arguments and result.
+
+
+def _mm(out: Tensor, a: Tensor, *rest) -> int:
+    return 2 * out.numel() * a.shape[-1]
+
+
+def _addmm(out: Tensor, bias: Tensor, a: Tensor, *rest) -> int:
+    return 2 * out.numel() * a.shape[-1]
+
+
+def _convolution(
+    out: Tensor, x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool, *rest
+) -> int:
+    # Every value of the result (of the input, if transposed) meets one filter; zero padding counts as work.
+    return 2 * (x if transposed else out).numel() * weight[0].numel()
+
+
+def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> int:
+    return 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
+
+
+def _frame_attention(out: Tensor, q: Tensor, *rest) -> int:
+    return 4 * q.numel() * q.shape[1]  # [b f p c]: every value meets f keys and f weights
+
+
+# What is not here is bound by memory: a fused operation with a matrix product inside needs its line.
+ARITHMETIC = {
+    aten.mm.default: _mm,
+    aten.bmm.default: _mm,
+    aten.addmm.default: _addmm,
+    aten.addmm_.default: _addmm,
+    aten.baddbmm.default: _addmm,
+    aten.convolution.default: _convolution,
+    ATTENTION: _attention,
+    torch.ops.i2vgen.frame_attention.default: _frame_attention,
+}
+
+
+# PyTorch works these out in Python on `meta`, which is most of the time of a count; the answer is simple.
+
+
+def _addmm_result(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _layer_norm_result(x: Tensor, shape: list[int], *rest) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = x.shape[: x.ndim - len(shape)] + (1,) * len(shape)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    mean, deviation = (x.new_empty(statistics, dtype=wide) for _ in range(2))
+    return x.new_empty(x.shape), mean, deviation
+
+
+def _group_norm_result(x: Tensor, weight, bias, n: int, c, pixels, groups: int, eps) -> tuple[Tensor, ...]:
+    return torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
+
+
+RESULTS = {
+    aten.addmm.default: _addmm_result,
+    aten.native_layer_norm.default: _layer_norm_result,
+    aten.native_group_norm.default: _group_norm_result,
+}
+
+# One pass over the input for the statistics, one to normalise.
+READS_TWICE = {aten.native_group_norm.default, torch.ops.i2vgen.group_norm.default}
+# They claim memory and move nothing.
+RESERVES = {
+    aten.empty.memory_format,
+    aten.empty_like.default,
+    aten.empty_strided.default,
+    aten.new_empty.default,
+    aten.new_empty_strided.default,
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """All calls of one operation together."""
+
+    name: str  # as PyTorch spells it: aten.addmm.default
+    arithmetic: bool  # else bound by memory
+    calls: int = 0
+    flops: int = 0
+    bytes: int = 0
+
+
+class Meter(TorchDispatchMode):
+    """`with Meter() as m: network(x)`; then the properties below hold what ran inside.
+
+    - FLOPs: those of `ARITHMETIC`, two for a multiplication with its addition.
+    - Bytes: inputs and outputs of every operation, weights included; a broadcast input counts what is
+      stored, not what it is expanded to. Group norm reads its input twice. Views are free, and no operations.
+    - `memory_bound_bytes`: those of all operations but `ARITHMETIC`.
+    - `peak`: the largest sum of bytes of tensors alive at once, exact to the storage. Counted are tensors
+      made inside; weights are made before and do not count. Make inputs and caches inside, then `restart`.
+
+    Attention is one operation, whatever PyTorch would split it into on this device; convolution and group
+    norm keep the channels-last format that `meta` would lose. Workspaces inside a kernel are not seen.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._table: dict[str, Operation] = {}
+        self._alive: dict[int, tuple[weakref.ref, int]] = {}
+        self._attention = _AttentionAsOne()
+        self.live = self.peak = 0  # bytes
+
+    def restart(self) -> None:
+        """Forget what was counted so far; what is alive stays in the sum."""
+        self._table.clear()
+        self.peak = self.live
+
+    @property
+    def table(self) -> list[Operation]:
+        """Per operation, most bytes first."""
+        return sorted(self._table.values(), key=lambda row: -row.bytes)
+
+    @property
+    def flops(self) -> int:
+        return sum(row.flops for row in self._table.values())
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self._table.values())
+
+    @property
+    def memory_bound_bytes(self) -> int:
+        return sum(row.bytes for row in self._table.values() if not row.arithmetic)
+
+    @property
+    def operations(self) -> int:
+        return sum(row.calls for row in self._table.values())
+
+    def __enter__(self) -> Meter:
+        super().__enter__()
+        self._attention.__enter__()
+        return self
+
+    def __exit__(self, *raised) -> None:
+        self._attention.__exit__(*raised)
+        super().__exit__(*raised)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in RESULTS and args[0].is_meta and not kwargs:
+            result = RESULTS[func](*args)
+        else:
+            result = func(*args, **(kwargs or {}))
+        if func is aten.convolution.default:
+            result = _keep_channels_last(result, *args[:2])
+        if func is aten.native_group_norm.default:
+            result = (_keep_channels_last(result[0], args[0]), *result[1:])
+        inputs = _tensors([*args, *(kwargs or {}).values()])
+        outputs = _tensors([result])
+        known = {_storage(x) for x in inputs}
+        made = [y for y in outputs if _storage(y) not in known]
+        view = bool(outputs) and not made and not func._schema.is_mutable
+        if not view and func not in RESERVES:
+            self._count(func, args, result, inputs, outputs)
+        self._hold(made)
+        return result
+
+    def _count(self, func, args, result, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        moved = sum(map(_stored, inputs + outputs))
+        if func in READS_TWICE:
+            moved += _stored(args[0])
+        formula = ARITHMETIC.get(func)
+        flops = formula(result, *args) if formula else 0
+        row = self._table.get(str(func), Operation(str(func), formula is not None))
+        self._table[row.name] = Operation(
+            row.name, row.arithmetic, row.calls + 1, row.flops + flops, row.bytes + moved
+        )
+
+    def _hold(self, tensors: Iterable[Tensor]) -> None:
+        """From now until their storage dies these belong to the live bytes."""
+        for x in tensors:
+            storage, key = x.untyped_storage(), _storage(x)
+            if key not in self._alive and storage.nbytes():
+                gone = weakref.ref(storage, lambda _, key=key: self._release(key))
+                self._alive[key] = (gone, storage.nbytes())
+                self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
+    def _release(self, key: int) -> None:
+        self.live -= self._alive.pop(key)[1]
+
+
+class _AttentionAsOne(TorchFunctionMode):
+    """PyTorch splits attention into its score matrix before a dispatch mode sees it, so it is caught here."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.scaled_dot_product_attention:
+            return _plain_attention(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _plain_attention(
+    query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+) -> Tensor:
+    if dropout_p or is_causal or enable_gqa:
+        raise ValueError(
+            f"attention with dropout_p={dropout_p}, is_causal={is_causal}, enable_gqa={enable_gqa} came to "
+            "the meter, which counts it with attn_mask and scale only; leave the others at their defaults"
+        )
+    return attention(query, key, value, attn_mask, scale)
+
+
+def _keep_channels_last(out: Tensor, *inputs: Tensor) -> Tensor:
+    """The result in the format that the CPU's and CUDA's kernels give: channels last if one input is."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(out.ndim)
+    if not out.is_meta or last is None:
+        return out
+    # A tensor of one channel or of one pixel lies in both formats; PyTorch then takes the plain one.
+    chosen = any(y.is_contiguous(memory_format=last) and not y.is_contiguous() for y in inputs)
+    return out.contiguous(memory_format=last) if chosen else out
+
+
+def _tensors(values: Iterable) -> list[Tensor]:
+    """All tensors in arguments or results, lists looked into."""
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(value)
+    return found
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage()._cdata
+
+
+def _stored(x: Tensor) -> int:
+    """Bytes behind x: an axis that is expanded (stride 0) is stored once."""
+    sizes = (size for size, stride in zip(x.shape, x.stride(), strict=True) if stride)
+    return math.prod(sizes) * x.element_size()

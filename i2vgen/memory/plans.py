@@ -1,0 +1,321 @@
+"""Plans for little memory, what each will take, and the choice between them before anything is loaded.
+
+A plan is a set of switches of `runtime`. What it takes is counted: every part runs once on the `meta` device,
+where tensors have shapes and no values, and the peak of what is alive is exact for any settings and ablation.
+Not counted are what PyTorch itself and its kernels' workspaces take.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from i2vgen.fast import runtime, speed
+from i2vgen.fast.runtime import GIB
+from i2vgen.files import checkpoint
+from i2vgen.memory import offload, storage
+from i2vgen.memory.meter import Meter
+from i2vgen.model.clip import ClipEncoders
+from i2vgen.model.conditioning import Conditions, Prepared, join
+from i2vgen.model.unet import UNet
+from i2vgen.settings.config import Config, Runtime
+
+# Fastest first, each leaner than the one before. `full` is what the other settings say.
+PLANS: dict[str, dict[str, object]] = {
+    "full": {},
+    "balanced": {"offload": "parts", "token_chunk": 56_320, "vae_chunk": 1},
+    "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "vae_tile": 64},
+}
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A station of the road: bytes of all weights on the device while it runs, and its own peak."""
+
+    name: str
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class Estimate:
+    plan: str
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def total(self) -> int:
+        return self.peak.total
+
+    def __str__(self) -> str:
+        peak = self.peak
+        return (
+            f"about {amount(peak.total)} under memory={self.plan}, in the {peak.name} "
+            f"({amount(peak.weights)} weights + {amount(peak.activations)} activations)"
+        )
+
+
+def amount(count: int) -> str:
+    """Bytes, readable."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
+
+
+def settle(config: Config, plan: str, device: str = "") -> Config:
+    """The settings under a plan: its switches where the user left the default.
+
+    On a CPU nothing waits elsewhere, unless asked for by name. `device` is by default that of the settings.
+    """
+    runtime_, default = config.runtime, Runtime()
+    chosen = {k: v for k, v in PLANS[plan].items() if getattr(runtime_, k) == getattr(default, k)}
+    if (device or runtime.device(runtime_).type) == "cpu":
+        chosen.pop("offload", None)
+    if (runtime_.compile or runtime_.cuda_graph) and chosen.get("offload") == "blocks":
+        chosen["offload"] = "parts"  # compiled code and recordings cannot follow weights that move
+    return dataclasses.replace(config, runtime=dataclasses.replace(runtime_, memory=plan, **chosen))
+
+
+def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
+    """Settings whose `runtime.memory` is auto or a plan -> the settings of the plan, and what it takes.
+
+    auto takes the fastest plan that fits into `free` bytes, by default those free on the device. ValueError
+    if none does, or the one that was asked for does not: with the plan or the largest size that would.
+    """
+    if free is None:
+        free = runtime.free_memory(runtime.device(config.runtime))
+    ledger = Ledger(config)
+    settled, estimate = fastest(config, ledger, free)
+    if estimate.total <= free or not config.runtime.check_memory:
+        return settled, estimate
+    sample = config.sample
+    raise ValueError(
+        f"{sample.width} x {sample.height} x {sample.frames} needs {estimate} and {amount(free)} are "
+        f"free; {_advice(config, ledger, free)} (runtime.check_memory=false runs anyway)"
+    )
+
+
+def fastest(config: Config, ledger: Ledger, free: int) -> tuple[Config, Estimate]:
+    """Settings and needs of the first plan that fits, of those that were asked for; else of the last."""
+    wanted = config.runtime.memory
+    for plan in PLANS if wanted == "auto" else [wanted]:
+        settled = settle(config, plan)
+        estimate = ledger.estimate(settled)
+        if estimate.total <= free or not config.runtime.check_memory:
+            break
+    return settled, estimate
+
+
+def leaner(config: Config, ledger: Ledger, free: int) -> str | None:
+    """A plan that would fit where the one that was asked for does not."""
+    names = list(PLANS)
+    others = [] if config.runtime.memory == "auto" else names[names.index(config.runtime.memory) + 1 :]
+    return next((p for p in others if ledger.estimate(settle(config, p)).total <= free), None)
+
+
+def _advice(config: Config, ledger: Ledger, free: int) -> str:
+    plan = leaner(config, ledger, free)
+    if plan is not None:
+        return f"memory={plan} would fit"
+    leanest = settle(config, list(PLANS)[-1])
+    sizes = smaller_sizes(config)
+    low, high = 0, len(sizes)  # the first that fits, largest size first
+    while low < high:
+        middle = (low + high) // 2
+        if ledger.estimate(_resized(leanest, *sizes[middle])).total <= free:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(sizes):
+        return "no size fits: use a machine with more memory"
+    width, height = sizes[low]
+    return f"memory={leanest.runtime.memory} width={width} height={height} would fit"
+
+
+def smaller_sizes(config: Config) -> list[tuple[int, int]]:
+    """(width, height) of about the same shape, largest first; each valid."""
+    sides, multiple = (config.sample.width, config.sample.height), config.size_multiple
+    steps = max(sides) // multiple
+    scaled = [
+        tuple(max(multiple, side * k // steps // multiple * multiple) for side in sides)
+        for k in reversed(range(1, steps))
+    ]
+    return list(dict.fromkeys(scaled))
+
+
+def _resized(config: Config, width: int, height: int) -> Config:
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, width=width, height=height))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Counting
+
+
+class Ledger:
+    """Estimates for one model at any size and under any plan; built once, without memory."""
+
+    def __init__(self, config: Config):
+        self.parts = {part: checkpoint.build(part, config).eval() for part in checkpoint.PARTS}
+        for part, module in self.parts.items():
+            module.to(dtype(part, config.runtime)).requires_grad_(False)
+        storage.store(self.parts["unet"], config.runtime.weight_storage)
+        self._clip: dict[int, int] = {}
+
+    def estimate(self, config: Config, device: str = "") -> Estimate:
+        """What settings of a plan take, on their device or the one named."""
+        device = device or runtime.device(config.runtime).type
+        speed.apply(self.parts["unet"], config.runtime)
+        self.parts["vae"].set_tile(config.runtime.vae_tile)
+        plain = runtime.estimate_memory(config, self.parts)
+        needs = {
+            ("VAE encoder", "vae"): peak(lambda: encode(self.parts["vae"], config), plain.decoder),
+            ("CLIP towers", "clip"): self._of_clip(config),
+            ("UNet", "unet"): peak(lambda: step(self.parts["unet"], config), plain.unet),
+            ("VAE decoder", "vae"): peak(lambda: decode(self.parts["vae"], config), plain.decoder),
+        }
+        return Estimate(
+            config.runtime.memory,
+            tuple(
+                Moment(name, self.weights(part, config, device), used) for (name, part), used in needs.items()
+            ),
+        )
+
+    def weights(self, part: str, config: Config, device: str) -> int:
+        """Bytes of weights on the device while this part runs."""
+        everything = sum(offload.flat_bytes(offload.tensors(module)) for module in self.parts.values())
+        if config.runtime.offload == "none":
+            return everything
+        module = self.parts[part]
+        here = offload.flat_bytes(offload.tensors(module))
+        if config.runtime.offload == "blocks" and (listed := streamable(module)):
+            kept = {id(t) for t in listed.resident}
+            sizes = [
+                offload.flat_bytes(t for t in offload.tensors(block) if id(t) not in kept)
+                for block in listed.blocks
+            ]
+            here += 2 * max(sizes) - sum(sizes)
+        # On a CPU what waits is in the same memory.
+        return here + (everything if device == "cpu" else 0)
+
+    def _of_clip(self, config: Config) -> int:
+        b = config.runtime.batch
+        if b not in self._clip:
+            self._clip[b] = peak(lambda: clip(self.parts["clip"], config), 0)
+        return self._clip[b]
+
+
+def dtype(part: str, runtime_: Runtime) -> torch.dtype:
+    """In which precision a part computes."""
+    names = {"vae": runtime_.vae_dtype, "clip": runtime_.encoder_dtype}
+    return runtime.dtype(runtime_) if part == "unet" else runtime.DTYPES[names[part]]
+
+
+def peak(run: Callable[[], object], otherwise: int) -> int:
+    """Bytes alive at most while `run` runs on `meta`; `otherwise` for what cannot run without numbers."""
+    try:
+        with torch.no_grad(), Meter() as meter:
+            run()
+    except (RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        warnings.warn(f"memory is estimated roughly: a part does not run on meta ({reason})", stacklevel=2)
+        return otherwise
+    return meter.peak
+
+
+def step(unet: nn.Module, config: Config) -> object:
+    """One guidance step, as `pipeline.network` takes it."""
+    b, frames, (h, w) = config.runtime.batch, config.sample.frames, config.latent_size
+    x = empty(b, config.vae.embed_dim, frames, h, w)
+    t = empty(b, dtype=torch.int64)
+    branches = [unet.prepare(conditions(config), frames) for _ in range(1 + (config.sample.guidance != 1.0))]
+    both = None
+    if len(branches) == 2 and config.runtime.share_prefix and isinstance(branches[0], Prepared):
+        both = join(branches)
+    if both is not None:
+        return unet(x, t, both)
+    return torch.cat([unet(x, t, branch) for branch in branches])
+
+
+def conditions(config: Config) -> Conditions:
+    b, clip_dtype = config.runtime.batch, dtype("clip", config.runtime)
+    return Conditions(
+        empty(b, config.clip.text_length, config.unet.context_width, dtype=clip_dtype),
+        empty(b, config.unet.image_vector_width, dtype=clip_dtype),
+        empty(b, config.unet.image_channels, *config.latent_size, dtype=dtype("vae", config.runtime)),
+        empty(b, dtype=torch.int64),
+    )
+
+
+def decode(vae: nn.Module, config: Config) -> object:
+    """One chunk, beside the frames that are done by then."""
+    b, sample = config.runtime.batch, config.sample
+    n = b * sample.frames
+    latents = empty(n, config.vae.embed_dim, *config.latent_size)
+    done = empty(n, sample.height, sample.width, 3, dtype=torch.uint8)
+    return done, vae.decode(latents[: config.runtime.vae_chunk])
+
+
+def encode(vae: nn.Module, config: Config) -> object:
+    pixels = empty(config.runtime.batch, config.vae.channels, config.sample.height, config.sample.width)
+    return vae.encode(pixels, None, chunk=1)
+
+
+def clip(towers: ClipEncoders, config: Config) -> object:
+    b, size = config.runtime.batch, config.clip.image_size
+    text = towers.text(empty(b + 1, config.clip.text_length, dtype=torch.int64))
+    return text, towers.image(empty(b, 3, size, size))
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Doing it
+
+
+@dataclass(frozen=True)
+class Streamable:
+    """Blocks of a part that run one after the other, and what of them is used outside of their `forward`."""
+
+    blocks: list[nn.Module]
+    resident: list[Tensor]
+
+
+def streamable(module: nn.Module) -> Streamable | None:
+    """None for a part that knows no such blocks: it comes and goes as a whole."""
+    if isinstance(module, UNet):
+        # Guidance begins the first block piece by piece; `prepare` asks every reader for its keys.
+        blocks = list(module.blocks())[1:]
+        projections = [layer for part in module.readers() for layer in (part.to_k, part.to_v)]
+        return Streamable(blocks, [t for layer in projections for t in offload.tensors(layer)])
+    if isinstance(module, ClipEncoders):
+        return Streamable(list(module.blocks()), [])
+    return None
+
+
+def guests(parts: dict[str, nn.Module], config: Config, device: torch.device) -> dict[str, offload.Guest]:
+    """The parts that wait on the CPU, each to be entered while it is used."""
+    found = {}
+    for name, module in parts.items() if config.runtime.offload != "none" else ():
+        listed = streamable(module) if config.runtime.offload == "blocks" else None
+        streamed = offload.Streamed(listed.blocks, device, resident=listed.resident) if listed else None
+        found[name] = offload.Guest(module, device, streamed=streamed)
+    return found
+
+
+def here(waiting: dict[str, offload.Guest], part: str) -> AbstractContextManager:
+    """`with here(waiting, "vae"):` the part is on the device inside."""
+    return waiting.get(part) or nullcontext()

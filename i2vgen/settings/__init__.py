@@ -1,0 +1,1 @@
+"""Everything that can be set, and how the layers of settings are merged."""

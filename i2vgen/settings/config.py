@@ -1,0 +1,749 @@
+"""Every setting of the project, once: frozen dataclasses whose defaults are the released model.
+
+They are the lowest of the layers that `config_layers.py` lays over each other. `sample.quality` is short for
+several settings at once, at the place where it is given: it overrides what comes before in that order, and
+what is named beside it or later overrides it.
+
+Typos and impossible combinations end here, before any work, with a ValueError that names the fields.
+Sizes are pixels and always given as width, height; the latent is `vae.factor` times smaller.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import yaml
+
+# What the released model was always sampled with; part of its behaviour, so it is the default.
+NEGATIVE_PROMPT = (
+    "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
+    "disconnected limbs, Ugly faces, incomplete arms"
+)
+# The texts of MS-Vid2Vid-XL: what is added behind a refine prompt, and its unconditional branch.
+REFINE_SUFFIX = (
+    ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
+    "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extreme meticulous "
+    "detailing, skin pore detailing, hyper sharpness, perfect without deformations, Unreal Engine 5, "
+    "4k render"
+)
+REFINE_NEGATIVE_PROMPT = (
+    "worst quality, normal quality, low quality, low res, blurry, text, watermark, logo, banner, "
+    "extra digits, cropped, jpeg artifacts, signature, username, error, sketch ,duplicate, ugly, "
+    "monochrome, horror, geometry, mutation, disgusting"
+)
+MAX_FRAMES = 64
+MAX_SEED = 2**63 - 1
+RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
+SHIPPED = str(Path(__file__).parents[1] / "assets" / "small")  # the small model that comes with the package
+SHIPPED_REFINER = str(Path(__file__).parents[1] / "assets" / "small_refiner")  # and its second stage
+SETTINGS_FILE = "settings.json"
+FORMAT = 1  # of native weights folders
+# What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
+OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768, "head_width": 64}
+OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
+
+
+@dataclass(frozen=True)
+class Use:
+    """Every ablation switch. A part switched off is not built, so its parameters are gone, not ignored.
+
+    What a checkpoint of the released model then loses is declared in `unet.declared_drops`, and what it lacks
+    for a switch that is off by default in `unet.ADDED`.
+    """
+
+    text: bool = True  # the prompt's tokens in cross-attention (77)
+    global_tokens: bool = True  # CLIP image vector as tokens in cross-attention (4)
+    local_tokens: bool = True  # first-frame latent as tokens in cross-attention (64)
+    concat: bool = True  # first-frame latent and frame positions as extra input channels
+    concat_temporal: bool = True  # the small transformer over frames inside the concat branch
+    fps: bool = True  # fps embedding added to the timestep embedding
+    temporal_attention: bool = True  # every temporal transformer, the one after the input conv included
+    temporal_convolution: bool = True  # the four temporal convolutions after every ResBlock
+    temporal_second_attention: bool = True  # second self-attention of every temporal transformer
+    frame_positions: bool = False  # temporal transformers know the number of a frame (released: they do not)
+    # The official code adds the concat branch twice and the weights were trained so; diffusers adds it once.
+    concat_gain: float = 2.0
+    # The float32 formula of the sinusoidal embedding: official `pow`; diffusers `exp`, up to 6e-5 apart.
+    sinusoid: Literal["pow", "exp"] = "pow"
+    # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
+    frame_planes: Literal["float32", "network"] = "float32"
+    # What the concat branch sees of the frames after the first: a plane with the frame's position k/(f-1)
+    # (official), zeros, or the picture again.
+    later_frames: Literal["position", "zeros", "picture"] = "position"
+    # "half": every level has half the rows and columns of the one above it. "margin", the refiners': one row
+    # more above and below, cut off again on the way up. It fixes which heights fit, see `UNet.margin`.
+    resampling: Literal["half", "margin"] = "half"
+    # What the decoder's first two blocks do to backbone and skip before joining them; "sr600" is SR600's.
+    skip_filter: Literal["none", "sr600"] = "none"
+
+    def __post_init__(self):
+        if not (self.text or self.global_tokens or self.local_tokens):
+            raise ValueError(
+                "use.text, use.global_tokens and use.local_tokens are all off, which leaves cross-attention "
+                "without a single context token; keep at least one of them"
+            )
+        if not math.isfinite(self.concat_gain):
+            raise ValueError(f"use.concat_gain is {self.concat_gain}; give a finite number (official 2.0)")
+
+
+# The other two networks that carry the name; their key sets nest in the released model's.
+V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: the picture's vector and fps
+REFINER_USE = Use(global_tokens=False, local_tokens=False, concat=False, fps=False, resampling="margin")
+# Switches of `Use` that decide which parameters exist; the others only change arithmetic.
+STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
+
+
+@dataclass(frozen=True)
+class UNet:
+    """The spatio-temporal UNet. Per-level settings are parallel tuples, finest level first."""
+
+    in_channels: int = 4
+    out_channels: int = 4
+    base_width: int = 320
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    attention_levels: tuple[bool, ...] = (True, True, True, False)  # spatial and temporal transformers
+    head_width: int = 64
+    first_temporal_heads: int = 8  # the temporal transformer after the input conv has its own head count
+    context_width: int = 1024
+    norm_groups: int = 32
+    dropout: float = 0.1  # ResBlocks
+    temporal_conv_dropout: float = 0.1
+    # hierarchical image conditions
+    image_channels: int = 4  # channels of the first-frame latent
+    image_vector_width: int = 1024  # CLIP joint dimension
+    num_global_tokens: int = 4
+    local_grid: int = 32  # the latent is pooled to local_grid x local_grid; (local_grid / 4)^2 tokens
+    local_widths: tuple[int, int] = (32, 64)
+    concat_channels: int = 4
+    concat_hidden: int = 16  # width of the concat branch's convolutions
+    concat_layers: int = 1
+    concat_heads: int = 2
+    concat_head_width: int = 4
+    concat_dropout: float = 0.05
+
+    def __post_init__(self):
+        _positive(self, "unet")
+        levels = len(self.width_multipliers)
+        if levels == 0:
+            raise ValueError("unet.width_multipliers is empty; give one multiplier per resolution level")
+        if len(self.attention_levels) != levels:
+            raise ValueError(
+                f"unet.attention_levels has {len(self.attention_levels)} entries, "
+                f"unet.width_multipliers {levels}; give one of each per level"
+            )
+        for level, width in enumerate(self.widths):
+            if width % self.norm_groups:
+                raise ValueError(
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.norm_groups = {self.norm_groups}"
+                )
+            if width % self.head_width and (self.attention_levels[level] or level == levels - 1):
+                raise ValueError(
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.head_width = {self.head_width}"
+                )
+        if self.local_grid % 4:
+            raise ValueError(
+                f"unet.local_grid is {self.local_grid}; the local tokens halve it twice, use a multiple of 4"
+            )
+        for name in ("dropout", "temporal_conv_dropout", "concat_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"unet.{name} is {getattr(self, name)}; give a probability in [0, 1)")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return tuple(self.base_width * multiplier for multiplier in self.width_multipliers)
+
+    def context_tokens(self, text_length: int) -> int:
+        """Of cross-attention, with all of them on."""
+        return text_length + (self.local_grid // 4) ** 2 + self.num_global_tokens
+
+    @property
+    def embedding_width(self) -> int:
+        return 4 * self.base_width
+
+    @property
+    def factor(self) -> int:
+        """How often the latent must be divisible: once by two per downsampling."""
+        return 2 ** (len(self.width_multipliers) - 1)
+
+    def margin(self, use: Use) -> int:
+        """What latent rows must leave when divided by `factor`; columns always leave nothing.
+
+        With `use.resampling=margin` n rows become n / 2 + 1 on the way down and 2 n - 2 on the way up, which
+        meet again at every level if and only if n = 2 modulo `factor`.
+        """
+        return 2 % self.factor if use.resampling == "margin" else 0
+
+
+@dataclass(frozen=True)
+class VAE:
+    """The KL autoencoder of Stable Diffusion 2.1, or a smaller one of the same family."""
+
+    channels: int = 3
+    base_width: int = 128
+    width_multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks_per_level: int = 2
+    z_channels: int = 4  # channels inside, before quant_conv
+    embed_dim: int = 4  # channels of the latent
+    resolution: int = 256  # with attention_resolutions: which levels carry attention besides the middle
+    attention_resolutions: tuple[int, ...] = ()
+    norm_groups: int = 32
+    scale: float = 0.18215  # latent = scale x posterior; the one place where this number stands
+
+    def __post_init__(self):
+        _positive(self, "vae", skip=("attention_resolutions",))
+        if not self.width_multipliers:
+            raise ValueError("vae.width_multipliers is empty; give one multiplier per resolution level")
+        for level, multiplier in enumerate(self.width_multipliers):
+            if (self.base_width * multiplier) % self.norm_groups:
+                raise ValueError(
+                    f"vae.base_width x vae.width_multipliers[{level}] = {self.base_width * multiplier} is no "
+                    f"multiple of vae.norm_groups = {self.norm_groups}"
+                )
+        reached = {self.resolution // 2**level for level in range(len(self.width_multipliers))}
+        if unknown := set(self.attention_resolutions) - reached:
+            raise ValueError(
+                f"vae.attention_resolutions names {sorted(unknown)}, but vae.resolution = {self.resolution} "
+                f"passes only {sorted(reached, reverse=True)}"
+            )
+
+    @property
+    def factor(self) -> int:
+        return 2 ** (len(self.width_multipliers) - 1)
+
+
+@dataclass(frozen=True)
+class Clip:
+    """An open_clip model: its two towers in open_clip's own words. Default: ViT-H-14.
+
+    `model` replaces the rest: an open_clip model name, or the path of a JSON file in open_clip's format.
+    """
+
+    model: Optional[str] = None  # noqa: UP045 (OmegaConf reads this annotation)
+    embed_dim: int = 1024
+    quick_gelu: bool = False
+    vision: dict[str, Any] = field(
+        default_factory=lambda: {
+            "image_size": 224,
+            "patch_size": 14,
+            "layers": 32,
+            "width": 1280,
+            "head_width": 80,
+        }
+    )
+    text: dict[str, Any] = field(
+        default_factory=lambda: {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 1024,
+            "heads": 16,
+            "layers": 24,
+        }
+    )
+    # A vocabulary of one's own for a small model: each of these words is one token, any other text is spelt
+    # out in their pieces and letters. None: open_clip's 49,408 tokens.
+    words: tuple[str, ...] = ()
+    text_layer: Literal["penultimate", "last"] = "penultimate"
+    pad_token: int = 0  # what follows the end of the text; diffusers' tokenizer pads with 49407
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+    def __post_init__(self):
+        for name, needed in (("vision", "image_size"), ("text", "width"), ("text", "layers")):
+            if needed not in getattr(self, name):
+                raise ValueError(f"clip.{name} lacks {needed!r}; it is an open_clip {name}_cfg")
+        for name in ("hf_model_name", "hf_tokenizer_name"):
+            if self.text.get(name):
+                raise ValueError(
+                    f"clip.text.{name} is set: towers from Hugging Face have no penultimate open_clip block; "
+                    "use an open_clip model with its own text tower"
+                )
+        counts = [("vision", "image_size")]
+        counts += [("text", key) for key in ("context_length", "vocab_size", "layers", "width", "heads")]
+        transformer = isinstance(self.vision.get("layers"), int)  # a list: a ResNet's stages
+        if transformer:
+            counts += [("vision", key) for key in ("patch_size", "width", "head_width")]
+        for name, key in counts:
+            value = getattr(self, name).get(key, 1)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"clip.{name}.{key} is {value!r}; give a positive integer")
+        if self.vision.get("patch_size", 1) > self.image_size:
+            raise ValueError(
+                f"clip.vision.patch_size is {self.vision['patch_size']} but clip.vision.image_size is "
+                f"{self.image_size}; a patch cannot be larger than the picture"
+            )
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"clip.image_std is {self.image_std}; all must be above 0")
+        if self.text_length < 3:
+            raise ValueError(f"clip.text.context_length is {self.text_length}; give at least 3 tokens")
+        for name, part in (("text", "heads"), ("vision", "head_width"))[: 1 + transformer]:
+            width, share = getattr(self, name).get("width", 0), getattr(self, name).get(part, 1)
+            if width % share:
+                raise ValueError(f"clip.{name}.width is {width}, no multiple of clip.{name}.{part} = {share}")
+        if not 0 <= self.pad_token < self.text.get("vocab_size", 1):
+            raise ValueError(
+                f"clip.pad_token is {self.pad_token}; give 0 to below clip.text.vocab_size = "
+                f"{self.text.get('vocab_size')}"
+            )
+        if wrong := [w for w in self.words if not (w.isascii() and w.isalpha() and w.islower())]:
+            raise ValueError(f"clip.words has {wrong[0]!r}; give plain words of the letters a to z")
+        if self.words and self.text.get("tokenizer_kwargs"):
+            raise ValueError("clip.words and clip.text.tokenizer_kwargs are both given; choose one of them")
+        if self.text_layer == "penultimate" and self.text["layers"] < 2:
+            raise ValueError(
+                f"clip.text_layer is penultimate but clip.text.layers is {self.text['layers']}; "
+                "use at least 2 layers or clip.text_layer=last"
+            )
+
+    @property
+    def image_size(self) -> int:
+        return self.vision["image_size"]
+
+    @property
+    def text_length(self) -> int:
+        return self.text.get("context_length", 77)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The diffusion process the weights were trained for."""
+
+    # logsnr_cosine is the refiners' table, which their own sampler reads
+    kind: Literal["cosine", "linear", "linear_sd", "quadratic", "logsnr_cosine"] = "cosine"
+    num_timesteps: int = 1000
+    cosine_s: float = 0.008
+    init_beta: Optional[float] = None  # noqa: UP045
+    last_beta: Optional[float] = None  # noqa: UP045
+    logsnr_shift: tuple[float, float] = (2.0, 4.0)  # of logsnr_cosine, at its clean and at its noisy end
+    zero_terminal_snr: bool = True
+    prediction: Literal["v", "eps", "x0", "previous"] = "v"
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+
+    def __post_init__(self):
+        if self.num_timesteps < 2:
+            raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 2")
+        if not 0 <= self.cosine_s < 1:
+            raise ValueError(f"schedule.cosine_s is {self.cosine_s}; give 0 to below 1 (official 0.008)")
+        if len(self.logsnr_shift) != 2 or not all(0 < shift < math.inf for shift in self.logsnr_shift):
+            raise ValueError(f"schedule.logsnr_shift is {self.logsnr_shift}; give two positive numbers")
+        if self.kind == "linear_sd" and (self.init_beta is None or self.last_beta is None):
+            raise ValueError(
+                "schedule.kind is linear_sd, which has no default betas; give schedule.init_beta and "
+                "schedule.last_beta (Stable Diffusion: 0.00085 and 0.012)"
+            )
+        if self.zero_terminal_snr and self.prediction == "eps" and self.kind != "cosine":
+            raise ValueError(
+                "schedule.prediction is eps and schedule.zero_terminal_snr is on: at the last timestep eps "
+                "says nothing about the picture; use v, or switch the rescale off"
+            )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What to sample. Sizes in pixels; `fps` is the motion the model is asked for, not the file's rate."""
+
+    width: int = 1280
+    height: int = 704
+    frames: int = 16
+    fps: int = 16
+    # A preset (QUALITIES): "exact" the official sampler, "fast" and "draft" fewer and cheaper network calls
+    quality: Literal["exact", "fast", "draft"] = "exact"
+    steps: int = 50
+    # ancestral visits every timestep: steps=1000; heun calls the network twice per step
+    sampler: Literal["ddim", "ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun"] = "ddim"
+    guidance: float = 9.0  # 1.0 = one pass without the negative prompt
+    eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
+    noise_offset: float = (
+        0.0  # times one more normal number per channel and frame, added to the noise; v1: 0.1
+    )
+    seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is made once per seed
+    # "official" may make more calls than asked (30 asked: 31); the other three make exactly `steps`
+    spacing: Literal["official", "leading", "trailing", "linspace"] = "official"
+    eps_form: Literal["direct", "recovered"] = "direct"  # official: recovered, NaN when it meets t = 999
+    final_alpha: Literal["first", "one"] = (
+        "first"  # official: the last step lands on abar[0]; diffusers: on 1
+    )
+    guidance_precision: Literal["float32", "network"] = "float32"  # official: the network's float16
+    # Guidance only where the timestep is within these parts of the noise schedule, 0 clean and 1 noise; one
+    # pass instead of two elsewhere
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0  # 0 to 1: how much of guidance's excess contrast is taken back; often 0.7
+    deep_cache: int = 0  # the whole UNet at every so many-th step only, its finest blocks at all; 0, 1: off
+    deep_cache_blocks: int = 2  # so many blocks on the finest level's way up are always computed anew
+    posterior: Literal["sample", "mode"] = "sample"  # first-frame latent: official is a posterior sample
+    negative_image: Literal["zeros", "none"] = "zeros"  # CLIP image vector of the unconditional branch
+    adapter_scale: float = 1.0  # how strongly `adapter=` acts
+
+    def __post_init__(self):
+        if not 1 <= self.frames <= MAX_FRAMES:
+            raise ValueError(f"sample.frames is {self.frames}; give 1 to {MAX_FRAMES}")
+        if self.fps < 1:
+            raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model knows 8 and 16)")
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"sample.guidance is {self.guidance}; give a finite number (official 9.0)")
+        if not math.isfinite(self.adapter_scale):
+            raise ValueError(f"sample.adapter_scale is {self.adapter_scale}; give a finite number")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"sample.eta is {self.eta}; give a number from 0 to 1")
+        if self.sampler not in ("ddim", "ancestral"):
+            for name, plain in (("eta", 0.0), ("eps_form", "direct")):
+                if getattr(self, name) != plain:
+                    raise ValueError(
+                        f"sample.{name} is {getattr(self, name)} but sample.sampler is {self.sampler}, which "
+                        f"does not know it; use sample.{name}={plain} or sample.sampler=ddim"
+                    )
+        if (
+            len(self.guidance_interval) != 2
+            or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
+        ):
+            raise ValueError(
+                f"sample.guidance_interval is {list(self.guidance_interval)}; give two rising numbers from 0 "
+                "(clean) to 1 (noise), for example [0.4,1]"
+            )
+        if not 0 <= self.guidance_rescale <= 1:
+            raise ValueError(
+                f"sample.guidance_rescale is {self.guidance_rescale}; give a number from 0 (off) to 1"
+            )
+        if self.deep_cache < 0:
+            raise ValueError(f"sample.deep_cache is {self.deep_cache}; give an interval in steps, 0 for off")
+        if not 0 <= self.noise_offset < math.inf:
+            raise ValueError(f"sample.noise_offset is {self.noise_offset}; give 0 (none) or more (v1: 0.1)")
+        if not self.seed:
+            raise ValueError("sample.seed is empty; give at least one seed")
+        for seed in self.seed:
+            if not 0 <= seed <= MAX_SEED:
+                raise ValueError(f"sample.seed is {seed}; give an integer from 0 to {MAX_SEED}")
+
+
+# What a quality stands for; all name the same settings, so that one overrides another completely.
+QUALITIES: dict[str, dict[str, Any]] = {
+    "exact": {
+        "sampler": "ddim",
+        "steps": 50,
+        "spacing": "official",
+        "final_alpha": "first",
+        "eta": 0.0,
+        "eps_form": "direct",
+        "guidance_interval": [0.0, 1.0],
+        "guidance_rescale": 0.0,
+        "deep_cache": 0,
+    },
+    # Nearer to the exact solution than 20 steps of DDIM, in a third of the calls of "exact".
+    "fast": {
+        "sampler": "unipc",
+        "steps": 20,
+        "spacing": "trailing",
+        "final_alpha": "one",
+        "eta": 0.0,
+        "eps_form": "direct",
+        "guidance_interval": [0.3, 1.0],
+        "guidance_rescale": 0.0,
+        "deep_cache": 0,
+    },
+    # As near as those 20 steps, in half of the calls of "fast".
+    "draft": {
+        "sampler": "unipc",
+        "steps": 10,
+        "spacing": "trailing",
+        "final_alpha": "one",
+        "eta": 0.0,
+        "eps_form": "direct",
+        "guidance_interval": [0.4, 1.0],
+        "guidance_rescale": 0.0,
+        "deep_cache": 0,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Refine:
+    """The second stage: a finished clip, noised and denoised again at a larger size under its own prompt.
+
+    It runs where `refine_weights` are given. The defaults are MS-Vid2Vid-XL's in their clean form; what the
+    official code does otherwise is named. A folder of converted refiner weights brings its own values.
+    """
+
+    width: int = 1280  # the result lies inside width x height pixels
+    height: int = 720
+    fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect; official: stretch
+    antialias: bool = True  # of clips that are made smaller; official: false
+    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of the clip; bicubic keeps more, official: bilinear
+    frames: int = 0  # so many of the clip's first frames, 0 all of them; official: 32
+    repeat_frames: int = 1  # every frame so often; SR600, made for 32 frames, doubles clips of 16
+    window: int = 32  # frames at once; longer clips in windows that overlap and are blended
+    overlap: int = 8
+    noise_level: int = (
+        600  # of the table's 1000: how far the clip is noised. 100 keeps, 999 invents; SR600: 700
+    )
+    start: Literal["noise", "inversion"] = "noise"  # add noise, or invert by DDIM (SR600)
+    noise: float = 1.0  # start=noise: times the noise that the network is told of; less keeps more
+    inversion_table: Literal["refiner", "cosine"] = "refiner"  # official: another than the sampler's, cosine
+    solver: Literal["dpmpp_2m_sde", "heun"] = "dpmpp_2m_sde"
+    steps: int = 30  # official for heun: 50, each but the last of two network calls
+    spacing: Literal["trailing", "leading", "linspace"] = "trailing"
+    eta: float = 1.0  # fresh noise per step of dpmpp_2m_sde, 0 none
+    guidance: float = 7.5  # 1.0 = one pass without the negative prompt; SR600: 9
+    rescale: float = 0.2  # share of the guided prediction's deviation that is taken back; SR600: 0.3
+    # official: fractional levels under rounded timesteps, and a step too many at a few counts
+    grid: Literal["clean", "official"] = "clean"
+    # official: the start is scaled by s instead of 1 / alpha, which shows the network a clip 3 % too faint
+    start_scale: Literal["clean", "official"] = "clean"
+    skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: as the weights' use.skip_filter says
+    posterior: Literal["sample", "mode"] = "sample"  # of the clip's latents
+    restore: float = 0.0  # share of what the autoencoder loses of the clip that is put back; official: 0
+    fps: Literal["input", "save"] = "input"  # of the file; official: always 8, see save.fps
+
+    def __post_init__(self):
+        for name in ("width", "height", "repeat_frames", "window", "noise_level", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"refine.{name} is {getattr(self, name)}; give at least 1")
+        if self.frames < 0:
+            raise ValueError(f"refine.frames is {self.frames}; give a number of frames, 0 for all")
+        if self.window > MAX_FRAMES:
+            raise ValueError(f"refine.window is {self.window}; give at most {MAX_FRAMES} (trained on 32)")
+        if not 0 <= self.overlap < self.window:
+            raise ValueError(
+                f"refine.overlap is {self.overlap} and refine.window {self.window}; give less than the window"
+            )
+        if not math.isfinite(self.guidance):
+            raise ValueError(f"refine.guidance is {self.guidance}; give a finite number (official 7.5)")
+        for name in ("eta", "rescale", "restore", "noise"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"refine.{name} is {getattr(self, name)}; give a number from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """Pictures in. The official forms leave a black column, ignore EXIF and drop alpha; ours do not."""
+
+    crop: Literal["clean", "official"] = "clean"
+    exif: Literal["apply", "ignore"] = "apply"
+    alpha: Literal["white", "drop"] = "white"
+
+
+@dataclass(frozen=True)
+class Save:
+    """Videos out. `fps` is the rate of the file; the official code always writes 8."""
+
+    fps: float = 8.0
+    quality: int = 8  # 1 to 10, as the official writer counts; mp4 and webp
+    rounding: Literal["truncate", "nearest"] = "truncate"  # official: float to byte by truncation
+    grey_last_frame: Literal["keep", "drop"] = (
+        "keep"  # official: a last frame that is mostly mid-grey is dropped
+    )
+    enlarge: int = 1  # every pixel becomes a square of this many in the file: small models can be watched
+
+    def __post_init__(self):
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"save.fps is {self.fps}; give a number above 0, at most 1000")
+        if not 1 <= self.quality <= 10:
+            raise ValueError(f"save.quality is {self.quality}; give 1 (small) to 10 (best); official 8")
+        if not 1 <= self.enlarge <= 64:
+            raise ValueError(f"save.enlarge is {self.enlarge}; give 1 (as sampled) to 64")
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
+
+    device: str = "auto"  # auto: cuda where there is one, else cpu
+    # auto: float16 on CUDA (as the official sampler), float32 elsewhere
+    dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
+    encoder_dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"  # official: float32
+    vae_dtype: Literal["float64", "float32", "bfloat16", "float16"] = (
+        "float32"  # float16 can overflow to black
+    )
+    # auto: on CUDA the fastest, measured at start, elsewhere sdpa; sdpa: PyTorch's choice; math: the formula
+    # as written; flash, cudnn, efficient, flash3: that kernel or an error.
+    attention: Literal["auto", "sdpa", "math", "flash", "cudnn", "efficient", "flash3"] = "auto"
+    vae_chunk: int = 2  # frames decoded at once; memory only, any value gives the same frames
+    vae_tile: int = 0  # rows of a picture in a layer of the VAE at once; exact, memory only; 0: all
+    batch: int = 1  # clips sampled at once; memory and speed only
+    tf32: bool = False  # faster float32 products on recent GPUs, three digits less
+    compile: bool = False  # torch.compile for each kind of the UNet's blocks
+    cuda_graph: bool = False  # record a guidance step once per video and play it again: small sizes on CUDA
+    check_memory: bool = True  # refuse a run whose estimate exceeds the free memory
+    # A plan of the savings below (memory.py). auto: the fastest that fits into the free memory; full: none.
+    # What you set yourself to another value than its default stays under every plan.
+    memory: Literal["auto", "full", "balanced", "low"] = "auto"
+    token_chunk: int = 0  # tokens in a layer at once, whole frames or whole pixels; exact; 0: all
+    offload: Literal["none", "parts", "blocks"] = "none"  # what waits on the CPU until it is needed
+    # How the UNet keeps its weights: int8 and float8 take half of float16 and are NOT exact.
+    weight_storage: Literal["native", "int8", "float8"] = "native"
+    # Exact savings (speed.py): the same numbers up to rounding.
+    share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
+    batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
+    project_once: bool = True  # keys and values of the context once per video instead of once per step
+    fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
+    subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
+    in_place: bool = True  # feed-forwards and SiLU without copies
+    sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
+    fold_products: bool = True  # with sum_in_place: where a transformer is twice as wide inside, two in one
+    # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
+    kernels: Literal["auto", "triton", "plain"] = "auto"
+    weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
+    convolution_products: bool = True  # on a CPU, a convolution over few pixels as one matrix product
+    feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
+
+    def __post_init__(self):
+        if self.vae_chunk < 1:
+            raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
+        if self.batch < 1:
+            raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
+        if self.vae_tile < 0:
+            raise ValueError(f"runtime.vae_tile is {self.vae_tile}; give a number of rows, 0 for all")
+        for name in ("feed_forward_chunk", "token_chunk"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"runtime.{name} is {getattr(self, name)}; give a number of tokens, 0 for all"
+                )
+        for name in ("compile", "cuda_graph"):
+            if self.offload == "blocks" and getattr(self, name):
+                raise ValueError(
+                    f"runtime.offload=blocks swaps weights while the UNet runs, which runtime.{name} cannot "
+                    f"follow; use runtime.offload=parts or leave {name} out"
+                )
+
+
+@dataclass(frozen=True)
+class Config:
+    use: Use = field(default_factory=Use)
+    unet: UNet = field(default_factory=UNet)
+    vae: VAE = field(default_factory=VAE)
+    clip: Clip = field(default_factory=Clip)
+    schedule: Schedule = field(default_factory=Schedule)
+    sample: Sample = field(default_factory=Sample)
+    refine: Refine = field(default_factory=Refine)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    save: Save = field(default_factory=Save)
+    runtime: Runtime = field(default_factory=Runtime)
+    # The job. These are literal text: never parsed, so `a cat: it runs` and `no` stay what they are.
+    weights: str = ""
+    image: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
+    negative_prompt: str = NEGATIVE_PROMPT
+    output: str = ""
+    adapter: str = ""  # a folder of low-rank adapters for the UNet (lora.py), ours or peft's
+    items: str = (
+        ""  # a JSONL file of {"image", "prompt", "seed", "output"} records instead of image= and prompt=
+    )
+    refine_weights: str = ""  # a refiner's native weights folder: the second stage runs
+    refine_prompt: str = ""  # a short text for the second stage; none given: the prompt
+    refine_suffix: str = REFINE_SUFFIX
+    refine_negative_prompt: str = REFINE_NEGATIVE_PROMPT
+    video: str = ""  # a video file: the second stage alone
+
+    def __post_init__(self):
+        unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
+        if vae.embed_dim != unet.in_channels:
+            raise ValueError(
+                f"vae.embed_dim is {vae.embed_dim} but unet.in_channels is {unet.in_channels}; "
+                "the UNet denoises the VAE's latent, so they must be equal"
+            )
+        if vae.embed_dim != unet.image_channels and (self.use.concat or self.use.local_tokens):
+            raise ValueError(
+                f"vae.embed_dim is {vae.embed_dim} but unet.image_channels is {unet.image_channels}; "
+                "the first frame reaches the UNet as the VAE's latent, so they must be equal"
+            )
+        if self.use.text and clip.text["width"] != unet.context_width:
+            raise ValueError(
+                f"clip.text.width is {clip.text['width']} but unet.context_width is {unet.context_width}; "
+                "text tokens enter cross-attention unchanged, so they must be equal"
+            )
+        if self.use.global_tokens and clip.embed_dim != unet.image_vector_width:
+            raise ValueError(
+                f"clip.embed_dim is {clip.embed_dim} but unet.image_vector_width is "
+                f"{unet.image_vector_width}; they must be equal"
+            )
+        if sample.negative_image == "none" and not (self.use.text or self.use.local_tokens):
+            raise ValueError(
+                "sample.negative_image is none while use.text and use.local_tokens are off: the "
+                "unconditional branch would have no context token; use sample.negative_image=zeros"
+            )
+        if sample.deep_cache > 1 and not 1 <= sample.deep_cache_blocks <= unet.blocks_per_level + 1:
+            raise ValueError(
+                f"sample.deep_cache_blocks is {sample.deep_cache_blocks}; unet.blocks_per_level = "
+                f"{unet.blocks_per_level} gives the finest level {unet.blocks_per_level + 1} blocks on the "
+                f"way up: give 1 to {unet.blocks_per_level + 1}"
+            )
+        multiple = self.size_multiple
+        for name, rest in (("width", 0), ("height", self.height_rest)):
+            size = getattr(sample, name)
+            smallest = rest or multiple
+            if size < smallest or size % multiple != rest:
+                low = (size - rest) // multiple * multiple + rest
+                high = low if low == size else low + multiple
+                legal = [s for s in (low, high) if s >= smallest] or [smallest]
+                more = f" and {rest} more (use.resampling=margin)" if rest else ""
+                raise ValueError(
+                    f"sample.{name} is {size} pixels; vae.factor x unet.factor = {vae.factor} x "
+                    f"{unet.factor} needs a multiple of {multiple}{more}: the nearest is "
+                    f"{' or '.join(map(str, dict.fromkeys(legal)))}"
+                )
+        if not 1 <= sample.steps <= self.schedule.num_timesteps:
+            raise ValueError(
+                f"sample.steps is {sample.steps}; give 1 to schedule.num_timesteps = "
+                f"{self.schedule.num_timesteps}"
+            )
+        if sample.sampler == "ancestral" and sample.steps != self.schedule.num_timesteps:
+            raise ValueError(
+                f"sample.sampler is ancestral and visits every timestep, but sample.steps is {sample.steps}; "
+                f"use sample.steps={self.schedule.num_timesteps} or sample.sampler=ddim"
+            )
+
+    @property
+    def size_multiple(self) -> int:
+        return self.vae.factor * self.unet.factor
+
+    @property
+    def height_rest(self) -> int:
+        """What a height must leave when divided by `size_multiple`, see `UNet.margin`."""
+        return self.vae.factor * self.unet.margin(self.use)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Rows and columns of the latent."""
+        return self.sample.height // self.vae.factor, self.sample.width // self.vae.factor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dict (tuples become lists), as stored in weights folders and beside videos."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+
+
+SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
+LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
+# Text wherever a command line takes them, also by scripts whose settings are not these.
+TEXTS = (*LITERALS, "json")
+LISTS = ("image", "prompt")  # literals of which a job may hold several
+# What a weights folder keeps of them: the texts its model was always given.
+KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
+# A weights folder decides these; contradicting it is an error.
+ARCHITECTURE = ("unet", "vae", "clip")
+# Fields of these sections that shape no tensor: free to change.
+FREE = ("unet.dropout", "unet.temporal_conv_dropout", "unet.concat_dropout", "clip.pad_token")
+# `steps=20` is short for `sample.steps=20`; every bare name of these two sections works so.
+SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime), ("sample", Sample))
+         for f in dataclasses.fields(cls)}  # fmt: skip
+
+
+def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if f.name in skip or f.name.endswith("dropout"):
+            continue
+        if any(not isinstance(n, bool) and not 0 < n < math.inf for n in numbers):  # also catches NaN
+            raise ValueError(f"{section}.{f.name} is {value}; it must be positive")
+
+
+DEFAULTS = Config()

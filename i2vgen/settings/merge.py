@@ -1,0 +1,352 @@
+"""Settings from where users give them, laid over each other: weights folder, YAML file, command line.
+
+    dataclass defaults < settings stored in the weights folder < YAML file < command line
+
+`i2vgen.settings.config` says what the settings are. Nothing but this file reads or merges them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from i2vgen.settings.config import (
+    ARCHITECTURE,
+    DEFAULTS,
+    FORMAT,
+    FREE,
+    LISTS,
+    LITERALS,
+    OPEN_CLIP_TEXT,
+    OPEN_CLIP_VISION,
+    QUALITIES,
+    RANDOM,
+    REFINER_USE,
+    SECTIONS,
+    SETTINGS_FILE,
+    SHORT,
+    STRUCTURAL_SWITCHES,
+    TEXTS,
+    Config,
+    Schedule,
+)
+
+
+def load_config(
+    file: str | Path | None = None,
+    overrides: Iterable[str] = (),
+    *,
+    default_weights: str = "",
+    **literals: str,
+) -> Config:
+    """Merge defaults, the weights folder's stored settings, a YAML file and `name=value` overrides.
+
+    `overrides` are what a command line holds, e.g. `["sample.steps=20", "prompt=a cat: it runs"]`; a
+    repeated `image=` or `prompt=` makes a list. `literals` are the literal fields by keyword
+    (`weights="folder"`), never parsed. `default_weights` are taken where nothing names any; who samples
+    gives SHIPPED. Raises ValueError on an unknown name, a value of the wrong type,
+    an impossible combination, and an architecture setting that contradicts the weights.
+    """
+    yaml_settings, yaml_literals = _read_yaml(file) if file is not None else ({}, {})
+    cli_settings, cli_literals = parse_overrides(overrides)
+    if foreign := [name for name in cli_literals if name not in LITERALS]:
+        raise ValueError(
+            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
+        )
+    texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
+    weights = texts["weights"] = texts.get("weights") or default_weights
+    stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
+    second = texts.get("refine_weights", "")
+    refiner = read_stored_settings(second) if second not in ("", RANDOM) else {}
+    kept = {**stored, **{name: value for name, value in refiner.items() if name.startswith("refine_")}}
+    texts = {**{k: _listed(k, v) for k, v in kept.items() if k in LITERALS}, **texts}
+    stored = {k: v for k, v in stored.items() if k not in LITERALS}
+    layers = [
+        (f"the weights in {weights}", stored),
+        (f"the weights in {second}", {"refine": refiner["refine"]} if "refine" in refiner else {}),
+        (str(file), yaml_settings),
+        ("the command line", cli_settings),
+    ]
+    if stored:
+        for source, layer in layers[2:]:
+            refuse_contradiction(stored, weights, layer, source)
+    merged = OmegaConf.structured(Config)
+    for source, layer in layers:
+        merged = _merge(merged, _resolve_quality(_resolve_clip(layer)), source)
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
+        raise ValueError(_first_line(error)) from error
+    return dataclasses.replace(config, **texts)
+
+
+def second_stage(job: Config) -> Config:
+    """The refining network's settings: those of its weights, with the job's `refine`, `runtime` and `save`.
+
+    `refine_weights=random` takes the first stage's sizes. ValueError if the weights are no refiner's.
+    """
+    if job.refine_weights == RANDOM:
+        schedule = Schedule(kind="logsnr_cosine")
+        held = {"use": REFINER_USE, "unet": job.unet, "vae": job.vae, "clip": job.clip, "schedule": schedule}
+    else:
+        stored = from_dict(read_stored_settings(job.refine_weights))
+        held = {name: getattr(stored, name) for name in ("use", "unet", "vae", "clip", "schedule")}
+    use = held["use"]
+    if not use.text or use.concat or use.local_tokens or use.global_tokens or use.fps:
+        raise ValueError(
+            f"refine_weights={job.refine_weights} holds no refiner: its network wants more than text "
+            "(a picture, or fps); convert a refiner (docs/cascade.md)"
+        )
+    if job.refine.skip_filter != "stored":
+        held["use"] = dataclasses.replace(use, skip_filter=job.refine.skip_filter)
+    multiple, rest = held["vae"].factor * held["unet"].factor, held["vae"].factor * held["unet"].margin(use)
+    smallest = dataclasses.replace(
+        job.sample, width=multiple, height=rest or multiple, steps=1, sampler="ddim"
+    )
+    return dataclasses.replace(job, **held, sample=smallest, weights=job.refine_weights)
+
+
+def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`["a.b=1", "prompt=x"]` -> nested settings dict, literal fields. Values are YAML, literals are text."""
+    settings: dict[str, Any] = {}
+    literals: dict[str, Any] = {}
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals or not name:
+            raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
+        if name in TEXTS:
+            literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
+            continue
+        name = SHORT.get(name, name)
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"{override!r}: the value cannot be read: {_first_line(error)}") from error
+        _set(settings, name, parsed, override)
+    return settings, literals
+
+
+def read_stored_settings(weights: str | Path) -> dict[str, Any]:
+    """The settings a native weights folder holds; ValueError if it is none."""
+    folder = Path(weights)
+    if not folder.is_dir():
+        what = "is a file" if folder.is_file() else "does not exist"
+        raise ValueError(
+            f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
+            "weights=random to drive the road with seeded random weights"
+        )
+    path = folder / SETTINGS_FILE
+    try:
+        stored = json.loads(path.read_text())["settings"]
+        if not isinstance(stored, dict):
+            raise TypeError(f"settings are a {type(stored).__name__}")
+        if (version := json.loads(path.read_text()).get("format")) != FORMAT:
+            raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
+        return stored
+    except FileNotFoundError:
+        raise ValueError(
+            f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder"
+        ) from None
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); convert the weights again") from error
+
+
+def from_dict(settings: Mapping[str, Any]) -> Config:
+    """The inverse of `Config.to_dict`."""
+    literals = {k: _listed(k, v) for k, v in settings.items() if k in LITERALS}
+    sections = {k: v for k, v in settings.items() if k not in LITERALS}
+    merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
+    return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"configuration file {file} does not exist")
+    try:
+        text = path.read_text()
+        parsed = yaml.safe_load(text)
+        plain = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as the text that stands there
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+    if parsed is None:  # empty, or comments only
+        return {}, {}
+    if not isinstance(parsed, dict):
+        raise ValueError(f"{file} holds no settings; write `section: {{name: value}}` pairs")
+    literals = {name: _listed(name, plain[name]) for name in parsed if name in LITERALS}
+    settings: dict[str, Any] = {}
+    for name, value in parsed.items():
+        if name not in LITERALS and not (name in SECTIONS and value is None):  # a heading with nothing below
+            _set(settings, SHORT.get(str(name), str(name)), value, f"{file}: {name}")
+    return settings, literals
+
+
+def _listed(name: str, value: Any) -> Any:
+    if name not in LITERALS:
+        raise ValueError(f"unknown field {name!r}; the literal fields are {', '.join(LITERALS)}")
+    if name in LISTS:
+        values = value if isinstance(value, list | tuple) else (value,)
+        if wrong := [v for v in values if not isinstance(v, str | Path)]:
+            raise ValueError(f"{name} holds {wrong[0]!r}; give one text or a list of texts")
+        return tuple(str(v) for v in values)
+    if not isinstance(value, str | Path):
+        raise ValueError(f"{name} is {value!r}; give one text")
+    return str(value)
+
+
+def _set(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
+    """Put `value` at `a.b.c`; a single value for a setting that is a tuple becomes a tuple of one."""
+    *parents, leaf = dotted.split(".")
+    node = settings
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ValueError(f"{source}: {parent} was given a value and a part of it as well")
+    if isinstance(value, dict) and isinstance(node.get(leaf), dict):
+        for key, inner in value.items():
+            _set(node[leaf], str(key), inner, source)
+    else:
+        node[leaf] = value
+
+
+def _merge(base, layer: Mapping[str, Any], source: str):
+    if not layer:
+        return base
+    layer = {name: _wrap_tuples(name, value) for name, value in layer.items()}
+    try:
+        return OmegaConf.merge(base, OmegaConf.create(layer))
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a dict where a list stands, and so on
+        raise ValueError(f"{source}: {_explain(error, layer)}") from error
+
+
+def _wrap_tuples(section: str, values: Any) -> Any:
+    if section not in SECTIONS or not isinstance(values, dict):
+        return values
+    cls = type(getattr(DEFAULTS, section))
+    tuples = {f.name for f in dataclasses.fields(cls) if str(f.type).startswith("tuple[")}
+    wrapped = {k: [v] if k in tuples and not isinstance(v, list | tuple) else v for k, v in values.items()}
+    for name in tuples & wrapped.keys():
+        if any(isinstance(item, list | tuple | dict) for item in wrapped[name]):
+            raise ValueError(f"{section}.{name} is {values[name]!r}; give one value or a plain list of them")
+    return wrapped
+
+
+def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
+    """An unknown name gets the nearest known ones, a value of the wrong type the type that is expected."""
+    for section, values in layer.items():
+        if section in LITERALS:
+            return f"{section} is one text and has no parts; write {section}=TEXT"
+        if section not in SECTIONS:
+            known = [*SECTIONS, *LITERALS, *SHORT]
+            return f"there is no setting {section!r}{_nearest(section, known)}"
+        if not isinstance(values, dict):
+            return f"{section} is a group of settings; write {section}.NAME={values}"
+        known = {f.name: f.type for f in dataclasses.fields(getattr(DEFAULTS, section))}
+        for name, value in values.items():
+            if name not in known:
+                return f"there is no setting {section}.{name}{_nearest(str(name), [*known], section + '.')}"
+            try:
+                OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
+            except (OmegaConfBaseException, TypeError):
+                return f"{section}.{name} is {value!r}, expected {known[name]}"
+    return _first_line(error)
+
+
+def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    names = near or known
+    return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
+    """ValueError if a layer of settings asks for another architecture than the weights' stored settings."""
+    for section in ARCHITECTURE:
+        values = _wrap_tuples(section, _resolve_clip(layer).get(section))
+        if not isinstance(values, Mapping) or not isinstance(stored.get(section), Mapping):
+            continue  # nothing to compare, or wrong in itself: merging tells
+        for name, value in _flat(values):
+            have = dict(_flat(stored[section])).get(name)
+            if have is not None and value != have and f"{section}.{name}" not in FREE:
+                raise ValueError(
+                    f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
+                    "drop the setting, or give weights that match it: weights=FOLDER, or weights=random"
+                )
+    wanted, held = layer.get("use"), stored.get("use")
+    if not isinstance(wanted, Mapping) or not isinstance(held, Mapping):
+        return
+    for name in STRUCTURAL_SWITCHES:
+        # A part that the released model lacks may start untrained (`unet.ADDED`).
+        if getattr(DEFAULTS.use, name) and wanted.get(name) is True and held.get(name) is False:
+            raise ValueError(
+                f"use.{name} is true in {source} but false in the weights {weights}: they hold no such part"
+            )
+
+
+def _flat(values: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + str(name), list(value) if isinstance(value, tuple) else value
+
+
+def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`clip.model`, a name of open_clip's or a JSON file in its format, becomes what it stands for."""
+    clip = layer.get("clip")
+    if not isinstance(clip, dict) or not clip.get("model"):
+        return layer
+    model = str(clip["model"])
+    if model.endswith(".json"):
+        try:
+            card = json.loads(Path(model).read_text())
+        except FileNotFoundError:
+            raise ValueError(f"clip.model={model} does not exist") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"clip.model={model} is no JSON file: {error}") from error
+    else:
+        import open_clip  # seconds; only for who asks for a model by name
+
+        card = open_clip.get_model_config(model)
+        if card is None:
+            near = difflib.get_close_matches(model, open_clip.list_models(), n=3)
+            raise ValueError(f"clip.model={model} is no open_clip model; near: {', '.join(near) or 'none'}")
+    try:
+        settings = {
+            "embed_dim": card["embed_dim"],
+            "quick_gelu": card.get("quick_gelu", False),
+            "vision": {**OPEN_CLIP_VISION, **card["vision_cfg"], **clip.get("vision", {})},
+            "text": {**OPEN_CLIP_TEXT, **card["text_cfg"], **clip.get("text", {})},
+        }
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"clip.model={model} lacks {error}; it is no open_clip model configuration"
+        ) from error
+    rest = {k: v for k, v in clip.items() if k not in ("model", "vision", "text")}
+    return {**layer, "clip": {**settings, **rest, "model": None}}
+
+
+def _resolve_quality(layer: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`sample.quality` becomes what it stands for, below what the same layer says itself."""
+    sample = layer.get("sample")
+    if not isinstance(sample, dict) or not isinstance(sample.get("quality"), str):
+        return layer
+    preset = QUALITIES.get(sample["quality"], {})  # an unknown one is refused by its type
+    return {**layer, "sample": {**preset, **sample}}
+
+
+def with_quality(config: Config, quality: str) -> Config:
+    """These settings under a preset, as `quality=` on a command line over them."""
+    preset = {**QUALITIES[quality], "guidance_interval": tuple(QUALITIES[quality]["guidance_interval"])}
+    return dataclasses.replace(config, sample=dataclasses.replace(config.sample, quality=quality, **preset))
