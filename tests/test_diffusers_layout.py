@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from i2vgen import pipeline
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.diffusion.schedule import timesteps
-from i2vgen.fast import runtime
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
@@ -278,7 +278,7 @@ PICTURE = Image.fromarray(NOISE).resize((96, 80))
 def road(cfg):
     """Our model, the draws of seed 3, and our final latents."""
     ours = pipeline.load_parts(dataclasses.replace(cfg, negative_prompt=NEGATIVE))
-    draws = runtime.SampleNoise(3)
+    draws = SampleNoise(3)
     rows, columns = cfg.latent_size
     posterior, start = draws.draw((4, rows, columns)), draws.draw((4, 3, rows, columns))
     steps = []

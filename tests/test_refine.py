@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from i2vgen import pipeline
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.fast import runtime, speed
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
@@ -122,7 +123,7 @@ def test_what_the_autoencoder_loses_is_put_back(told):
     for restore in (0.0, 0.5, 1.0):
         model = told(restore=restore, posterior="mode")
         shape = refine.geometry(model.config, (16, 12))
-        given = refine.encode(model, frames, shape, runtime.SampleNoise(0))
+        given = refine.encode(model, frames, shape, SampleNoise(0))
         got = refine.decode(model, given, shape, frames, given)
         wanted = fitting.cropped(refine.prepared(model, frames, shape), shape)
         wanted = video.to_uint8(wanted.permute(1, 0, 2, 3)).numpy()

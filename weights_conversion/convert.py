@@ -285,7 +285,7 @@ def native_parts(found: Sequence[PartSource]) -> dict[str, list[PartSource]]:
 
 def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
     source = held[0]
-    full = checkpoint.full_use(cfg.use)
+    full = config.Use()
     if source.layout == "native":
         stored = merge.from_dict(dict(source.settings)) if source.settings else cfg
         full_rows = [rules.Row(name, (name,)) for name in checkpoint.build("unet", stored).state_dict()]
@@ -301,7 +301,7 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     wanted = checkpoint.build("unet", cfg).state_dict()
     ours = {name for row in rows for name in row.ours}
     rows = [row for row in rows if set(row.ours) <= wanted.keys()]
-    # What an ablated configuration loses is declared; everything else has to be mapped.
+    # The switches of an ablated configuration say what it loses; everything else has to be mapped.
     declared = {row.theirs for row in full_rows} - {row.theirs for row in rows}
     missing, unexpected = rules.audit(rows, source.tensors)
     report.dropped += sorted(set(unexpected) & declared)
@@ -310,7 +310,7 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
         unexpected = []  # partial by design: its time embedding and output statistics are not inherited
     _refuse(source, missing, unexpected, partial)
     rows = [row for row in rows if row.theirs in source.tensors]
-    slices = {n: s for n, s in checkpoint.declared_drops(cfg.unet, cfg.use).slices.items() if n in ours}
+    slices = {n: s for n, s in checkpoint.ablation(cfg.unet, cfg.use).slices if n in ours}
     state: Mapping[str, Tensor] = LazyState(rows, source.tensors, slices)
     if source.layout == "sd":
         widened = unet_vgen.widen_conv_in(state["conv_in.weight"], cfg.unet, cfg.use)

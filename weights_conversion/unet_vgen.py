@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from i2vgen.files import checkpoint
-from i2vgen.model.unet import declared_drops
 from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
@@ -87,13 +86,9 @@ TEMPORAL_ENDS: Table = (
 
 
 def rows(unet: config.UNet, use: config.Use) -> list[Row]:
-    """Of the model under these switches: where `places` does not know one, its declared drops leave out."""
-    patterns = declared_drops(unet, use).patterns
-
-    def dropped(row: Row) -> bool:
-        return any(checkpoint.matches(name, patterns) for name in row.ours)
-
-    return [row for row in expand(places(unet, use)) if not dropped(row)]
+    """Those of the model under these switches, without the tensors that a switch drops."""
+    dropped = checkpoint.ablation(unet, use).dropped
+    return [row for row in expand(places(unet, use)) if not dropped & {*row.ours}]
 
 
 def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:

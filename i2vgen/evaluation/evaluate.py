@@ -10,6 +10,7 @@ Axes: b batch, f frames, c channels, h w latent rows and columns, H W pixels.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -176,33 +177,31 @@ def speed(config: Config) -> float:
     return found
 
 
-class Without:
-    """The UNet as the samplers see it, with one condition that does not reach it. Its weights are untouched.
+def without(unet: UNet, missing: Missing, silence: Tensor | None, local: slice) -> UNet:
+    """The same UNet, weights and modules shared, with one condition that does not reach it.
 
-    In both branches of guidance: "concat" zeroes the branch's output, "local tokens" those context tokens,
-    "image vector" the vector before its tokens are made; "text" puts the negative prompt's tokens in the
-    caption's place.
+    In both branches of guidance: "concat" zeroes the concat branch's output, "local tokens" zeroes those
+    context tokens, "image vector" zeroes the vector before its tokens are computed, and "text" replaces the
+    caption's tokens by the negative prompt's.
     """
 
-    def __init__(self, unet: UNet, missing: Missing, silence: Tensor | None, local: slice):
-        self.unet, self.missing, self.silence, self.local = unet, missing, silence, local
-
-    def prepare(self, conditions: Conditions, frames: int) -> Prepared:
-        if self.missing == "text":
-            conditions = conditions._replace(text=self.silence.expand_as(conditions.text))
-        if self.missing == "image vector" and conditions.image_vector is not None:
+    def prepare(conditions: Conditions, frames: int) -> Prepared:
+        if missing == "text":
+            conditions = conditions._replace(text=silence.expand_as(conditions.text))
+        if missing == "image vector" and conditions.image_vector is not None:
             conditions = conditions._replace(image_vector=torch.zeros_like(conditions.image_vector))
-        prepared = self.unet.prepare(conditions, frames)
-        if self.missing == "concat":
+        prepared = unet.prepare(conditions, frames)
+        if missing == "concat":
             prepared = prepared._replace(concat=torch.zeros_like(prepared.concat))
-        if self.missing == "local tokens":
+        if missing == "local tokens":
             context = prepared.context.clone()
-            context[:, self.local] = 0.0
-            prepared = self.unet.with_context(prepared, context)
+            context[:, local] = 0.0
+            prepared = prepared._replace(context=context)
         return prepared
 
-    def __call__(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
-        return self.unet(x, t, prepared)
+    changed = copy.copy(unet)
+    vars(changed)["prepare"] = prepare
+    return changed
 
 
 def varied(model: I2VGenXL, variant: Variant) -> I2VGenXL:
@@ -214,7 +213,7 @@ def varied(model: I2VGenXL, variant: Variant) -> I2VGenXL:
             with plans.here(model.waiting, "clip"):
                 silence = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
         local = slice(first, first + (config.unet.local_grid // 4) ** 2)
-        unet = Without(unet, variant.missing, silence, local)
+        unet = without(unet, variant.missing, silence, local)
     under = I2VGenXL(config, unet, model.vae, model.clip, model.device)
     under.waiting = model.waiting
     return under

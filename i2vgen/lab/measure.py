@@ -18,7 +18,7 @@ from i2vgen import pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.drift import Sampled, counting
 from i2vgen.evaluation.evaluate import Evaluation, Plan
-from i2vgen.fast import runtime, speed
+from i2vgen.fast import runtime, savings
 from i2vgen.files import checkpoint
 from i2vgen.lab import study as studies
 from i2vgen.lab import summary, trace
@@ -84,7 +84,7 @@ def one_call(config: Config) -> Callable[[], object]:
     unet = checkpoint.build("unet", config)
     checkpoint.fill(unet, checkpoint.random_state(unet, seed=0), dtype=torch.float32)
     unet.eval().requires_grad_(False)
-    speed.apply(unet, config.runtime)
+    savings.apply(unet, config.runtime)
     x, (t, *_), conditions = trace.inputs(unet, config, 1)
     prepared = unet.prepare(conditions, config.sample.frames)
 

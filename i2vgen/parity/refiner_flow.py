@@ -17,8 +17,9 @@ from torch import Tensor
 
 from i2vgen.diffusion.sampler import Predict
 from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.fast.unet import both_branches
 from i2vgen.files import images, video
-from i2vgen.model.conditioning import Conditions, join
+from i2vgen.model.conditioning import Conditions
 from i2vgen.model.spatial import damp_lowest
 from i2vgen.parity import refiner
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
@@ -257,10 +258,7 @@ def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
         frames = cast["z0"].shape[2]
         with torch.no_grad():
             prepared = [model.prepare(Conditions(cast[n], None, None, None), frames) for n in ("y", "y_neg")]
-        both, alone = join(prepared), prepared[1]
-
-        def network(x: Tensor, t: Tensor, model=model, conditions=both) -> Tensor:
-            return model(x, t, conditions)
+        network, alone = both_branches(model, *prepared), prepared[1]
 
         if tag == "ms":
             start = table.noised(cast["z0"], cast["noise"], run["T"] - 1)

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from i2vgen import pipeline
-from i2vgen.fast import runtime
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.parity.diffusion import stand_in
@@ -138,7 +138,7 @@ def _inputs(
     latent: tuple[int, ...],
 ) -> tuple[Conditions, Conditions, Tensor]:
     """Conditions and initial noise, drawn in the road's order."""
-    draws = runtime.SampleNoise(generator)
+    draws = SampleNoise(generator)
     cond, uncond = pipeline.encode(model, [picture], [prompt], draws.draw(latent))
     noise = draws.draw((latent[0], model.config.sample.frames, *latent[1:]))
     return cond, uncond, noise
@@ -168,7 +168,7 @@ def _frames(generator: torch.Generator, size: tuple[int, ...], stored: int, fact
     for frames in lengths:
         trial = torch.Generator()
         trial.set_state(generator.get_state())
-        draws = runtime.SampleNoise(trial)
+        draws = SampleNoise(trial)
         draws.draw(size)
         last = draws.draw((size[0], frames, *size[1:])).flatten()[-4:]
         if (last - torch.tensor(facts["noise_last4"])).abs().max() <= 1e-6:
@@ -189,7 +189,7 @@ def rng(golden: Golden, settings: Settings) -> Iterator[Row]:
         yield check("generator after seeding", same, "SHA-256 of the golden")
     generator = torch.Generator()
     generator.set_state(state)
-    draws = runtime.SampleNoise(generator)
+    draws = SampleNoise(generator)
     _, c, f, h, w = golden["initial_noise_sparse.0"].shape
     size = (c, h * PIXEL_STRIDE, w * PIXEL_STRIDE)
     frames = _frames(generator, size, f, meta["rounds"][0])

@@ -52,8 +52,8 @@ OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "head
 class Use:
     """Every ablation switch. A part switched off is not built, so its parameters are gone, not ignored.
 
-    What a checkpoint of the released model then loses is declared in `unet.declared_drops`, and what it lacks
-    for a switch that is off by default in `unet.ADDED`.
+    Loading finds out by itself which tensors of the released model are then left out, and which ones start
+    untrained because a switch adds or replaces a part (`checkpoint.ablation`).
     """
 
     text: bool = True  # the prompt's tokens in cross-attention (77)
@@ -549,6 +549,20 @@ class Save:
             raise ValueError(f"save.enlarge is {self.enlarge}; give 1 (as sampled) to 64")
 
 
+# Name -> what an exact saving does. None of them has a backward: where gradients are wanted the plain forward
+# runs. fast/savings.py applies them.
+SAVINGS = {
+    "kernels": "norms, gates and attention over short clips fused by Triton; on CUDA, if Triton is installed",
+    "sum_in_place": "the residual sums of transformers inside the matrix products before them",
+    "share_prefix": "guidance: one pass for both branches until they first read the context",
+    "project_once": "keys and values of the context computed once per video instead of once per step",
+    "fuse_projections": "q, k and v of self-attention by one matrix product",
+    "subpixel_upsampling": "convolutions before the pixels are doubled instead of after",
+    "in_place": "feed-forwards and SiLU without copies",
+    "convolution_products": "on a CPU, convolutions over few pixels as one matrix product",
+}
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
@@ -577,20 +591,11 @@ class Runtime:
     offload: Literal["none", "parts", "blocks"] = "none"  # what waits on the CPU until it is needed
     # How the UNet keeps its weights: int8 and float8 take half of float16 and are NOT exact.
     weight_storage: Literal["native", "int8", "float8"] = "native"
-    # Exact savings (speed.py): the same numbers up to rounding.
-    share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
-    batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
-    project_once: bool = True  # keys and values of the context once per video instead of once per step
-    fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
-    subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
-    in_place: bool = True  # feed-forwards and SiLU without copies
-    sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
-    fold_products: bool = True  # with sum_in_place: where a transformer is twice as wide inside, two in one
-    # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
-    kernels: Literal["auto", "triton", "plain"] = "auto"
-    weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
-    convolution_products: bool = True  # on a CPU, a convolution over few pixels as one matrix product
-    feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
+    # Exact savings, the same numbers up to rounding: `all` that this machine has, `none`, or a list of names
+    # (fast/savings.py, docs/performance.md).
+    savings: tuple[str, ...] = ("all",)
+    # Guidance: both branches as one batch, faster at small sizes for more memory. null: where it pays.
+    batch_guidance: Optional[bool] = None  # noqa: UP045
 
     def __post_init__(self):
         if self.vae_chunk < 1:
@@ -599,11 +604,17 @@ class Runtime:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
         if self.vae_tile < 0:
             raise ValueError(f"runtime.vae_tile is {self.vae_tile}; give a number of rows, 0 for all")
-        for name in ("feed_forward_chunk", "token_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"runtime.{name} is {getattr(self, name)}; give a number of tokens, 0 for all"
-                )
+        if self.token_chunk < 0:
+            raise ValueError(
+                f"runtime.token_chunk is {self.token_chunk}; give a number of tokens, 0 to disable chunking"
+            )
+        known = ("all", "none", *SAVINGS)
+        if unknown := [name for name in self.savings if name not in known]:
+            raise ValueError(f"runtime.savings names {unknown[0]!r}; known are {', '.join(known)}")
+        if len(self.savings) != 1 and {"all", "none"} & {*self.savings}:
+            raise ValueError(
+                f"runtime.savings is {list(self.savings)}; give all or none alone, or a list of the others"
+            )
         for name in ("compile", "cuda_graph"):
             if self.offload == "blocks" and getattr(self, name):
                 raise ValueError(

@@ -22,6 +22,7 @@ from i2vgen.adapt import lora
 from i2vgen.diffusion.loss import draw_offset_noise, training_loss
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import runtime
+from i2vgen.fast.checkpointing import set_checkpointing
 from i2vgen.files import checkpoint
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions
@@ -230,7 +231,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     clip = checkpoint.load("clip", config, device=device, dtype=clip_dtype)
     unet = fresh_or_held("unet", config, train, device)
     adapters = adapt(unet, config, train) if train.lora_rank else None
-    unet.set_checkpointing(train.checkpointing)
+    set_checkpointing(unet, train.checkpointing)
     bucket = buckets(config, train)[0]
     first_stage = lift.load_first_stage(config, train, device) if train.first_stage else None
     encoding = Encoding(config, train, vae, clip, device, first_stage)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from i2vgen import pipeline
+from i2vgen.diffusion.noise import SampleNoise, draw_all
 from i2vgen.fast import runtime
 from i2vgen.parity import encoders, whole
 from i2vgen.parity.report import Golden, Settings, synthetic_picture
@@ -60,7 +61,7 @@ def _encode(change):
 
 
 def _noise_before_posterior(patch):
-    right, frames = runtime.draw_all, 5
+    right, frames = noise.draw_all, 5
     kept = []
 
     def draw_all(samples, shape):
@@ -83,7 +84,7 @@ def _decoded_twice_scaled(patch):
 
 
 def _draw(change):
-    return lambda patch: patch.setattr(runtime.SampleNoise, "draw", change)
+    return lambda patch: patch.setattr(SampleNoise, "draw", change)
 
 
 def _started_again(self, shape):
