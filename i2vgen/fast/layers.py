@@ -15,7 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.fast import kernels
-from i2vgen.fast.guard import diverted, ordinary
+from i2vgen.fast.guard import diverted, plain_kind, touched
 from i2vgen.model.layers import Conv, FeedForward, GroupNorm
 
 # Where a convolution on a CPU is faster as one matrix product, measured with 64 to 1280 channels.
@@ -69,7 +69,7 @@ class FastGroupNorm(GroupNorm):
 
 def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
     """SiLU(norm(x + shift)): x [n ... c], shift [m c], a row of which is for n / m neighbours -> like x"""
-    if not ordinary(norm) or torch.is_grad_enabled():
+    if plain_kind(norm) is not GroupNorm or touched(norm) or torch.is_grad_enabled():
         return F.silu(norm(x if shift is None else kernels.shifted(x, shift)))
     if type(norm) is FastGroupNorm:
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift)
