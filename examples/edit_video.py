@@ -2,9 +2,9 @@
 
     python examples/edit_video.py clip.gif edited_first_frame.png "a red star grows" edited.gif
 
-As AnyV2V (arXiv 2403.14468) does with this model: DDIM inversion finds the noise that reproduces the clip. While
-the clip is sampled from it, queries and keys of temporal attention are recorded. The edited picture is then
-sampled from the same noise, with these injected during the first part of the steps.
+As AnyV2V (arXiv 2403.14468) does with this model: DDIM inversion finds the noise that reproduces the clip.
+While the clip is sampled from it, queries and keys of temporal attention are recorded. The edited picture is
+then sampled from the same noise, with these injected during the first part of the steps.
 """
 
 import argparse
