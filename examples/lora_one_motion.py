@@ -3,7 +3,7 @@
     python examples/lora_one_motion.py outputs/lora motion=rotate steps=200
 
 Writes OUT/clips (GIFs and captions.csv, in the form your own folder would have), trains OUT/run/adapter, and
-samples OUT/before.gif and OUT/after.gif with the same seed. The adapter (peft's format) takes a few hundred kB.
+samples OUT/before.gif and OUT/after.gif with the same seed. The adapter (peft's format) has a few hundred kB.
 """
 
 import argparse
