@@ -1,4 +1,4 @@
-"""What a second stage gains over plain upscaling of the same clips, measured on the procedural world.
+"""Measure the gain of a second stage over plain upscaling, on the procedural world.
 
     python scripts/refine_gain.py [refine_weights=FOLDER] [weights=FOLDER] [clips=N] [first_seed=S]
     [sources=NAME,NAME] [json=OUT.json] [output=STRIP.png] [setting=value ...]
@@ -6,16 +6,17 @@
     python scripts/refine_gain.py clips=64 json=outputs/gain.json
     python scripts/refine_gain.py refine_weights=outputs/train/small_refiner/weights refine.steps=4 clips=16
 
-    refine_weights= the second stage; none given: the small refiner that comes with the package
-    weights=        the first stage; none given: the small model that comes with the package
-    clips=          seeds of the world, 32; first_seed= the first of them, 0
-    sources=        kinds of small clips: drawn (the world's), decoded (those through the first stage's
-                    autoencoder), made (by the first stage, from first frame and caption); none given: all
-    json=           all scores, per clip
-    output=         a picture: truth, bilinear, bicubic, refined of the first clips, in lines
+    refine_weights= the second stage (default: the shipped small refiner)
+    weights=        the first stage (default: the shipped small model)
+    clips=          number of seeds, default 32; first_seed= is the first of them, default 0
+    sources=        kinds of small clips (default: all): drawn (the world's), decoded (the same after the
+                    first stage's autoencoder), made (by the first stage, from first frame and caption)
+    json=           file for all scores, per clip
+    output=         picture of the first clips, in rows: true clip, bilinear, bicubic, refined
 
-PSNR and SSIM are against the world's clip of the same seed at the large size; sharpness and flicker are parts
-of that clip's; still is the change from frame to frame, in levels of 255, where that clip stands still.
+PSNR and SSIM compare with the world's clip of the same seed at the large size. Sharpness and flicker are
+fractions of that clip's. "Still" is the change from frame to frame, in levels of 255, where that clip does
+not move.
 """
 
 from __future__ import annotations

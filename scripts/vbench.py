@@ -1,4 +1,4 @@
-"""Make the samples that the public benchmark VBench-I2V scores, under the names by which it finds them.
+"""Generate the samples for the public benchmark VBench-I2V, with the file names it expects.
 
     python scripts/vbench.py [config.yaml] info=vbench2_i2v_full_info.json images=CROP_FOLDER output=FOLDER
     [dimensions=NAME,NAME] [samples=5] [ratio=16-9] [share=1/4] [setting=value ...]
@@ -7,15 +7,15 @@
     python scripts/vbench.py ... dimensions=i2v_subject,i2v_background share=2/4
 
     info=         the benchmark's own list of prompts and pictures
-    images=       its folder `crop`: of 1-1, 8-5, 7-4, 16-9 the shape nearest to the clips' is taken
-    output=       videos/ is for the benchmark, clips/ holds the same files with their records
-    dimensions=   only the prompts of these
-    ratio=        another shape than the nearest
+    images=       its folder `crop`; of 1-1, 8-5, 7-4, 16-9 the aspect ratio nearest to the clips' is used
+    output=       folder: videos/ is for the benchmark, clips/ holds the same files with their records
+    dimensions=   use only the prompts of these dimensions
+    ratio=        another aspect ratio than the nearest
     samples=      clips per prompt; the benchmark reads 5
-    share=        1/4 to 4/4: every fourth clip, for four machines or devices that write to one folder
-    seed=         the first clip's; every other one counts on from it by its place in the list
+    share=        1/4 to 4/4: every fourth clip, to split the work over four machines writing to one folder
+    seed=         seed of the first clip; later clips in the list count up from it
 
-A run that was stopped goes on where it was. All settings and their defaults: i2vgen/settings/config.py.
+An interrupted run continues where it stopped. All settings and their defaults: i2vgen/settings/config.py.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main() -> int:
 
 
 def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]:
-    """All samples of the benchmark, and the shape of its pictures."""
+    """All samples of the benchmark, and the aspect ratio of its pictures."""
     for name in ("info", "images"):
         if not own.get(name):
             raise ValueError(f"no {name} given; write info=LIST.json images=CROP_FOLDER output=FOLDER")
@@ -70,7 +70,7 @@ def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]
         raise ValueError("no output given; write output=FOLDER")
     for name in ("image", "prompt", "items", "video", "refine_weights"):
         if getattr(config, name):
-            raise ValueError(f"{name}= has no effect here: pictures and prompts are the benchmark's")
+            raise ValueError(f"{name}= has no effect here: pictures and prompts come from the benchmark")
     samples = own.get("samples", str(vbench.SAMPLES))
     if not samples.isdigit() or samples == "0":
         raise ValueError(f"samples={samples} is no number of clips; give 1 or more, the benchmark reads 5")
@@ -82,8 +82,8 @@ def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]
     output = Path(config.output)
     if odd := vbench.strangers(output / "videos"):
         raise ValueError(
-            f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark takes the ending of any "
-            "file there for that of all: move it away"
+            f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark assumes one "
+            "file extension for the whole folder: move it away"
         )
     return vbench.plan(entries, pictures, output, config, int(samples)), ratio
 
