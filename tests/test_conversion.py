@@ -1,7 +1,6 @@
 """The conversion tables: complete for the released checkpoints, exact, invertible, and loud when misused."""
 
 import dataclasses
-import fnmatch
 import json
 import math
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 import torch
 
 from i2vgen.files import checkpoint
-from i2vgen.model.unet import UNet, declared_drops
+from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings import config
 from i2vgen.settings.config import STRUCTURAL_SWITCHES
@@ -183,9 +182,7 @@ def test_an_ablated_model_has_exactly_its_rows(use):
     assert_inverse(mapping, model)
 
     everything = {target for row in unet_vgen.rows(unet, FULL) for target in row.ours}
-    patterns = declared_drops(unet, use).patterns
-    dropped = {name for name in everything if any(fnmatch.fnmatchcase(name, p) for p in patterns)}
-    assert everything - dropped == set(targets)
+    assert everything - checkpoint.ablation(unet, use).dropped == set(targets)
 
 
 # --------------------------------------------------------------------------------------------- errors

@@ -18,6 +18,8 @@ from einops import rearrange
 from torch import Tensor
 
 from i2vgen.model.attention import Attention, AttentionFunction, attend
+from i2vgen.model.spatial import SpatialTransformer
+from i2vgen.model.unet import UNet
 
 
 class Keys(NamedTuple):
@@ -61,6 +63,23 @@ class Context:
         ]
 
 
+class ContextReader(Attention):
+    """A plain cross-attention that also reads a `Context`; those of the `fast` wing do anyway."""
+
+    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
+        """[n t c], context [n k d] -> [n t c]"""
+        if isinstance(context, Context):
+            return attend_to_all(self, x, context)
+        return super().forward(x, context)
+
+
+def cross_attentions(unet: UNet) -> dict[str, Attention]:
+    """Those of our own kind in a UNet, by path and in the order of definition"""
+    spatial = [block.spatial for block in unet.blocks() if isinstance(block.spatial, SpatialTransformer)]
+    wanted = {part.cross_attention for part in spatial if isinstance(part.cross_attention, Attention)}
+    return {path: module for path, module in unet.named_modules() if module in wanted}
+
+
 def attend_to_all(attention: Attention, x: Tensor, context: Context) -> Tensor:
     """`attention(x, context.tokens)`, the extra keys and values included: x [b t c] -> same"""
     q = attention.split_heads(attention.to_q(x))
@@ -78,6 +97,11 @@ def sum_of_attentions(q: Tensor, listed: Sequence[Keys], backend: str | Attentio
 def tokens_of(context: Tensor | Context) -> Tensor:
     """[b k d]"""
     return context.tokens if isinstance(context, Context) else context
+
+
+def with_tokens(context: Tensor | Context, tokens: Tensor) -> Tensor | Context:
+    """The same context with other tokens [b k d]; extra keys and values stay."""
+    return Context(tokens, {}, context.extra) if isinstance(context, Context) else tokens
 
 
 def as_context(context: Tensor | Context) -> Context:

@@ -25,7 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from i2vgen.adapt.context import Context, Keys, as_context, attend_to_all
+from i2vgen.adapt.context import Context, ContextReader, Keys, as_context, cross_attentions, with_tokens
 from i2vgen.adapt.taps import matching
 from i2vgen.model.attention import Attention
 from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
@@ -85,20 +85,12 @@ def extra_tokens(
         )
 
 
-class ContextReader(Attention):
-    """A plain cross-attention that also reads a `Context`; those of the `fast` wing do anyway."""
-
-    def forward(self, x: Tensor, context: Tensor | Context | None = None) -> Tensor:
-        """[n t c], context [n k d] -> [n t c]"""
-        if isinstance(context, Context):
-            return attend_to_all(self, x, context)
-        return super().forward(x, context)
-
-
 @contextlib.contextmanager
 def reading_contexts(unet: UNet | None) -> Iterator[None]:
     """Inside, the plain cross-attentions of a UNet are `ContextReader`s."""
-    plain = [] if unet is None else [part for part in readers(unet).values() if type(part) is Attention]
+    plain = (
+        [] if unet is None else [part for part in cross_attentions(unet).values() if type(part) is Attention]
+    )
     for part in plain:
         part.__class__ = ContextReader
     try:
@@ -106,12 +98,6 @@ def reading_contexts(unet: UNet | None) -> Iterator[None]:
     finally:
         for part in plain:
             part.__class__ = Attention
-
-
-def readers(unet: UNet) -> dict[str, Attention]:
-    """The cross-attentions of a UNet by path"""
-    wanted = {block.spatial.cross_attention for block in unet.blocks() if block.spatial is not None}
-    return {path: module for path, module in unet.named_modules() if module in wanted}
 
 
 def _check(tokens: Tensor, width: int, place: str) -> None:
@@ -134,7 +120,7 @@ class Beside(nn.Module):
     ):
         super().__init__()
         self.width = unet.stem.context_width if width is None else width
-        there, parts = readers(unet), {}
+        there, parts = cross_attentions(unet), {}
         like = unet.conv_in.weight
         for pattern in patterns:
             found = {path: m for path, m in matching(unet, pattern).items() if path in there}
@@ -152,7 +138,7 @@ class Beside(nn.Module):
 
     def check(self, unet: UNet) -> None:
         """ValueError if this was made for a network with other cross-attentions."""
-        there = {path.replace(".", "/"): reader for path, reader in readers(unet).items()}
+        there = {path.replace(".", "/"): reader for path, reader in cross_attentions(unet).items()}
         for path, part in self.parts.items():
             reader, wanted = there.get(path), (part.heads, part.to_k.out_features)
             if reader is None or (reader.heads, reader.to_q.out_features) != wanted:
@@ -209,7 +195,7 @@ class _Extra:
             extra = self.extra(tokens, context, isinstance(conditions, Unconditional))
             return prepared._replace(context=Context(context.tokens, {}, extra))
         longer = torch.cat([context.tokens, tokens.to(context.tokens.dtype)], dim=1)
-        return prepared._replace(context=Context(longer, {}, context.extra) if context.extra else longer)
+        return prepared._replace(context=with_tokens(prepared.context, longer))
 
     def of(self, conditions: Conditions) -> Tensor | None:
         if not isinstance(conditions, Unconditional) or self.negative == "same":
@@ -221,7 +207,7 @@ class _Extra:
     def extra(self, tokens: Tensor, context: Context, negative: bool) -> dict[Attention, tuple[Keys, ...]]:
         """What every cross-attention reads by further softmaxes, with these tokens [b k d] as the last"""
         tokens, like = tokens.to(next(self.through.parameters())), context.tokens
-        made = {reader: self.through(path, tokens) for path, reader in readers(self.unet).items()}
+        made = {reader: self.through(path, tokens) for path, reader in cross_attentions(self.unet).items()}
         made = {reader: keys for reader, keys in made.items() if keys is not None}
         idle = not torch.is_grad_enabled() and not negative and self.scale
         if idle and not any(keys.v.any() for keys in made.values()):

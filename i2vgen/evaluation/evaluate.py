@@ -26,6 +26,7 @@ from torch import Tensor
 
 import i2vgen
 from i2vgen import pipeline
+from i2vgen.adapt.context import tokens_of, with_tokens
 from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
@@ -194,9 +195,9 @@ def without(unet: UNet, missing: Missing, silence: Tensor | None, local: slice) 
         if missing == "concat":
             prepared = prepared._replace(concat=torch.zeros_like(prepared.concat))
         if missing == "local tokens":
-            context = prepared.context.clone()
-            context[:, local] = 0.0
-            prepared = prepared._replace(context=context)
+            tokens = tokens_of(prepared.context).clone()
+            tokens[:, local] = 0.0
+            prepared = prepared._replace(context=with_tokens(prepared.context, tokens))
         return prepared
 
     changed = copy.copy(unet)

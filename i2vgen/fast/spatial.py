@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.adapt.context import Context, tokens_of
+from i2vgen.adapt.context import Context, ContextReader, tokens_of
 from i2vgen.fast import kernels
 from i2vgen.fast.attention import FastAttention
 from i2vgen.fast.guard import diverted
@@ -53,7 +53,7 @@ class FastSpatialTransformer(SpatialTransformer):
     def forward(self, x: Tensor, context: Tensor | Context) -> Tensor:
         """x [b f h w c], context [b k d] -> [b f h w c]"""
         if diverted(self):
-            ours = isinstance(self.cross_attention, FastAttention)
+            ours = isinstance(self.cross_attention, FastAttention | ContextReader)
             return super().forward(x, context if ours else tokens_of(context))
         frames = frames_per_chunk(self.savings.token_chunk, x)
         if "sum_in_place" not in self.savings.names:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from i2vgen.adapt.context import cross_attentions
 from i2vgen.fast import machine, runtime, savings
 from i2vgen.fast.compiled import compile_blocks
-from i2vgen.fast.unet import both_branches, projected, readers, under
+from i2vgen.fast.unet import both_branches, projected, under
 from i2vgen.files import checkpoint
 from i2vgen.memory import offload, storage
 from i2vgen.memory.free import GIB, free_memory
@@ -311,7 +312,9 @@ def streamable(module: nn.Module) -> Streamable | None:
     if isinstance(module, UNet):
         # Guidance computes the first block in two parts, and the keys of all readers before the first step.
         blocks = list(module.blocks())[1:]
-        projections = [layer for part in readers(module) for layer in (part.to_k, part.to_v)]
+        projections = [
+            layer for part in cross_attentions(module).values() for layer in (part.to_k, part.to_v)
+        ]
         return Streamable(blocks, [t for layer in projections for t in offload.tensors(layer)])
     if isinstance(module, ClipEncoders):
         return Streamable(list(module.blocks()), [])

@@ -36,8 +36,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, backend: str | AttentionFunction = "
     if callable(backend):
         return backend(q, k, v)
     if len(q) > MAX_SEQUENCES:
-        chunks = zip(q.split(MAX_SEQUENCES), k.split(MAX_SEQUENCES), v.split(MAX_SEQUENCES), strict=True)
-        return torch.cat([attend(*chunk, backend) for chunk in chunks])
+        out = torch.empty_like(q)
+        for part, *chunk in zip(*(x.split(MAX_SEQUENCES) for x in (out, q, k, v)), strict=True):
+            part.copy_(attend(*chunk, backend))
+        return out
     if backend in ("sdpa", "auto"):
         return F.scaled_dot_product_attention(q, k, v)
     if backend in SDPA_KERNELS:

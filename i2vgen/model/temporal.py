@@ -43,7 +43,7 @@ class ConvStage(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, width, eps=RES_EPS)
         self.dropout = nn.Dropout(dropout)
-        # With pixels flattened, a convolution over frames has two dimensions: frames are rows, pixels columns.
+        # With pixels flattened, the convolution is two-dimensional: frames are its rows, pixels its columns.
         self.conv = Conv(width, width, (3, 1), padding=(1, 0))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ class UNet(nn.Module):
                 x = level.resample(x)
 
         x = per_frame(self.conv_out, F.silu(per_frame(self.norm_out, x)))
-        return rearrange(x, "b f h w c -> b c f h w")
+        return rearrange(x, "b f h w c -> b c f h w").contiguous()
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""

@@ -12,7 +12,7 @@ import torch
 
 from i2vgen.diffusion.sampler import ddim
 from i2vgen.diffusion.schedule import Schedule, make_betas
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.files import checkpoint
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions
@@ -146,7 +146,7 @@ def test_half_precision_is_no_worse_than_theirs(dtype, state):
     """
     use = config.Use(concat_gain=1.0)
     exact, ours, theirs = with_use(state, use), with_use(state, use).to(dtype), their_unet(TINY, state)
-    speed.apply(ours, config.Runtime())
+    savings.apply(ours, config.Runtime())
     for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype)
     squares = torch.zeros(2)

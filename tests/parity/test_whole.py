@@ -9,8 +9,7 @@ import torch
 from PIL import Image
 
 from i2vgen import pipeline
-from i2vgen.diffusion.noise import SampleNoise, draw_all
-from i2vgen.fast import runtime
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.parity import encoders, whole
 from i2vgen.parity.report import Golden, Settings, synthetic_picture
 
@@ -61,7 +60,7 @@ def _encode(change):
 
 
 def _noise_before_posterior(patch):
-    right, frames = noise.draw_all, 5
+    right, frames = pipeline.draw_all, 5
     kept = []
 
     def draw_all(samples, shape):
@@ -70,12 +69,12 @@ def _noise_before_posterior(patch):
             return right(samples, shape)
         return kept.pop()
 
-    patch.setattr(runtime, "draw_all", draw_all)
+    patch.setattr(pipeline, "draw_all", draw_all)
 
 
 def _guidance_swapped(patch):
-    right = pipeline.guided
-    patch.setattr(pipeline, "guided", lambda c, u, scale, **named: right(u, c, scale, **named))
+    right = pipeline.fast_unet.both_branches
+    patch.setattr(pipeline.fast_unet, "both_branches", lambda unet, c, u, *how: right(unet, u, c, *how))
 
 
 def _decoded_twice_scaled(patch):
