@@ -254,8 +254,8 @@ def test_the_unconditional_branch_reads_what_was_asked_for(unet, road, with_conf
     read = {"zeros": 0 * given, "none": None, "same": given, "own": own}[negative]
     y, n = alone(cond, given), alone(away, read)
     with extra_tokens(model.unet, given, through=beside, negative=own if negative == "own" else negative):
-        predict = pipeline.network(model, cond, away)
-    torch.testing.assert_close(predict(x, t), n + 3.0 * (y - n), rtol=0, atol=1e-11)
+        got = pipeline.network(model, cond, away)(x, t)
+    torch.testing.assert_close(got, n + 3.0 * (y - n), rtol=0, atol=1e-11)
 
 
 def test_a_clip_under_tokens(road, with_config, picture):

@@ -110,5 +110,5 @@ class FrameAttention(Attention):
     def forward(self, x: Tensor) -> Tensor:
         """[b f p c] -> same"""
         b = len(x)
-        y = super().forward(rearrange(x, "b f p c -> (b p) f c"))
+        y = super().forward(rearrange(x, "b f p c -> (b p) f c").contiguous())
         return rearrange(y, "(b p) f c -> b f p c", b=b)
