@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
 from i2vgen.fast import runtime
-from i2vgen.files import video
+from i2vgen.files import records, video
 from i2vgen.refiner import refine
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
@@ -76,7 +76,7 @@ def main() -> int:
         clips = second_stage(config, list(clips))  # the first stage's memory is free by now
     for job, clip in clips:
         path = clip.save(job.output)
-        record = pipeline.record_path(path)
+        record = records.path_of(path)
         print(f"{path} ({len(clip.frames)} frames, seed {job.seed}), settings in {record}")
     return 0
 
