@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import queue
 import sys
@@ -31,6 +30,7 @@ from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.evaluation import pages
+from i2vgen.files import whole
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 
@@ -68,7 +68,7 @@ def main() -> int:
     costs = None
     if "cost" in study.measures:
         costs = measure.cost(study, budget)
-        pages.write_whole(folder / "cost.json", json.dumps(costs, indent=1) + "\n")
+        whole.write_json(folder / "cost.json", costs, indent=1)
     perform(study, left, budget, places(given, len(left)))
     page = report.write(study, todo, costs, folder, name)
     print((folder / "table.md").read_text())

@@ -32,6 +32,7 @@ from i2vgen import cli, pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
@@ -62,7 +63,7 @@ def main() -> int:
     for table in pages.tables(found):
         print(f"\n{table.title}\n{pages.as_text(table)}")
     if json_path is not None:
-        pages.write_json(found.to_dict(), json_path)
+        whole.write_json(json_path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {json_path}")
     if folder is not None:
         print(f"\npage in {pages.write_report(found, folder)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.parity import kinds
 from i2vgen.parity.report import Golden, Row, Settings
 from i2vgen.settings import config
@@ -106,7 +106,7 @@ def write_json(path: Path, dtype: str, device: str, tables: dict[str, list[Row]]
         "files": {file: [plain(row) for row in table] for file, table in tables.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    whole.write_json(path, report)
 
 
 if __name__ == "__main__":

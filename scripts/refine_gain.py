@@ -30,6 +30,7 @@ from i2vgen.evaluation import gain, pages
 from i2vgen.evaluation.gain import Plan
 from i2vgen.evaluation.pages import Table
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
 from i2vgen.settings.merge import load_config
 
@@ -60,7 +61,7 @@ def main() -> int:
         found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
     print(pages.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
     if path is not None:
-        pages.write_json(found.to_dict(), path)
+        whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")
     if picture is not None:
         gain.strip(found, plan.sources[-1], frame=-1).save(picture)

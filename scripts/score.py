@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.evaluation import pages
+from i2vgen.files import whole
 from i2vgen.scoring import report, scores
 from i2vgen.scoring.scores import Plan
 
@@ -64,7 +65,7 @@ def main() -> int:
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:
-        pages.write_json(report.to_dict(job, found), json_path)
+        whole.write_json(json_path, report.to_dict(job, found), allow_nan=False)
         print(f"scores in {json_path}")
     return 0
 

@@ -17,12 +17,10 @@ called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights 
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 from i2vgen import cli
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.lab import summary
 from i2vgen.settings.merge import load_config
 
@@ -45,7 +43,7 @@ def main() -> int:
     rows = summary.summarise(part, config, int(depth))
     print_table(summary.table(rows))
     if "json" in given:
-        Path(given["json"]).write_text(json.dumps(summary.to_dict(rows), indent=1) + "\n")
+        whole.write_json(given["json"], summary.to_dict(rows), indent=1)
     return 0
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from i2vgen.files import whole
 
 
 @dataclass(frozen=True)
@@ -30,4 +31,4 @@ class Report:
     tables: Sequence[Table]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.values, indent=2) + "\n")
+        whole.write_json(path, self.values)

@@ -15,6 +15,7 @@ from PIL import Image
 
 from i2vgen.evaluation.evaluate import Evaluation
 from i2vgen.evaluation.scores import ACCURACIES, SCORES, Made, Scores, asked
+from i2vgen.files import whole
 
 LABELS = {
     "motion_accuracy_basic": "motion, basic clips",
@@ -246,23 +247,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     """index.html, scores.json and table.md -> the page"""
     parts = [f"# Evaluation\n\n{summary(evaluation)}\n"]
     parts += [f"## {table.title}\n\n{as_markdown(table)}\n" for table in tables(evaluation)]
-    write_json(evaluation.to_dict(), folder / "scores.json")
-    write_whole(folder / "table.md", "\n".join(parts))
-    write_whole(folder / "index.html", as_page(evaluation))
+    whole.write_json(folder / "scores.json", evaluation.to_dict(), allow_nan=False)
+    whole.write_text(folder / "table.md", "\n".join(parts))
+    whole.write_text(folder / "index.html", as_page(evaluation))
     return folder / "index.html"
-
-
-def write_json(report: dict, path: Path) -> None:
-    # No NaN can slip in: a number that is not there is null.
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(path, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there with all of `text`, or as it was before."""
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -62,11 +62,14 @@ def write_json(path: str | Path, content: object, *, indent: int = 2, allow_nan:
     write_text(path, text + "\n")
 
 
-def sweep(folder: Path) -> None:
-    """Clear away what killed processes of this machine left unfinished; a folder set aside comes back."""
+def sweep(folder: Path, *, alone: bool = False) -> None:
+    """Clear away what killed processes of this machine left unfinished; a folder set aside comes back.
+
+    `alone` says that nobody else writes into this folder: then what other machines left goes too.
+    """
     for entry in list(os.scandir(folder)) if folder.is_dir() else ():
         found = LEFT_BEHIND.fullmatch(entry.name)
-        if found is None or found["machine"] != _machine() or _runs(int(found["pid"])):
+        if found is None or not (alone or (found["machine"] == _machine() and not _runs(int(found["pid"])))):
             continue
         path = Path(entry.path)
         if found["what"] == "old" and not path.with_name(found["name"]).exists():

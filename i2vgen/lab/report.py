@@ -15,6 +15,7 @@ from pathlib import Path
 
 from i2vgen.evaluation import pages
 from i2vgen.evaluation.pages import LABELS, Table, as_html, as_markdown, figure
+from i2vgen.files import whole
 from i2vgen.lab.measure import RESULT, STRIP
 from i2vgen.lab.study import Run, Study
 from i2vgen.scoring.stats import student
@@ -160,10 +161,10 @@ def write(
         about += " It shows that the study runs; no figure here means anything."
     text = [f"# {study.question}\n\n{about}\n"]
     text += [f"## {table.title}\n\n{as_markdown(table)}\n\n{said}\n" for table, said in tables]
-    pages.write_whole(folder / "table.md", "\n".join(text))
+    whole.write_text(folder / "table.md", "\n".join(text))
     write_csv(study, results, costs, folder / "results.csv")
     pictures = plots(study, results, costs, folder)
-    pages.write_whole(folder / "index.html", page(study, about, tables, pictures, runs))
+    whole.write_text(folder / "index.html", page(study, about, tables, pictures, runs))
     return folder / "index.html"
 
 
@@ -181,7 +182,7 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
             for variant, line in cells(study, results, measure).items():
                 for score, c in line.items():
                     rows.writerow((variant, measure, score, c.value, c.low, c.high, c.over))
-    pages.write_whole(path, file.getvalue())
+    whole.write_text(path, file.getvalue())
 
 
 def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Path) -> list[Path]:
@@ -223,9 +224,8 @@ def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Pa
 
 
 def _save(picture, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}")
-    picture.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with whole.replacing(path) as temporary:
+        picture.savefig(temporary, dpi=120, format="png")
     return path
 
 

@@ -145,10 +145,11 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         )
     path = folder / SETTINGS_FILE
     try:
-        stored = json.loads(path.read_text())["settings"]
+        read = json.loads(path.read_text(encoding="utf-8"))
+        stored = read["settings"]
         if not isinstance(stored, dict):
             raise TypeError(f"settings are a {type(stored).__name__}")
-        if (version := json.loads(path.read_text()).get("format")) != FORMAT:
+        if (version := read.get("format")) != FORMAT:
             raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
         return stored
     except FileNotFoundError:
