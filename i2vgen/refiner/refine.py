@@ -21,7 +21,7 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from i2vgen.diffusion.sampler import OnStep, Predict
+from i2vgen.diffusion.sampler import OnStep, Predict, at_least_float32, guided, guided_pair
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import compiled, machine, runtime
 from i2vgen.files import checkpoint, video
@@ -86,7 +86,7 @@ def refine(
             start = table.noised(latents, noise, job.noise_level - 1)
         else:
             start = sampling.invert(
-                windows(model, lambda x, t: model.unet(x, t, uncond)),
+                windows(model, under(model, uncond)),
                 latents,
                 inversion_schedule(config),
                 total=job.noise_level,
@@ -131,7 +131,7 @@ def encode(model: Refiner, frames: np.ndarray, shape: fitting.Geometry, draws: r
         if job.posterior == "sample":  # one draw per frame, as officially: `vae_chunk` changes nothing
             latent = (model.config.vae.embed_dim, height, width)
             noise = torch.cat([draws.draw(latent) for _ in part]).to(model.device)
-        latents.append(sampling.wide(model.vae.encode(pixels, noise)))
+        latents.append(at_least_float32(model.vae.encode(pixels, noise)))
     return rearrange(torch.cat(latents), "f c h w -> c f h w")
 
 
@@ -191,17 +191,15 @@ def network(model: Refiner, cond: Prepared, uncond: Prepared) -> Predict:
     """The UNet under rescaled guidance; the part that reads no text runs once for both branches."""
     job = model.config.refine
     if job.guidance == 1.0:
-        return lambda x, t: model.unet(x, t, cond)
+        return under(model, cond)
     both = join([cond, uncond]) if model.config.runtime.share_prefix else None
     if both is not None:
-        return sampling.guided_rescaled(
-            lambda x, t: model.unet(x, t, both), job.guidance, rescale=job.rescale
-        )
-    return sampling.guided_rescaled(
-        lambda x, t: torch.cat([model.unet(x, t, cond), model.unet(x, t, uncond)]),
-        job.guidance,
-        rescale=job.rescale,
-    )
+        return guided_pair(under(model, both), job.guidance, rescale=job.rescale)
+    return guided(under(model, cond), under(model, uncond), job.guidance, rescale=job.rescale)
+
+
+def under(model: Refiner, prepared: Prepared) -> Predict:
+    return lambda x, t: model.unet(x, t.to(x.device), prepared)
 
 
 def windows(model: Refiner, predict: Predict) -> Predict:
