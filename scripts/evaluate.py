@@ -61,7 +61,7 @@ def main() -> int:
         found = evaluate.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
     print(pages.summary(found))
     for table in pages.tables(found):
-        print(f"\n{table.title}\n{pages.as_text(table)}")
+        print(f"\n{table}")
     if json_path is not None:
         whole.write_json(json_path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {json_path}")

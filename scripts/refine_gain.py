@@ -28,9 +28,9 @@ from tqdm import tqdm
 from i2vgen import cli
 from i2vgen.evaluation import gain, pages
 from i2vgen.evaluation.gain import Plan
-from i2vgen.evaluation.pages import Table
 from i2vgen.fast import runtime
 from i2vgen.files import whole
+from i2vgen.files.tables import Table
 from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
 from i2vgen.settings.merge import load_config
 
@@ -59,7 +59,7 @@ def main() -> int:
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
         found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(pages.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
+    print(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1)))
     if path is not None:
         whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")

@@ -61,7 +61,7 @@ def main() -> int:
     with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
         found = scores.run(job, judges, on_clip=bar.update)
     print(describe(found))
-    print(pages.as_text(report.table(found, job.names)))
+    print(report.table(found, job.names))
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:

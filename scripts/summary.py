@@ -21,6 +21,7 @@ import sys
 
 from i2vgen import cli
 from i2vgen.files import checkpoint, whole
+from i2vgen.files.tables import Table
 from i2vgen.lab import summary
 from i2vgen.settings.merge import load_config
 
@@ -41,18 +42,11 @@ def main() -> int:
     if not depth.isdigit() or depth == "0":
         raise ValueError(f"depth is {depth}; give 1 or more")
     rows = summary.summarise(part, config, int(depth))
-    print_table(summary.table(rows))
+    header, *lines = summary.table(rows)
+    print(Table("", header, tuple(lines), words=(0, 1, 2)))
     if "json" in given:
         whole.write_json(given["json"], summary.to_dict(rows), indent=1)
     return 0
-
-
-def print_table(lines: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
-        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        print("  ".join(left + right).rstrip())
 
 
 if __name__ == "__main__":

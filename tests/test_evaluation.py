@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from pathlib import Path
 
@@ -344,7 +345,7 @@ def test_a_file_is_whole_or_as_it_was(run, quick, loads, monkeypatch):
     def fails(*_):
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(Path, "replace", fails)
+    monkeypatch.setattr(os, "replace", fails)
     status, _, err = run(*quick, "clips=1", "steps=1", "json=out.json")
     assert status == 2 and "the disk is full" in err
     assert [path.name for path in Path().iterdir()] == ["out.json"]

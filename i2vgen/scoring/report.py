@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from i2vgen.evaluation.pages import NONE, Table
 from i2vgen.files import records
+from i2vgen.files.tables import NONE, Table
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
 
