@@ -359,7 +359,7 @@ def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     chunk = config.runtime.vae_chunk
     with plans.here(model.waiting, "vae"):
         for part in frames.split(chunk):
-            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part, chunk=chunk))
+            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
             pixels = rearrange(pixels.float(), "n c h w -> c n h w")
             done.append(video.to_uint8(pixels, rounding=config.save.rounding))
     return rearrange(torch.cat(done), "(b f) h w c -> b f h w c", b=b)

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from i2vgen.files import pages, whole
 from i2vgen.files.tables import Table
 from i2vgen.lab.measure import RESULT, STRIP
 from i2vgen.lab.study import Run, Study
-from i2vgen.scoring.stats import student
+from i2vgen.scoring import stats
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
@@ -42,10 +41,10 @@ def cell(results: Sequence[dict], score: str) -> Cell:
     values = [r["scores"][score] for r in results if r["scores"].get(score) is not None]
     if not values:
         return Cell(None)
-    mean = statistics.fmean(values)
+    found = stats.mean(values)
+    mean = found.value
     if len(values) >= SEEDS_NEEDED:
-        reach = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return Cell(mean, mean - reach, mean + reach, "seeds")
+        return Cell(mean, found.low, found.high, "seeds")
     spans = [r["intervals"][score] for r in results if r["intervals"].get(score) is not None]
     if len(spans) < len(values):
         return Cell(mean)

@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
+from i2vgen.settings.merge import flat
 from i2vgen.training import data
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.settings import FREE, Bucket, Train, buckets
@@ -357,15 +358,7 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     record["negative_prompt"] = config.negative_prompt
     own = json.loads(json.dumps(dataclasses.asdict(train)))
     record["train"] = {name: value for name, value in own.items() if name not in FREE}
-    return dict(_flat(record))
-
-
-def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return dict(flat(record))
 
 
 def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
