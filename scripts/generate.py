@@ -40,14 +40,11 @@ from i2vgen.refiner import refine
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--print-config", "--resume", "--help")
+FLAGS = ("--print-config", "--resume")
 
 
 def main() -> int:
-    file, overrides, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, overrides, flags = cli.split(sys.argv[1:], FLAGS, doc=__doc__)
     config = load_config(file, overrides, default_weights=SHIPPED)
     if "--print-config" in flags:
         print(config.to_yaml(), end="")

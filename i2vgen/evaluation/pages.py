@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -154,25 +153,6 @@ def encoded(picture: Image.Image) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------
 # Files
-
-
-def check_file(name: str, path: Path) -> Path:
-    """ValueError unless a file can be written there; its folder is made."""
-    if path.is_dir():
-        raise ValueError(f"{name}={path} is a folder; give the name of a file in it")
-    check_folder(name, path.absolute().parent)
-    return path
-
-
-def check_folder(name: str, path: Path) -> Path:
-    """ValueError unless files can be written into this folder; it is made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{name}=: the folder {path} cannot be made ({error.strerror})") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}=: the folder {path} is not writable; choose another one")
-    return path
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
