@@ -104,52 +104,57 @@ def walk(states: Iterator[State], planned: Sequence[Step], watch: Watch) -> Tens
     return x
 
 
-@torch.no_grad()
+def sampler(method: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
+    """The steps of a solver of order 1 or 2 -> a sampler with DDIM's signature."""
+
+    @torch.no_grad()
+    def sample(
+        predict: Predict,
+        x: Tensor,
+        schedule: Schedule,
+        *,
+        steps: int,
+        spacing: Spacing = "official",
+        final_alpha: FinalAlpha = "first",
+        order: int = 2,
+        noise: Noise | None = None,
+        on_step: OnStep | None = None,
+        check_finite: bool = True,
+    ) -> Tensor:
+        check_latents(x)
+        if order not in (1, 2):
+            raise ValueError(f"order is {order}; choose 1 or 2")
+        planned = plan(schedule, steps, spacing, final_alpha)
+        states = method(x0_of(predict, schedule), at_least_float32(x), planned, order, noise)
+        return walk(states, planned, Watch(schedule, on_step, check_finite))
+
+    sample.__name__, sample.__doc__ = method.__name__, method.__doc__
+    return sample
+
+
+@sampler
 def dpmpp_2m(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    order: int = 2,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
 
     One call per step; x0 is extrapolated from the step before. `order` 1 is DDIM. `noise` is not used.
     """
-    planned, check = plan(schedule, steps, spacing, final_alpha), Watch(schedule, on_step, check_finite)
-    return walk(multistep(x0_of(predict, schedule), x, planned, order=order), planned, check)
+    return multistep(x0_of, x, planned, order=order)
 
 
-@torch.no_grad()
+@sampler
 def dpmpp_2m_sde(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    order: int = 2,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by SDE-DPM-Solver++ 2M (Lu et al. 2022b, section 5).
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022b, section 5).
 
     `dpmpp_2m` with fresh noise in every step that does not end on clean latents; `noise` draws it like x.
     `order` 1 is DDIM with eta 1.
     """
     if noise is None:
         raise ValueError("dpmpp_2m_sde needs `noise`; pass a function that draws noise like x")
-    planned, check = plan(schedule, steps, spacing, final_alpha), Watch(schedule, on_step, check_finite)
-    states = multistep(x0_of(predict, schedule), x, planned, order=order, eta=1.0, noise=noise)
-    return walk(states, planned, check)
+    return multistep(x0_of, x, planned, order=order, eta=1.0, noise=noise)
 
 
 def multistep(
@@ -169,10 +174,7 @@ def multistep(
     with `restart` its step keeps that noise and the next one does not look back on it, as in the samplers
     of the public refiners; else it draws fresh noise like all others and is looked back on.
     """
-    check_latents(x)
-    if order not in (1, 2):
-        raise ValueError(f"order is {order}; choose 1 or 2")
-    x, before, last = at_least_float32(x), None, None
+    before, last = None, None
     for step in planned:
         x0 = x0_of(x, step.t)
         kept = restart and step.alpha == 0
@@ -189,34 +191,16 @@ def multistep(
         yield x, x0
 
 
-@torch.no_grad()
+@sampler
 def unipc(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    order: int = 2,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by UniPC of order 2 (Zhao et al. 2023, x0 form, B2).
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """UniPC of order 2 (Zhao et al. 2023, x0 form, B2).
 
     `dpmpp_2m` predicts; the call of the next step then corrects this one at no further cost. `order` 1 is
     DDIM with that correction. `noise` is not used.
     """
-    planned, check = plan(schedule, steps, spacing, final_alpha), Watch(schedule, on_step, check_finite)
-    return walk(_corrected(x0_of(predict, schedule), x, planned, order), planned, check)
-
-
-def _corrected(x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int) -> Iterator[State]:
-    check_latents(x)
-    if order not in (1, 2):
-        raise ValueError(f"order is {order}; choose 1 or 2")
-    x, before, last, correct = at_least_float32(x), None, None, None
+    before, last, correct = None, None, None
     for step in planned:
         x0 = x0_of(x, step.t)
         if correct is not None:
@@ -254,56 +238,32 @@ def _corrector(
     return correct
 
 
-@torch.no_grad()
+@sampler
 def euler(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by Euler steps of x / alpha over sigma / alpha.
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """Euler steps of x / alpha over sigma / alpha.
 
     The slope there is eps (Karras et al. 2022), so this is DDIM in other words, and the base of `heun`.
-    `noise` is not used.
+    `order` and `noise` are not used.
     """
-    planned, check = plan(schedule, steps, spacing, final_alpha), Watch(schedule, on_step, check_finite)
-    return walk(over_sigma(x0_of(predict, schedule), x, planned, twice=False), planned, check)
+    return over_sigma(x0_of, x, planned, twice=False)
 
 
-@torch.no_grad()
-def heun(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by Heun's method (Karras et al. 2022, algorithm 1).
+@sampler
+def heun(x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None) -> Iterator[State]:
+    """Heun's method (Karras et al. 2022, algorithm 1); `order` 1 is `euler`.
 
     Every step but the last is taken again with the mean slope of both its ends: two calls per step. From no
     signal, where sigma / alpha is infinite, that is the mean x0 over alpha / sigma. `noise` is not used.
     """
-    planned, check = plan(schedule, steps, spacing, final_alpha), Watch(schedule, on_step, check_finite)
-    return walk(over_sigma(x0_of(predict, schedule), x, planned, twice=True), planned, check)
+    return over_sigma(x0_of, x, planned, twice=order == 2)
 
 
 def over_sigma(
     x0_of: X0Of, x: Tensor, planned: Sequence[Step], *, twice: bool, restart: bool = False
 ) -> Iterator[State]:
     """Euler's method, or `twice` Heun's, step by step. `restart`: a step from pure noise is one call."""
-    check_latents(x)
-    x = at_least_float32(x)
     for step in planned:
         x0 = x0_of(x, step.t)
         moved = step.of_x() * x + step.of_x0() * x0

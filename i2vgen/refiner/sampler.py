@@ -27,6 +27,7 @@ from i2vgen.diffusion.sampler import (
     Watch,
     at_least_float32,
     call,
+    check_latents,
     invert_along,
     timestep,
 )
@@ -258,6 +259,7 @@ def refine(
         raise ValueError(f"solver is {solver!r}; choose dpmpp_2m_sde or heun")
     if solver == "dpmpp_2m_sde" and eta > 0 and grid.steps > 1 and noise is None:
         raise ValueError(f"eta is {eta} but no `noise` was given; pass a function that draws noise like x")
+    check_latents(x)
     planned = grid.planned()
     x = at_least_float32(x)
     if start == "official" and planned[0].alpha > 0:
