@@ -17,7 +17,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["i2vgen*", "weights_conversion*"]),
-    package_data={"i2vgen": ["assets/**/*"]},
+    package_data={"i2vgen": ["assets/**/*", "files/page.html"]},
     install_requires=[
         "torch>=2.6",
         "einops>=0.8",
@@ -28,6 +28,7 @@ setup(
         "pillow",
         "tqdm",
         "av",
+        "jinja2",  # the HTML pages of reports
     ],
     extras_require={
         "eval": ["opencv-python-headless"],  # optical flow for scripts/score.py

@@ -1,11 +1,13 @@
-"""What the scripts share: reading a command line of settings, and telling mistakes without a traceback."""
+"""What the scripts share: reading a command line, checking outputs, and reporting mistakes in one line."""
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -15,6 +17,8 @@ def run(main: Callable[[], int | None]) -> int:
     warnings.showwarning = _note
     try:
         return main() or 0
+    except SystemExit as stopped:  # after --help
+        return stopped.code or 0
     except (ValueError, OSError, FloatingPointError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
@@ -31,13 +35,21 @@ def run(main: Callable[[], int | None]) -> int:
         return 130
 
 
-def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
-    """Words of a command line -> configuration file or None, name=value overrides, flags that were given."""
+def split(
+    argv: Sequence[str], flags: Sequence[str] = (), *, doc: str, bare: bool = False
+) -> tuple[str | None, list[str], set[str]]:
+    """Words of a command line -> configuration file or None, name=value overrides, flags that were given.
+
+    --help prints `doc` and ends the script; so does a command line without words, unless `bare` allows it.
+    """
+    if {"--help", "-h"} & set(argv) or not (argv or bare):
+        print(doc)
+        raise SystemExit(0)
     file, overrides, given = None, [], set()
     for word in argv:
         if word.startswith("--"):
             if word not in flags:
-                known = ", ".join(flags)
+                known = ", ".join((*flags, "--help"))
                 raise ValueError(f"there is no option {word}; known are {known}; settings are name=value")
             given.add(word)
         elif "=" in word:
@@ -53,7 +65,7 @@ def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[s
 
 
 def take(
-    words: Sequence[str], *, numbers: Sequence[str], texts: Sequence[str]
+    words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[dict[str, int | str], list[str]]:
     """name=value words -> those of a script's own, by name; the rest, which are settings"""
     own, rest = {}, []
@@ -71,6 +83,53 @@ def take(
         else:
             rest.append(word)
     return own, rest
+
+
+def take_all(
+    words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = (), hint: str = ""
+) -> dict[str, int | str]:
+    """The same for a script that takes no settings: every name must be known, and given once."""
+    own, rest = take(words, numbers=numbers, texts=texts)
+    if rest:
+        known = ", ".join(f"{name}=" for name in (*texts, *numbers))
+        raise ValueError(f"there is no {rest[0].partition('=')[0]}=; known are {known}{hint}")
+    names = [word.partition("=")[0] for word in words]
+    if twice := [name for name in own if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]}= is given twice; give it once")
+    return own
+
+
+def choose(name: str, value: str, known: Iterable[str]) -> str:
+    if value not in known:
+        raise ValueError(f"there is no {name}={value}; choose {' or '.join(known)}")
+    return value
+
+
+def at_least_one(name: str, value: int) -> int:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; give 1 or more")
+    return value
+
+
+def check_file(name: str, path: str | Path) -> Path:
+    """ValueError, before any work, unless a file can be written there; its folder is made."""
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{name}={path} is a folder; give the name of a file in it")
+    check_folder(name, path.absolute().parent)
+    return path
+
+
+def check_folder(name: str, path: str | Path) -> Path:
+    """ValueError, before any work, unless files can be written into this folder; it is made."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name}=: the folder {path} cannot be made ({error.strerror})") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise ValueError(f"{name}=: the folder {path} is not writable; choose another one")
+    return path
 
 
 def _note(message, category, filename, lineno, file=None, line=None) -> None:

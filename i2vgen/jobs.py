@@ -11,7 +11,7 @@ from pathlib import Path
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import OnStep
-from i2vgen.files import images, video
+from i2vgen.files import images, records, video
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import Config
 
@@ -34,17 +34,15 @@ class Job:
 
     def done(self, config: Config) -> bool:
         """Its file is there, whole, and its record names the same settings (where to run may differ)."""
-        try:
-            record = json.loads(pipeline.record_path(self.output).read_text())
-            same_file = record["sha256"] == pipeline.sha256(self.output)
-        except (OSError, ValueError, KeyError, TypeError):
+        record = records.read(self.output)
+        if record is None or not self.output.exists() or record.get("sha256") != records.sha256(self.output):
             return False
         config = self.settings(config)
-        wanted = pipeline.recorded_config(config, self.image, self.prompt, self.seed, self.output).to_dict()
+        wanted = records.settings_of(config, self.image, self.prompt, self.seed, self.output).to_dict()
         have = dict(record.get("settings", {}))
         for settings_ in (wanted, have):
             settings_.pop("runtime", None)
-        return same_file and have == wanted
+        return have == wanted
 
 
 def make(
@@ -160,17 +158,15 @@ def read_items(path: str) -> Iterator[dict]:
 
 def check(jobs: list[Job], config: Config) -> None:
     outputs = [job.output for job in jobs]
-    records = [
-        os.path.abspath(pipeline.record_path(path)) for path in outputs
-    ]  # clip.mp4, clip.gif share one
-    if len(set(records)) < len(records):
-        twice = next(path for path, record in zip(outputs, records, strict=True) if records.count(record) > 1)
+    beside = [os.path.abspath(records.path_of(path)) for path in outputs]  # clip.mp4, clip.gif share one
+    if len(set(beside)) < len(beside):
+        twice = next(path for path, record in zip(outputs, beside, strict=True) if beside.count(record) > 1)
         raise ValueError(
             f"two clips would be written to {twice} or to its record; give each its own output name"
         )
     given = (*(job.image for job in jobs), config.items, config.video)
     read = {os.path.abspath(path): path for path in given if path}
-    for output, record in zip(outputs, records, strict=True):
+    for output, record in zip(outputs, beside, strict=True):
         if taken := {os.path.abspath(output), record} & read.keys():
             raise ValueError(f"output {output} would overwrite {read[taken.pop()]}; choose another name")
     for path in dict.fromkeys(job.image for job in jobs if job.image):

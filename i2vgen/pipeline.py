@@ -10,10 +10,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import hashlib
-import json
-import os
-import platform
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +22,6 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-import i2vgen
 from i2vgen.adapt import lora
 from i2vgen.diffusion.noise import SampleNoise, draw_all
 from i2vgen.diffusion.sampler import (
@@ -44,7 +39,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.fast import compiled, deep_cache, machine, runtime, savings
 from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.files import checkpoint, images, video
+from i2vgen.files import checkpoint, images, records, video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import Guest
 from i2vgen.model.clip import ClipEncoders
@@ -89,25 +84,14 @@ class Video:
         save = self.config.save
         fps = save.fps if self.fps is None else self.fps
         path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
-        config = recorded_config(self.config, self.image, self.prompt, self.seed, path)
-        _warn_of_another(record_path(path), path.name)
         frames, height, width, _ = self.frames.shape
-        record = {
-            "file": path.name,
-            "sha256": sha256(path),
-            "width": save.enlarge * width,
-            "height": save.enlarge * height,
-            "frames": frames,
-            "fps": fps,
-            "seed": self.seed,
-            "settings": config.to_dict(),
-            "versions": {
-                "i2vgen": i2vgen.__version__,
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-            },
-        }
-        _write_whole(record_path(path), json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        records.write(
+            path,
+            records.settings_of(self.config, self.image, self.prompt, self.seed, path),
+            size=(save.enlarge * width, save.enlarge * height),
+            frames=frames,
+            fps=fps,
+        )
         return path
 
 
@@ -373,7 +357,7 @@ def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     chunk = config.runtime.vae_chunk
     with plans.here(model.waiting, "vae"):
         for part in frames.split(chunk):
-            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part, chunk=chunk))
+            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
             pixels = rearrange(pixels.float(), "n c h w -> c n h w")
             done.append(video.to_uint8(pixels, rounding=config.save.rounding))
     return rearrange(torch.cat(done), "(b f) h w c -> b f h w c", b=b)
@@ -493,46 +477,3 @@ def open_picture(picture: str | Path | Image.Image, config: Config) -> Image.Ima
     if isinstance(picture, Image.Image):
         return images.to_rgb(picture, alpha=config.preprocess.alpha)
     return images.open_picture(picture, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
-
-
-def record_path(path: Path) -> Path:
-    """The JSON beside a video: clip.mp4 -> clip.json; a folder of PNGs -> folder.json beside it."""
-    return path.with_suffix(".json") if path.suffix else path.with_name(path.name + ".json")
-
-
-def recorded_config(config: Config, image: str, prompt: str, seed: int, output: Path) -> Config:
-    """The settings of one clip alone, as its record keeps them."""
-    return dataclasses.replace(
-        config,
-        image=(image,) if image else (),
-        prompt=(prompt,) if image else (),
-        output=str(output),
-        items="",
-        sample=dataclasses.replace(config.sample, seed=(seed,)),
-    )
-
-
-def sha256(path: Path) -> str:
-    """Of a file, or of all files of a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with file.open("rb") as stream:
-            for block in iter(lambda: stream.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _warn_of_another(record: Path, name: str) -> None:
-    """star.mp4 and star.gif have one record: the later one's."""
-    try:
-        other = json.loads(record.read_text())["file"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return
-    if other != name:
-        warnings.warn(f"{record} was the record of {other} and is now that of {name}", stacklevel=3)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)

@@ -19,45 +19,33 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import multiprocessing
 import queue
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import pages
+from i2vgen.files import whole
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 
-FLAGS = ("--help",)
-NAMES = ("budget", "output", "workers", "measures")
-
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
-    given = dict(word.split("=", 1) for word in words)
-    if wrong := sorted(set(given) - set(NAMES)):
-        known = ", ".join(f"{n}=" for n in NAMES)
-        raise ValueError(f"there is no {wrong[0]}=; known are {known}; variants are set in the study file")
-    if file is None or not given.get("output"):
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__)
+    hint = "; settings of variants are the study's"
+    given = cli.take_all(words, numbers=("workers",), texts=("budget", "output", "measures"), hint=hint)
+    if file is None or "output" not in given:
         raise ValueError("give a study and a folder: ablate.py configs/ablations/NAME.yaml output=FOLDER")
-    name = given.get("budget", "quick")
-    if name not in studies.BUDGETS:
-        raise ValueError(f"there is no budget={name}; choose {', '.join(studies.BUDGETS)}")
+    name = cli.choose("budget", given.get("budget", "quick"), studies.BUDGETS)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "the plots need matplotlib, which is not installed: python -m pip install -e '.[lab]'"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
-    folder = pages.check_folder("output", Path(given["output"]))
+    folder = cli.check_folder("output", given["output"])
     todo = studies.runs(study, budget, folder)
     left = [run for run in todo if not measure.finished(study, run, budget)]
     print(
@@ -68,7 +56,7 @@ def main() -> int:
     costs = None
     if "cost" in study.measures:
         costs = measure.cost(study, budget)
-        pages.write_whole(folder / "cost.json", json.dumps(costs, indent=1) + "\n")
+        whole.write_json(folder / "cost.json", costs, indent=1)
     perform(study, left, budget, places(given, len(left)))
     page = report.write(study, todo, costs, folder, name)
     print((folder / "table.md").read_text())
@@ -89,13 +77,11 @@ def chosen(study: studies.Study, names: str | None) -> studies.Study:
     return dataclasses.replace(study, measures=measures)
 
 
-def places(given: dict[str, str], runs: int) -> list[str]:
+def places(given: dict, runs: int) -> list[str]:
     """One device per worker."""
     found = measure.devices()
     if "workers" in given:
-        if not given["workers"].isdigit() or given["workers"] == "0":
-            raise ValueError(f"workers is {given['workers']}; give 1 or more")
-        found = [found[i % len(found)] for i in range(int(given["workers"]))]
+        found = [found[i % len(found)] for i in range(cli.at_least_one("workers", given["workers"]))]
     return found[: max(1, runs)]
 
 

@@ -33,25 +33,23 @@ from i2vgen.bench.peer import MODES, Options, Peer
 from i2vgen.bench.report import Report
 from weights_conversion import unet_diffusers
 
-FLAGS = ("--help",)
 AGAINST = ("diffusers",)
 NAMES = ("case", "mode", "full", "parts", "dry", "against", "json")
 SWITCH = ("true", "false")
 
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__)
     if file is not None:
-        raise ValueError(f"{file!r} is no name=value; write case=NAME, where NAME is {_known(CASES)}")
-    given = take(words)
+        raise ValueError(
+            f"{file!r} is no name=value; a case is chosen by case=NAME, NAME {' or '.join(CASES)}"
+        )
+    given = cli.take_all(words, texts=NAMES)
     if "case" not in given:
-        raise ValueError(f"case= is missing; choose {_known(CASES)}")
-    case = choose("case", given["case"], CASES)
-    choose("against", given.get("against", "diffusers"), AGAINST)
-    out = check_file(Path(given["json"])) if "json" in given else None
+        raise ValueError(f"case= is missing; choose {' or '.join(CASES)}")
+    case = cli.choose("case", given["case"], CASES)
+    cli.choose("against", given.get("against", "diffusers"), AGAINST)
+    out = cli.check_file("json", given["json"]) if "json" in given else None
     options = options_of(case, given, out)
 
     report = CASES[case](diffusers_side(), options)
@@ -65,48 +63,15 @@ def main() -> int:
 def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
     """Rejects options that the case does not support, before any work."""
     options = Options(
-        mode=choose("mode", given.get("mode", "infer"), MODES),
-        full=choose("full", given.get("full", "false"), SWITCH) == "true",
+        mode=cli.choose("mode", given.get("mode", "infer"), MODES),
+        full=cli.choose("full", given.get("full", "false"), SWITCH) == "true",
         parts=tuple(given["parts"].split(",")) if "parts" in given else (),
-        dry=choose("dry", given.get("dry", "false"), SWITCH) == "true",
+        dry=cli.choose("dry", given.get("dry", "false"), SWITCH) == "true",
     )
     check(case, options)
     # Saved after every part, so that an interrupted run keeps its results.
     keep = None if out is None else (lambda found: Report(found, ()).write(out))
     return dataclasses.replace(options, save=keep)
-
-
-def take(words: list[str]) -> dict[str, str]:
-    """name=value words -> values by name; each must be known, given once and not empty"""
-    given: dict[str, str] = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in NAMES:
-            raise ValueError(f"there is no {name}=; known are {', '.join(f'{n}=' for n in NAMES)}")
-        if name in given:
-            raise ValueError(f"{name}= is given twice, {given[name]} and {value}; give it once")
-        if not value:
-            raise ValueError(f"{word} is empty; give a value or leave it out")
-        given[name] = value
-    return given
-
-
-def choose(name: str, value: str, known) -> str:
-    if value not in known:
-        raise ValueError(f"there is no {name}={value}; choose {_known(known)}")
-    return value
-
-
-def _known(names) -> str:
-    return " or ".join(names)
-
-
-def check_file(path: Path) -> Path:
-    """Checked before the work, not after it."""
-    if path.is_dir():
-        raise ValueError(f"json={path} is a folder; name a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 def diffusers_side() -> Peer:

@@ -10,7 +10,6 @@ size=       width and height of the world's picture in pixels, 256 by default
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -74,20 +73,12 @@ def boat(canvas: ImageDraw.ImageDraw, *, x: float, y: float, size: float) -> Non
 
 
 def main() -> int:
-    if "--help" in sys.argv or "-h" in sys.argv:
-        print(__doc__)
-        return 0
-    _, words, _ = cli.split(sys.argv[1:], ("--help",))
-    settings = dict(word.split("=", 1) for word in words)
-    if set(settings) - {"output", "seed", "size"} or not all(
-        settings[n].isdigit() for n in ("seed", "size") if n in settings
-    ):
-        raise ValueError(f"got {' '.join(words)}; the settings are output=PATH, seed=NUMBER and size=PIXELS")
-    output = Path(settings.get("output", "boat.png"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    if "seed" in settings:
-        size = int(settings.get("size", 256))
-        clip = drawing.clip(int(settings["seed"]), width=size, height=size, frames=1, kind="basic")
+    _, words, _ = cli.split(sys.argv[1:], doc=__doc__, bare=True)
+    given = cli.take_all(words, numbers=("seed", "size"), texts=("output",))
+    output = cli.check_file("output", given.get("output", "boat.png"))
+    if "seed" in given:
+        size = given.get("size", 256)
+        clip = drawing.clip(given["seed"], width=size, height=size, frames=1, kind="basic")
         Image.fromarray(clip.frames[0]).save(output, optimize=True)
         print(f"{output}: {clip.caption}")
     else:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
@@ -32,27 +31,24 @@ from i2vgen import cli, pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--help",)
 BATCH = 8
 NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json")
 
 
 def main() -> int:
-    file, overrides, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, overrides, _ = cli.split(sys.argv[1:], doc=__doc__)
     own, overrides = take(overrides)
     plan = Plan(**{name: own[name] for name in ("clips", "first_seed", "sweep") if name in own})
     config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
     rows = evaluate.check(config, plan)
-    json_path = pages.check_file("json", Path(own["json"])) if "json" in own else None
-    folder = pages.check_folder("output", Path(config.output)) if config.output else None
+    json_path = cli.check_file("json", own["json"]) if "json" in own else None
+    folder = cli.check_folder("output", config.output) if config.output else None
 
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
@@ -60,9 +56,9 @@ def main() -> int:
         found = evaluate.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
     print(pages.summary(found))
     for table in pages.tables(found):
-        print(f"\n{table.title}\n{pages.as_text(table)}")
+        print(f"\n{table}")
     if json_path is not None:
-        pages.write_json(found.to_dict(), json_path)
+        whole.write_json(json_path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {json_path}")
     if folder is not None:
         print(f"\npage in {pages.write_report(found, folder)}")

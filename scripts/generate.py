@@ -35,19 +35,16 @@ from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
 from i2vgen.fast import runtime
-from i2vgen.files import video
+from i2vgen.files import records, video
 from i2vgen.refiner import refine
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--print-config", "--resume", "--help")
+FLAGS = ("--print-config", "--resume")
 
 
 def main() -> int:
-    file, overrides, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, overrides, flags = cli.split(sys.argv[1:], FLAGS, doc=__doc__)
     config = load_config(file, overrides, default_weights=SHIPPED)
     if "--print-config" in flags:
         print(config.to_yaml(), end="")
@@ -76,7 +73,7 @@ def main() -> int:
         clips = second_stage(config, list(clips))  # frees the first stage's memory
     for job, clip in clips:
         path = clip.save(job.output)
-        record = pipeline.record_path(path)
+        record = records.path_of(path)
         print(f"{path} ({len(clip.frames)} frames, seed {job.seed}), settings in {record}")
     return 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import sys
 from pathlib import Path
@@ -19,6 +18,8 @@ from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.fast import runtime
+from i2vgen.files import whole
+from i2vgen.files.tables import Table
 from i2vgen.parity import kinds
 from i2vgen.parity.report import Golden, Row, Settings
 from i2vgen.settings import config
@@ -78,13 +79,14 @@ def print_summary(tables: dict[str, list[Row]]) -> None:
     kinds_found: dict[str, list[Row]] = {}
     for file, rows in tables.items():
         kinds_found.setdefault(Golden(file).kind, []).extend(rows)
-    print("| kind | rows | pass | largest relative L2 | largest max abs |")
-    print("|---|---:|---:|---:|---:|")
+    lines = []
     for kind, rows in kinds_found.items():
         l2 = max((row.relative_l2 for row in rows if "relative L2" in row.bound), default=None)
         worst = max((row.max_abs for row in rows if "max abs" in row.bound), default=None)
-        figures = " | ".join("exact" if figure is None else f"{figure:.1e}" for figure in (l2, worst))
-        print(f"| `{kind}` | {len(rows)} | {sum(row.passed for row in rows)} | {figures} |")
+        figures = ("exact" if figure is None else f"{figure:.1e}" for figure in (l2, worst))
+        lines.append((f"`{kind}`", str(len(rows)), str(sum(row.passed for row in rows)), *figures))
+    header = ("kind", "rows", "pass", "largest relative L2", "largest max abs")
+    print(Table("", header, tuple(lines)).markdown())
 
 
 def write_json(path: Path, dtype: str, device: str, tables: dict[str, list[Row]], unread: list[str]) -> None:
@@ -104,7 +106,7 @@ def write_json(path: Path, dtype: str, device: str, tables: dict[str, list[Row]]
         "files": {file: [plain(row) for row in table] for file, table in tables.items()},
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
+    whole.write_json(path, report)
 
 
 if __name__ == "__main__":

@@ -22,28 +22,24 @@ not move.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import gain, pages
+from i2vgen.evaluation import gain
 from i2vgen.evaluation.gain import Plan
-from i2vgen.evaluation.pages import Table
 from i2vgen.fast import runtime
+from i2vgen.files import whole
+from i2vgen.files.tables import Table
 from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--help",)
 NUMBERS, TEXTS = ("clips", "first_seed"), ("sources", "json")
 SHOWN = 4  # clips in the picture
 
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags:
-        print(__doc__)
-        return 0
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__, bare=True)
     own, words = cli.take(words, numbers=NUMBERS, texts=TEXTS)
     out = own.pop("json", None)
     if "sources" in own:
@@ -53,15 +49,15 @@ def main() -> int:
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
     gain.check(config)
-    path = pages.check_file("json", Path(out)) if out else None
-    picture = pages.check_file("output", Path(config.output)) if config.output else None
+    path = cli.check_file("json", out) if out else None
+    picture = cli.check_file("output", config.output) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
         found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(pages.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
+    print(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1)))
     if path is not None:
-        pages.write_json(found.to_dict(), path)
+        whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")
     if picture is not None:
         gain.strip(found, plan.sources[-1], frame=-1).save(picture)

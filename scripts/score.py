@@ -27,68 +27,44 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import pages
+from i2vgen.files import whole
 from i2vgen.scoring import report, scores
 from i2vgen.scoring.scores import Plan
 
-FLAGS = ("--list", "--help")
-KNOWN = tuple(f.name for f in dataclasses.fields(Plan))
+FLAGS = ("--list",)
+TEXTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "frames")
 
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, words, flags = cli.split(sys.argv[1:], FLAGS, doc=__doc__)
     if "--list" in flags:
         print(report.listing())
         return 0
     if file is not None:
         raise ValueError(f"{file} is no setting; write videos={file}")
-    given = take(words)
-    json_path = pages.check_file("json", Path(given.pop("json"))) if "json" in given else None
+    given = cli.take_all(words, numbers=("frames",), texts=(*TEXTS, "json"))
+    json_path = cli.check_file("json", given.pop("json")) if "json" in given else None
     if "videos" not in given:
         raise ValueError("no videos given; write videos=FOLDER")
+    if "metrics" in given:
+        given["metrics"] = tuple(given["metrics"].split(","))
     job = scores.prepare(Plan(**given))
     judges = scores.load_judges(job)
 
     with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
         found = scores.run(job, judges, on_clip=bar.update)
     print(describe(found))
-    print(pages.as_text(report.table(found, job.names)))
+    print(report.table(found, job.names))
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:
-        pages.write_json(report.to_dict(job, found), json_path)
+        whole.write_json(json_path, report.to_dict(job, found), allow_nan=False)
         print(f"scores in {json_path}")
     return 0
-
-
-def take(words: list[str]) -> dict:
-    """name=value words -> the fields of a Plan, and json"""
-    given = {}
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in (*KNOWN, "json"):
-            known = ", ".join(f"{n}=" for n in (*KNOWN, "json"))
-            raise ValueError(f"there is no setting {name}; known are {known}")
-        if name in given:
-            raise ValueError(f"{name}= is given twice; once is enough")
-        if not value:
-            raise ValueError(f"{word} is empty; give a value or leave it out")
-        if name == "frames":
-            if not value.isdigit():
-                raise ValueError(f"{word}: frames is a whole number")
-            value = int(value)
-        elif name == "metrics":
-            value = tuple(value.split(","))
-        given[name] = value
-    return given
 
 
 def describe(found: list[scores.Found]) -> str:

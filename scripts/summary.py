@@ -17,44 +17,27 @@ called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights 
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 from i2vgen import cli
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
+from i2vgen.files.tables import Table
 from i2vgen.lab import summary
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--help",)
-
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags:
-        print(__doc__)
-        return 0
-    own = {name: [w for w in words if w.startswith(f"{name}=")] for name in ("part", "depth", "json")}
-    given = {name: found[-1].partition("=")[2] for name, found in own.items() if found}
-    config = load_config(file, [w for w in words if w.partition("=")[0] not in own])
-    part, depth = given.get("part", "unet"), given.get("depth", "2")
-    if part not in checkpoint.PARTS:
-        raise ValueError(f"there is no part={part}; choose {', '.join(checkpoint.PARTS)}")
-    if not depth.isdigit() or depth == "0":
-        raise ValueError(f"depth is {depth}; give 1 or more")
-    rows = summary.summarise(part, config, int(depth))
-    print_table(summary.table(rows))
-    if "json" in given:
-        Path(given["json"]).write_text(json.dumps(summary.to_dict(rows), indent=1) + "\n")
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__, bare=True)
+    given, words = cli.take(words, numbers=("depth",), texts=("part", "json"))
+    config = load_config(file, words)
+    part = cli.choose("part", given.get("part", "unet"), checkpoint.PARTS)
+    out = cli.check_file("json", given["json"]) if "json" in given else None
+    rows = summary.summarise(part, config, cli.at_least_one("depth", given.get("depth", 2)))
+    header, *lines = summary.table(rows)
+    print(Table("", header, tuple(lines), words=(0, 1, 2)))
+    if out is not None:
+        whole.write_json(out, summary.to_dict(rows), indent=1)
     return 0
-
-
-def print_table(lines: list[tuple[str, ...]]) -> None:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        left = [cell.ljust(width) for cell, width in zip(line[:3], widths, strict=False)]
-        right = [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
-        print("  ".join(left + right).rstrip())
 
 
 if __name__ == "__main__":

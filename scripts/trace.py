@@ -32,19 +32,14 @@ from i2vgen.lab import trace
 from i2vgen.settings.config import RANDOM, SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--help",)
-OWN = ("against", "tolerance", "calls", "output")
 DIFFUSERS = "diffusers"
 
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags:
-        print(__doc__)
-        return 0
-    given = {w.partition("=")[0]: w.partition("=")[2] for w in words if w.partition("=")[0] in OWN}
-    config = load_config(file, [w for w in words if w.partition("=")[0] not in OWN], default_weights=SHIPPED)
-    calls, tolerance = number(given, "calls", 1, int), number(given, "tolerance", 1e-5, float)
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__, bare=True)
+    given, words = cli.take(words, numbers=("calls",), texts=("against", "tolerance", "output"))
+    config = load_config(file, words, default_weights=SHIPPED)
+    calls, tolerance = cli.at_least_one("calls", given.get("calls", 1)), above_zero(given, "tolerance", 1e-5)
     against = given.get("against", "")
     other, names = None, {}
     if against and against != DIFFUSERS:
@@ -79,13 +74,13 @@ def main() -> int:
     return 1
 
 
-def number(given: dict[str, str], name: str, default, kind):
+def above_zero(given: dict[str, str], name: str, default: float) -> float:
     try:
-        value = kind(given.get(name, default))
+        value = float(given.get(name, default))
     except ValueError:
         value = -1
     if value <= 0:
-        raise ValueError(f"{name} is {given[name]}; give a {'whole ' if kind is int else ''}number above 0")
+        raise ValueError(f"{name} is {given[name]}; give a number above 0")
     return value
 
 

@@ -34,15 +34,12 @@ from i2vgen.fast import runtime
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.settings import SECTION, load_settings
 
-FLAGS = ("--print-config", "--resume", "--help")
+FLAGS = ("--print-config", "--resume")
 PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
 
 
 def main() -> int:
-    file, overrides, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
+    file, overrides, flags = cli.split(sys.argv[1:], FLAGS, doc=__doc__)
     config, train = load_settings(file, overrides)
     if "--print-config" in flags:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}

@@ -33,19 +33,12 @@ from i2vgen.scoring import vbench
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
-FLAGS = ("--help",)
-NAMES = ("info", "images", "dimensions", "ratio", "samples", "share")
+TEXTS = ("info", "images", "dimensions", "ratio", "share")
 
 
 def main() -> int:
-    file, words, flags = cli.split(["--help" if w == "-h" else w for w in sys.argv[1:]], FLAGS)
-    if "--help" in flags or not sys.argv[1:]:
-        print(__doc__)
-        return 0
-    own = {
-        word.partition("=")[0]: word.partition("=")[2] for word in words if word.partition("=")[0] in NAMES
-    }
-    rest = [word for word in words if word.partition("=")[0] not in NAMES]
+    file, words, _ = cli.split(sys.argv[1:], doc=__doc__)
+    own, rest = cli.take(words, numbers=("samples",), texts=TEXTS)
     config = load_config(file, rest, default_weights=SHIPPED)
     samples, ratio = plan(own, config)
     todo = share(own.get("share", "1/1"), samples)
@@ -61,8 +54,8 @@ def main() -> int:
     return 0
 
 
-def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]:
-    """All samples of the benchmark, and the aspect ratio of its pictures."""
+def plan(own: dict, config: Config) -> tuple[list[vbench.Sample], str]:
+    """All samples of the benchmark, and the shape of its pictures."""
     for name in ("info", "images"):
         if not own.get(name):
             raise ValueError(f"no {name} given; write info=LIST.json images=CROP_FOLDER output=FOLDER")
@@ -70,10 +63,8 @@ def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]
         raise ValueError("no output given; write output=FOLDER")
     for name in ("image", "prompt", "items", "video", "refine_weights"):
         if getattr(config, name):
-            raise ValueError(f"{name}= has no effect here: pictures and prompts come from the benchmark")
-    samples = own.get("samples", str(vbench.SAMPLES))
-    if not samples.isdigit() or samples == "0":
-        raise ValueError(f"samples={samples} is no number of clips; give 1 or more, the benchmark reads 5")
+            raise ValueError(f"{name}= has no effect here: pictures and prompts are the benchmark's")
+    samples = cli.at_least_one("samples", own.get("samples", vbench.SAMPLES))
     dimensions = tuple(name for name in own.get("dimensions", "").split(",") if name)
     entries = vbench.read_info(own["info"], dimensions)
     pictures, ratio = vbench.crops(
@@ -85,7 +76,7 @@ def plan(own: dict[str, str], config: Config) -> tuple[list[vbench.Sample], str]
             f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark assumes one "
             "file extension for the whole folder: move it away"
         )
-    return vbench.plan(entries, pictures, output, config, int(samples)), ratio
+    return vbench.plan(entries, pictures, output, config, samples), ratio
 
 
 def share(text: str, samples: list[vbench.Sample]) -> list[vbench.Sample]:

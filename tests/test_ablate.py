@@ -141,7 +141,7 @@ def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
         }
 
     table = report.score_tables(study, results(40, 9))[0][0]
-    assert table.head[:2] == ("variant", "UNet calls a clip") and [row[1] for row in table.rows] == [
+    assert table.header[:2] == ("variant", "UNet calls a clip") and [row[1] for row in table.rows] == [
         "40",
         "9",
     ]
@@ -149,7 +149,7 @@ def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
     report.write_csv(study, results(40, 9), None, tmp_path / "r.csv")
     assert "without,untrained,calls,9,,," in (tmp_path / "r.csv").read_text()
     # All alike, they are no news.
-    assert report.score_tables(study, results(40, 40))[0][0].head[1] == "clip, PSNR"
+    assert report.score_tables(study, results(40, 40))[0][0].header[1] == "clip, PSNR"
     assert report.plots(study, results(40, 40), None, tmp_path) == []
 
 

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
-from i2vgen.bench.report import Table
 from i2vgen.memory.meter import Meter
 from i2vgen.settings import config
 
@@ -415,9 +414,3 @@ def test_every_case_is_in_the_help():
     status, out, _ = run_script("--help")
     assert status == 0 and "bench.py" in out
     assert all(f"case={name}" in out for name in CASES)
-
-
-def test_tables_are_aligned():
-    lines = str(Table("title", ("", "x", "long"), (("a", "1", "2"), ("bcd", "10", "3")))).splitlines()
-    assert lines[0] == "title"
-    assert lines[1:] == ["      x  long", "a     1     2", "bcd  10     3"]

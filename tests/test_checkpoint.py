@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
@@ -247,14 +248,14 @@ def test_a_save_that_fails_midway_changes_nothing(tmp_path, settings, state, mon
 
 def test_a_replacement_that_fails_brings_the_old_folder_back(folder, settings, state, monkeypatch):
     before = (folder / "unet.safetensors").read_bytes()
-    rename = type(folder).rename
+    rename = os.rename
 
-    def failing(self, target):
-        if ".writing-" in self.name:
+    def failing(source, target):
+        if ".writing-" in source.name:
             raise OSError("busy")
-        return rename(self, target)
+        return rename(source, target)
 
-    monkeypatch.setattr(type(folder), "rename", failing)
+    monkeypatch.setattr(os, "rename", failing)
     changed = {name: tensor + 1 for name, tensor in state.items()}
     with pytest.raises(OSError, match="busy"):
         checkpoint.save(folder, {"unet": changed}, settings)

@@ -282,11 +282,6 @@ def test_a_record_of_one_clip_of_many_names_that_clip_only(road, with_config, pi
     assert (settings.prompt, settings.sample.seed, settings.items) == (("y",), (2,), "")
 
 
-@pytest.mark.parametrize("name", ["record.mp4", "record", "a b.gif"])
-def test_records_stand_beside_their_clips(name):
-    assert pipeline.record_path(Path("x") / name) == Path("x") / (name.split(".")[0] + ".json")
-
-
 @pytest.fixture
 def greying(monkeypatch):
     """The road ends in a grey last frame."""

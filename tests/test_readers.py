@@ -23,9 +23,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from i2vgen.files import records
 from weights_conversion import readers
 from weights_conversion.inspect_file import describe
-from weights_conversion.readers import LEFT_OUT, WRAPPER, find_nonfinite, open_file, open_sharded, sha256
+from weights_conversion.readers import LEFT_OUT, WRAPPER, find_nonfinite, open_file, open_sharded
 
 
 def same_bits(a, b):
@@ -867,17 +868,6 @@ def test_nonfinite_numbers_are_named(value, monkeypatch):
     assert seen == [*good, *bad]
 
 
-def test_sha256(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    seen = []
-    assert sha256(tmp_path / "f", seen.append).startswith(
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61"
-    )
-    assert seen == [3]
-    with pytest.raises(ValueError, match="there is no file"):
-        sha256(tmp_path / "g")
-
-
 # --- the report
 
 
@@ -889,7 +879,7 @@ def test_describe(torch_file, safe_file, tmp_path):
         assert words in report
     assert "what" not in describe(path, recognise=lambda tensors: None)
     assert "metadata  note = hello" in describe(safe_file) and "SHA-256" not in describe(safe_file)
-    assert f"SHA-256 {sha256(safe_file)}" in describe(safe_file, hash=True)
+    assert f"SHA-256 {records.sha256(safe_file)}" in describe(safe_file, hash=True)
     (tmp_path / "broken.bin").write_bytes(LFS)
     report = describe(tmp_path)
     assert "format    torch" in report and "format    safetensors" in report

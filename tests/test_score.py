@@ -430,7 +430,7 @@ def test_needs_are_told_before_anything_is_read(run, tmp_path, monkeypatch):
         (["metrics=flicker"], "no videos given"),
         (["videos=made", "videos=made"], "given twice"),
         (["videos=made", "metrics="], "is empty"),
-        (["videos=made", "speed=1"], "no setting speed"),
+        (["videos=made", "speed=1"], "there is no speed="),
         (["videos=made", "frames=many"], "whole number"),
         (["videos=made", "fit=squeeze"], "give refuse or crop"),
         (["videos=made", "device=abacus", "metrics=clip_text", "clip_weights=SHIPPED"], "device"),

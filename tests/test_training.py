@@ -358,7 +358,7 @@ def test_a_checkpoint_that_is_not_whole_is_never_taken(root, stages, tmp_path):
         fit(config, train, cut, on_step=killed)
     state = cut / "checkpoint-00000004" / loop.STATE  # what a crash of the machine can leave behind
     state.write_bytes(state.read_bytes()[:-100])
-    shutil.copytree(cut / "checkpoint-00000002", cut / ".checkpoint-00000006.writing-1")
+    shutil.copytree(cut / "checkpoint-00000002", cut / ".checkpoint-00000006.writing-00000000-1")
     (cut / "checkpoint-00000008").mkdir()
     assert [p.name for p in loop.checkpoints(cut)] == ["checkpoint-00000002"]
     steps = []

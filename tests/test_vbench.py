@@ -125,7 +125,7 @@ def test_the_nearest_shape_is_taken(tmp_path):
         ([{**INFO[0], "prompt_en": "x" * 250}], [], "longer than"),
         ([{**INFO[0], "image_name": "b.png"}], [], "1 of the pictures are not there"),
         (INFO, ["dimensions=beauty"], "has no dimension beauty"),
-        (INFO, ["samples=none"], "no number of clips"),
+        (INFO, ["samples=none"], "samples is a whole number"),
         (INFO, ["share=3/2"], "write 1/4"),
         (INFO, ["ratio=4-3"], "none of the benchmark's"),
         (INFO, ["images=nowhere"], "is no folder"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import i2vgen
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, records
 from i2vgen.files.safefile import Entry
 from i2vgen.settings import config, merge
 from weights_conversion import clip as clip_tables
@@ -473,7 +473,7 @@ def _describe(path: Path, on_bytes: OnBytes | None) -> dict[str, Any]:
         if on_bytes is not None:
             on_bytes(f"hashing {path.name}", done, size)
 
-    digest = readers.sha256(path, on_bytes=tick)
+    digest = records.sha256(path, on_bytes=tick)
     known = KNOWN_FILES.get(digest)
     return {
         "file": path.name,

@@ -7,11 +7,11 @@ their config`; what their class hard-codes stands in the first and is checked by
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from i2vgen.files import whole
 from i2vgen.model.clip import make_tokenizer
 from i2vgen.settings import config
 from weights_conversion import vae as vae_tables
@@ -287,7 +287,7 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
     special = {"bos_token": START, "eos_token": END, "pad_token": PAD, "unk_token": END}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
-    write_json(folder / "special_tokens_map.json", special)
+    whole.write_json(folder / "special_tokens_map.json", special)
     settings = {
         "add_prefix_space": False,
         "do_lower_case": True,
@@ -296,12 +296,4 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
         "split_special_tokens": True,
         "tokenizer_class": "CLIPTokenizer",
     }
-    write_json(folder / "tokenizer_config.json", special | settings)
-
-
-def write_json(path: Path, content: Json) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    whole.write_json(folder / "tokenizer_config.json", special | settings)

@@ -16,8 +16,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +25,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings import config
 from weights_conversion import clip as clip_tables
@@ -47,7 +45,6 @@ from weights_conversion.diffusers_configs import (
     unet_settings,
     vae_config,
     vae_settings,
-    write_json,
     write_tokenizer,
 )
 from weights_conversion.rules import Row
@@ -393,25 +390,16 @@ def write_folder(
         entries["unet"] = [_fold(entry, gain) for entry in entries["unet"]]
     configs["unet"][RECORD] = {"concat_gain": cfg.use.concat_gain, "folded": gain}
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole.replacing_folder(out, sync=True) as temporary:
         for name, (_, _, file, stem) in COMPONENTS.items():
             (temporary / name).mkdir()
             if name == "tokenizer":
                 write_tokenizer(temporary / name, cfg.clip)
                 continue
-            write_json(temporary / name / file, configs[name])
+            whole.write_json(temporary / name / file, configs[name])
             if stem is not None:
                 _write_weights(temporary / name, stem, entries[name], variant, shard_bytes, on_bytes)
-        write_json(temporary / INDEX, _index())
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        whole.write_json(temporary / INDEX, _index())
     return _written_notes(cfg, fold)
 
 
@@ -521,7 +509,7 @@ def _write_weights(
         write_safetensors(folder / name, shard, metadata=metadata, on_bytes=on_bytes)
         weight_map.update({entry.name: name for entry in shard})
     index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
-    write_json(folder / f"{stem}.safetensors.index{infix}.json", index)
+    whole.write_json(folder / f"{stem}.safetensors.index{infix}.json", index)
 
 
 def _written_notes(cfg: config.Config, fold: bool) -> list[str]:

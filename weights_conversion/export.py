@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -11,7 +9,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.settings import config, merge
 from weights_conversion import diffusers_layout, rules, sources, unet_vgen
 from weights_conversion import vae as vae_tables
@@ -58,18 +56,8 @@ def export(
         raise ValueError("--no-fold is for diffusers folders; the official layout never folds")
     if shard_bytes is not None:
         raise ValueError("shards are for diffusers folders; the official files are one per part")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        notes = _write_vgen(cfg, parts, temporary, checkpoint.read_origin(native), dtype, on_bytes)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return notes
+    with whole.replacing_folder(out, sync=True) as temporary:
+        return _write_vgen(cfg, parts, temporary, checkpoint.read_origin(native), dtype, on_bytes)
 
 
 def _write_vgen(
@@ -131,8 +119,6 @@ def _own_storage(tensor: Tensor) -> Tensor:
 def _save(content: Mapping[str, Any], path: Path, tick: Callable[[int], None]) -> None:
     with path.open("wb") as file:
         torch.save(content, _Counted(file, tick))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class _Counted:

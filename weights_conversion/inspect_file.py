@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from i2vgen.files import records
 from weights_conversion import readers
 from weights_conversion.readers import OnBytes, TensorFile
 
@@ -75,7 +76,7 @@ def _report(path: Path, hash: bool, recognise: Recognise | None, on_bytes: OnByt
     lines = [str(path), *(f"  {line}" for line in _lines(file, recognise))]
     if hash:
         for part in file.parts or (file,):
-            lines.append(f"  SHA-256 {readers.sha256(part.path, on_bytes)}  {part.path.name}")
+            lines.append(f"  SHA-256 {records.sha256(part.path, on_bytes)}  {part.path.name}")
     return "\n".join(lines)
 
 

@@ -13,7 +13,6 @@ Tensors are views into the mapped file: reading a 6 GB file takes no memory of o
 
 from __future__ import annotations
 
-import hashlib
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -49,7 +48,6 @@ __all__ = [
     "find_nonfinite",
     "open_file",
     "open_sharded",
-    "sha256",
     "shard_names",
 ]
 
@@ -142,18 +140,6 @@ def find_nonfinite(
         if on_tensor is not None:
             on_tensor(name)
     return found
-
-
-def sha256(path: str | Path, on_bytes: OnBytes | None = None) -> str:
-    """SHA-256 of a file, 64 hexadecimal digits; `on_bytes` is called with the number of bytes just read."""
-    digest = hashlib.sha256()
-    piece = bytearray(CHUNK)
-    with opened(Path(path)) as file, memoryview(piece) as view:
-        while count := file.readinto(piece):
-            digest.update(view[:count])
-            if on_bytes is not None:
-                on_bytes(count)
-    return digest.hexdigest()
 
 
 # --- what a file is

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from i2vgen.files import checkpoint
 from i2vgen.settings.config import SETTINGS_FILE
-from i2vgen.settings.merge import read_stored_settings
+from i2vgen.settings.merge import first_line, read_stored_settings
 from weights_conversion import diffusers_layout, readers
 from weights_conversion.recognise import WORDS, Found, recognise
 
@@ -94,7 +94,7 @@ def download(name: str, *, on_start: Callable[[str], None] | None = None) -> tup
     try:
         folder = Path(snapshot_download(match["repo"], revision=match["revision"], allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(f"{name} could not be downloaded: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name} could not be downloaded: {first_line(error)}") from error
     return (folder / inside if inside else folder), folder.name
 
 

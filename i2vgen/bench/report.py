@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-    def __str__(self) -> str:
-        """The first column to the left, all others to the right."""
-        widths = [max(map(len, column)) for column in zip(self.header, *self.rows, strict=True)]
-        lines = [self.title]
-        for name, *figures in (self.header, *self.rows):
-            cells = [figure.rjust(width) for figure, width in zip(figures, widths[1:], strict=True)]
-            lines.append("  ".join([name.ljust(widths[0]), *cells]))
-        return "\n".join(lines)
+from i2vgen.files import whole
+from i2vgen.files.tables import Table
 
 
 @dataclass(frozen=True)
@@ -30,4 +16,4 @@ class Report:
     tables: Sequence[Table]
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.values, indent=2) + "\n")
+        whole.write_json(path, self.values)

@@ -8,7 +8,7 @@ state x here stays in at least float32. DDIM and its relatives are here, faster 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -86,7 +86,7 @@ def rescaled(out: Tensor, cond: Tensor, share: float) -> Tensor:
     """
     out, cond = at_least_float32(out), at_least_float32(cond)
     axes = tuple(range(1, out.ndim))
-    ratio = cond.std(axes, keepdim=True) / out.std(axes, keepdim=True)
+    ratio = cond.std(axes, keepdim=True) / out.std(axes, keepdim=True).clamp(min=1e-12)
     return out * (1 + share * (ratio - 1))
 
 
@@ -171,8 +171,22 @@ def ddim_invert(
     Visits 0, stride, 2 stride, ... upwards and ends on pure eps (`schedule.inversion_timesteps`): for T
     timesteps ceil(T / (T // steps)) network calls. Errors as in `ddim`.
     """
-    check_latents(x)
     visited, levels = inversion_timesteps(schedule.num_timesteps, steps)
+    return invert_along(predict, x, schedule, visited, levels, eps_form, on_step, check_finite)
+
+
+def invert_along(
+    predict: Predict,
+    x: Tensor,
+    schedule: Schedule,
+    visited: Sequence[int],
+    levels: Sequence[int],
+    eps_form: EpsForm = "direct",
+    on_step: OnStep | None = None,
+    check_finite: bool = True,
+) -> Tensor:
+    """`ddim_invert` with one call at each timestep of `visited`, each going to its level of `levels`."""
+    check_latents(x)
     x = at_least_float32(x)
     watch = Watch(schedule, on_step, check_finite)
     for index, (now, level) in enumerate(zip(visited, levels, strict=True)):
@@ -285,13 +299,17 @@ def check_latents(x: Tensor) -> None:
 
 
 class Watch:
-    """Tells `on_step` of every step, and raises FloatingPointError when the state stops being finite.
+    """Calls `on_step` after every step, and raises FloatingPointError when the state stops being finite.
 
     On a CPU at once. Elsewhere at the end: to ask at every step would keep the host from running ahead.
+    With a `schedule` the message names a step without signal as the likely cause, else it gives `advice`.
     """
 
-    def __init__(self, schedule: Schedule, on_step: OnStep | None, check_finite: bool):
+    def __init__(
+        self, schedule: Schedule | None, on_step: OnStep | None, check_finite: bool, advice: str = ""
+    ):
         self.schedule, self.on_step, self.check_finite = schedule, on_step, check_finite
+        self.advice = advice
         self.waiting: list[tuple[StepInfo, Tensor]] = []  # steps without their latents, and the verdicts
 
     def step(self, info: StepInfo) -> None:
@@ -313,6 +331,8 @@ class Watch:
 
     def message(self, info: StepInfo) -> str:
         message = f"latents are not finite after step {info.index + 1} of {info.num_steps} (t = {info.t})"
+        if self.schedule is None:
+            return message + self.advice
         if self.schedule.abar[info.t] == 0:
             message += (
                 "; no signal is left at this t, so eps cannot be recovered from x0 nor x0 from eps: "

@@ -11,7 +11,7 @@ Coefficients are Python floats from float64 tables; the state is in at least flo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -31,6 +31,8 @@ from i2vgen.diffusion.sampler import (
 from i2vgen.diffusion.schedule import Schedule, Spacing, next_levels, timesteps
 
 FinalAlpha = Literal["first", "one"]
+X0Of = Callable[[Tensor, int], Tensor]  # one network call: x [b c f h w] at a timestep -> x0 [b c f h w]
+State = tuple[Tensor, Tensor]  # x after a step, and the x0 that it was taken with
 
 
 class Step(NamedTuple):
@@ -86,113 +88,121 @@ def ahead(before: Step | None, now: Step) -> float:
     return now.h / (2 * before.h)
 
 
-@torch.no_grad()
+def x0_of(predict: Predict, schedule: Schedule) -> X0Of:
+    def of(x: Tensor, t: int) -> Tensor:
+        now = timestep(t, x)
+        return schedule.to_x0(call(predict, x, now), x, now)
+
+    return of
+
+
+def walk(states: Iterator[State], planned: Sequence[Step], watch: Watch) -> Tensor:
+    """Take all steps of a solver, each of them watched. -> the last x"""
+    for index, (step, (x, x0)) in enumerate(zip(planned, states, strict=True)):
+        watch.step(StepInfo(index, len(planned), step.t, x, x0))
+    watch.end()
+    return x
+
+
+def sampler(method: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
+    """The steps of a solver of order 1 or 2 -> a sampler with DDIM's signature."""
+
+    @torch.no_grad()
+    def sample(
+        predict: Predict,
+        x: Tensor,
+        schedule: Schedule,
+        *,
+        steps: int,
+        spacing: Spacing = "official",
+        final_alpha: FinalAlpha = "first",
+        order: int = 2,
+        noise: Noise | None = None,
+        on_step: OnStep | None = None,
+        check_finite: bool = True,
+    ) -> Tensor:
+        check_latents(x)
+        if order not in (1, 2):
+            raise ValueError(f"order is {order}; choose 1 or 2")
+        planned = plan(schedule, steps, spacing, final_alpha)
+        states = method(x0_of(predict, schedule), at_least_float32(x), planned, order, noise)
+        return walk(states, planned, Watch(schedule, on_step, check_finite))
+
+    sample.__name__, sample.__doc__ = method.__name__, method.__doc__
+    return sample
+
+
+@sampler
 def dpmpp_2m(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    order: int = 2,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """DPM-Solver++ 2M (Lu et al. 2022b, algorithm 2).
 
     One call per step; x0 is extrapolated from the step before. `order` 1 is DDIM. `noise` is not used.
     """
-    return _multistep(
-        predict, x, plan(schedule, steps, spacing, final_alpha), schedule, order, None, on_step, check_finite
-    )
+    return multistep(x0_of, x, planned, order=order)
 
 
-@torch.no_grad()
+@sampler
 def dpmpp_2m_sde(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    order: int = 2,
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by SDE-DPM-Solver++ 2M (Lu et al. 2022b, section 5).
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """SDE-DPM-Solver++ 2M (Lu et al. 2022b, section 5).
 
     `dpmpp_2m` with fresh noise in every step that does not end on clean latents; `noise` draws it like x.
     `order` 1 is DDIM with eta 1.
     """
     if noise is None:
         raise ValueError("dpmpp_2m_sde needs `noise`; pass a function that draws noise like x")
-    return _multistep(
-        predict, x, plan(schedule, steps, spacing, final_alpha), schedule, order, noise, on_step, check_finite
-    )
+    return multistep(x0_of, x, planned, order=order, eta=1.0, noise=noise)
 
 
-def _multistep(
-    predict: Predict,
+def multistep(
+    x0_of: X0Of,
     x: Tensor,
     planned: Sequence[Step],
-    schedule: Schedule,
-    order: int,
-    noise: Noise | None,
-    on_step: OnStep | None,
-    check_finite: bool,
-) -> Tensor:
-    check_latents(x)
-    if order not in (1, 2):
-        raise ValueError(f"order is {order}; choose 1 or 2")
-    x, before, last = at_least_float32(x), None, None
-    watch = Watch(schedule, on_step, check_finite)
-    for index, step in enumerate(planned):
-        x0 = _x0(predict, x, step.t, schedule)
-        weight = ahead(before, step) if order == 2 else 0.0
-        target = x0 + weight * (x0 - last) if weight else x0
-        if noise is None:
-            x = step.of_x() * x + step.of_x0() * target
-        else:
-            x = step.of_x() * step.decay * x + step.alpha_to * (1 - step.decay**2) * target
-            if step.sigma_to > 0:
-                x = x + step.sigma_to * math.sqrt(1 - step.decay**2) * noise(x)
-        before, last = step, x0
-        watch.step(StepInfo(index, len(planned), step.t, x, x0))
-    watch.end()
-    return x
-
-
-@torch.no_grad()
-def unipc(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
     *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
     order: int = 2,
+    eta: float = 0.0,
     noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by UniPC of order 2 (Zhao et al. 2023, x0 form, B2).
+    correction: Literal["midpoint", "heun"] = "midpoint",
+    restart: bool = False,
+) -> Iterator[State]:
+    """DPM-Solver++ 2M step by step: its ODE with `eta` 0, its SDE with 1, and what lies between.
+
+    `correction` is the form of the second-order term. Pure noise, where no signal is left, needs a choice:
+    with `restart` its step keeps that noise and the next one does not look back on it, as in the samplers
+    of the public refiners; else it draws fresh noise like all others and is looked back on.
+    """
+    before, last = None, None
+    for step in planned:
+        x0 = x0_of(x, step.t)
+        kept = restart and step.alpha == 0
+        share, decay = (0.0, 1.0) if kept else (eta, step.decay**eta)
+        new = 1 - step.decay ** (1 + share)
+        weight = ahead(before, step) if order == 2 else 0.0
+        if weight and correction == "heun":
+            weight *= 2 / new - 2 / ((1 + share) * step.h)
+        target = x0 + weight * (x0 - last) if weight else x0
+        x = step.of_x() * decay * x + step.alpha_to * new * target
+        if share > 0 and step.sigma_to > 0:
+            x = x + step.sigma_to * math.sqrt(1 - step.decay ** (2 * share)) * noise(x)
+        before, last = None if kept else step, x0
+        yield x, x0
+
+
+@sampler
+def unipc(
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """UniPC of order 2 (Zhao et al. 2023, x0 form, B2).
 
     `dpmpp_2m` predicts; the call of the next step then corrects this one at no further cost. `order` 1 is
     DDIM with that correction. `noise` is not used.
     """
-    check_latents(x)
-    if order not in (1, 2):
-        raise ValueError(f"order is {order}; choose 1 or 2")
-    planned = plan(schedule, steps, spacing, final_alpha)
-    x, before, last, correct = at_least_float32(x), None, None, None
-    watch = Watch(schedule, on_step, check_finite)
-    for index, step in enumerate(planned):
-        x0 = _x0(predict, x, step.t, schedule)
+    before, last, correct = None, None, None
+    for step in planned:
+        x0 = x0_of(x, step.t)
         if correct is not None:
             x = correct(x0)
         weight = ahead(before, step) if order == 2 else 0.0
@@ -201,9 +211,7 @@ def unipc(
         if step.next_t is not None:
             correct = _corrector(step, before if order == 2 else None, plain, x0, last)
         before, last = step, x0
-        watch.step(StepInfo(index, len(planned), step.t, x, x0))
-    watch.end()
-    return x
+        yield x, x0
 
 
 def _corrector(
@@ -230,71 +238,39 @@ def _corrector(
     return correct
 
 
-@torch.no_grad()
+@sampler
 def euler(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by Euler steps of x / alpha over sigma / alpha.
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None
+) -> Iterator[State]:
+    """Euler steps of x / alpha over sigma / alpha.
 
     The slope there is eps (Karras et al. 2022), so this is DDIM in other words, and the base of `heun`.
-    `noise` is not used.
+    `order` and `noise` are not used.
     """
-    planned = plan(schedule, steps, spacing, final_alpha)
-    return _over_sigma(predict, x, planned, schedule, False, on_step, check_finite)
+    return over_sigma(x0_of, x, planned, twice=False)
 
 
-@torch.no_grad()
-def heun(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    steps: int,
-    spacing: Spacing = "official",
-    final_alpha: FinalAlpha = "first",
-    noise: Noise | None = None,
-    on_step: OnStep | None = None,
-    check_finite: bool = True,
-) -> Tensor:
-    """Noise x [b c f h w] -> latents [b c f h w] by Heun's method (Karras et al. 2022, algorithm 1).
+@sampler
+def heun(x0_of: X0Of, x: Tensor, planned: Sequence[Step], order: int, noise: Noise | None) -> Iterator[State]:
+    """Heun's method (Karras et al. 2022, algorithm 1); `order` 1 is `euler`.
 
     Every step but the last is taken again with the mean slope of both its ends: two calls per step. From no
     signal, where sigma / alpha is infinite, that is the mean x0 over alpha / sigma. `noise` is not used.
     """
-    planned = plan(schedule, steps, spacing, final_alpha)
-    return _over_sigma(predict, x, planned, schedule, True, on_step, check_finite)
+    return over_sigma(x0_of, x, planned, twice=order == 2)
 
 
-def _over_sigma(
-    predict: Predict,
-    x: Tensor,
-    planned: Sequence[Step],
-    schedule: Schedule,
-    twice: bool,
-    on_step: OnStep | None,
-    check_finite: bool,
-) -> Tensor:
-    check_latents(x)
-    x = at_least_float32(x)
-    watch = Watch(schedule, on_step, check_finite)
-    for index, step in enumerate(planned):
-        x0 = _x0(predict, x, step.t, schedule)
+def over_sigma(
+    x0_of: X0Of, x: Tensor, planned: Sequence[Step], *, twice: bool, restart: bool = False
+) -> Iterator[State]:
+    """Euler's method, or `twice` Heun's, step by step. `restart`: a step from pure noise is one call."""
+    for step in planned:
+        x0 = x0_of(x, step.t)
         moved = step.of_x() * x + step.of_x0() * x0
-        if twice and step.next_t is not None:
-            moved = moved + _half_the_bend(step, x, x0, moved, _x0(predict, moved, step.next_t, schedule))
+        if twice and step.next_t is not None and not (restart and step.alpha == 0):
+            moved = moved + _half_the_bend(step, x, x0, moved, x0_of(moved, step.next_t))
         x = moved
-        watch.step(StepInfo(index, len(planned), step.t, x, x0))
-    watch.end()
-    return x
+        yield x, x0
 
 
 def _half_the_bend(step: Step, x: Tensor, x0: Tensor, end: Tensor, end_x0: Tensor) -> Tensor:
@@ -303,12 +279,6 @@ def _half_the_bend(step: Step, x: Tensor, x0: Tensor, end: Tensor, end_x0: Tenso
         return 0.5 * step.of_x0() * (end_x0 - x0)
     eps, end_eps = (x - step.alpha * x0) / step.sigma, (end - step.alpha_to * end_x0) / step.sigma_to
     return 0.5 * (step.sigma_to - step.sigma * step.alpha_to / step.alpha) * (end_eps - eps)
-
-
-def _x0(predict: Predict, x: Tensor, t: int, schedule: Schedule) -> Tensor:
-    """One call: x [b c f h w] at t -> x0 [b c f h w]"""
-    now = timestep(t, x)
-    return schedule.to_x0(call(predict, x, now), x, now)
 
 
 SOLVERS = {

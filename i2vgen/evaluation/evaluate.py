@@ -31,6 +31,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
 from i2vgen.evaluation.scores import Item, Made, Scores, comparable, compare, summarise
+from i2vgen.files import records
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Prepared
 from i2vgen.model.unet import UNet
@@ -336,4 +337,4 @@ def record(model: I2VGenXL, plan: Plan, rate: float) -> dict:
 
 def hashes(folder: Path) -> dict[str, str]:
     """File name -> SHA-256 of every weights file."""
-    return {path.name: pipeline.sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {path.name: records.sha256(path) for path in sorted(folder.glob("*.safetensors"))}

@@ -1,20 +1,17 @@
-"""The report of an evaluation: tables as text, Markdown and HTML, and one page with clips and their truth."""
+"""The report of an evaluation: its tables, and one page with clips and their truth."""
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-import json
-import os
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from i2vgen.evaluation.evaluate import Evaluation
 from i2vgen.evaluation.scores import ACCURACIES, SCORES, Made, Scores, asked
+from i2vgen.files import pages, whole
+from i2vgen.files.tables import NONE, Table
 
 LABELS = {
     "motion_accuracy_basic": "motion, basic clips",
@@ -37,37 +34,7 @@ BRIEF = {  # of a sweep over ways of sampling
     "clip_psnr": "clip",
 }
 SHARES = (*ACCURACIES, "identity")
-NONE = "-"  # no such clip
 FRAME_HEIGHT, MAX_FRAMES, GAP = 96, 8, 3  # of the strips, in pixels
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #6a6a6a; --line: #ddd; --paper: #fdfdfb; --bad: #a33; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #ddd; --soft: #999; --line: #3a3a3a; --paper: #191a1b; --bad: #e88; }
-}
-body { margin: 2.5rem auto; max-width: 56rem; padding: 0 1rem; background: var(--paper); color: var(--ink);
-       font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; font-weight: 600; }
-h2 { font-size: 1.05rem; font-weight: 600; margin-top: 2.2rem; }
-p, figcaption, footer { color: var(--soft); }
-b { color: var(--ink); font-weight: 500; } .no { color: var(--bad); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem 1rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line); }
-th { font-weight: 500; color: var(--soft); }
-th:first-child, td:first-child, .words { text-align: left; }
-figure { margin: 1.6rem 0; }
-figure img { display: block; max-width: 100%; height: auto; margin-top: .25rem; image-rendering: pixelated; }
-"""
-
-
-class Table(NamedTuple):
-    """`words`: columns of text, which stand left; all others right."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: tuple[int, ...] = (0,)
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
@@ -129,52 +96,18 @@ def figure(name: str, value: float | None) -> str:
     return f"{value:.1f} dB" if name.endswith("psnr") else f"{100 * value:.1f} %"
 
 
-def as_text(table: Table) -> str:
-    lines = [table.head, *table.rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(table.head))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i in table.words else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-
-
-def as_markdown(table: Table) -> str:
-    marks = ["---" if i in table.words else "---:" for i in range(len(table.head))]
-    lines = [table.head, marks, *table.rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def as_html(table: Table) -> str:
-    def line(cells: tuple[str, ...], tag: str) -> str:
-        kinds = [' class="words"' if i in table.words else "" for i in range(len(cells))]
-        return "<tr>" + "".join(
-            f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in zip(cells, kinds, strict=True)
-        ) + "</tr>"  # fmt: skip
-
-    body = "\n".join([line(table.head, "th"), *(line(row, "td") for row in table.rows)])
-    return f'<h2>{html.escape(table.title)}</h2>\n<div class="wide"><table>\n{body}\n</table></div>'
-
-
 def as_page(evaluation: Evaluation) -> str:
-    """Everything in one file: it asks for no other, on this machine or elsewhere."""
-    shown = "\n".join(as_figure(one) for one in evaluation.shown)
-    what = html.escape(summary(evaluation))
-    record = html.escape(json.dumps(evaluation.settings, indent=1))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Evaluation</title><style>{STYLE}</style></head><body>
-<h1>Evaluation on the procedural world</h1>
-<p>{what}</p>
-{"".join(as_html(table) for table in tables(evaluation))}
-<h2>The first clips of each set</h2>
-<p>Above the true clip, below the one that the model made of its first frame and the caption.</p>
-{shown}
-<footer><details><summary>Settings</summary><pre>{record}</pre></details></footer>
-</body></html>
-"""
+    clips = pages.Section(
+        "The first clips of each set",
+        text="Above the true clip, below the one that the model made of its first frame and the caption.",
+        figures=[as_figure(one) for one in evaluation.shown],
+    )
+    return pages.render(
+        "Evaluation on the procedural world",
+        summary(evaluation),
+        [*map(pages.of_table, tables(evaluation)), clips],
+        settings=evaluation.settings,
+    )
 
 
 def summary(evaluation: Evaluation) -> str:
@@ -186,16 +119,15 @@ def summary(evaluation: Evaluation) -> str:
     )
 
 
-def as_figure(one: Made) -> str:
-    verdict = "right" if one.motion_right else '<span class="no">wrong</span>'
-    told = f"{one.item.set} {one.item.seed}: asked {asked(one.item.facts)}, read {one.read}, "
-    pictures = "".join(
-        f'<img alt="{alt}" src="data:image/png;base64,{encoded(strip(frames))}">'
-        for alt, frames in (("true clip", one.truth), ("generated clip", one.frames))
-    )
-    caption = html.escape(one.item.caption)
-    told = f"<b>{caption}</b><br>{html.escape(told)}{verdict}"
-    return f"<figure><figcaption>{told}</figcaption>{pictures}</figure>"
+def as_figure(one: Made) -> pages.Figure:
+    told = f"\n{one.item.set} {one.item.seed}: asked {asked(one.item.facts)}, read {one.read}, "
+    return pages.Figure(
+        tuple((alt, encoded(strip(frames)))
+              for alt, frames in (("true clip", one.truth), ("generated clip", one.frames))),
+        name=one.item.caption,
+        told=told + "right" if one.motion_right else told,
+        wrong="" if one.motion_right else "wrong",
+    )  # fmt: skip
 
 
 def strip(frames: np.ndarray) -> Image.Image:
@@ -213,56 +145,21 @@ def strip(frames: np.ndarray) -> Image.Image:
     return row
 
 
-def encoded(picture: Image.Image) -> str:
+def encoded(picture: Image.Image) -> bytes:
     file = io.BytesIO()
     picture.save(file, "PNG", optimize=True)
-    return base64.b64encode(file.getvalue()).decode()
+    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------
 # Files
 
 
-def check_file(name: str, path: Path) -> Path:
-    """ValueError unless a file can be written there; its folder is made."""
-    if path.is_dir():
-        raise ValueError(f"{name}={path} is a folder; give the name of a file in it")
-    check_folder(name, path.absolute().parent)
-    return path
-
-
-def check_folder(name: str, path: Path) -> Path:
-    """ValueError unless files can be written into this folder; it is made."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{name}=: the folder {path} cannot be made ({error.strerror})") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}=: the folder {path} is not writable; choose another one")
-    return path
-
-
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
     """index.html, scores.json and table.md -> the page"""
     parts = [f"# Evaluation\n\n{summary(evaluation)}\n"]
-    parts += [f"## {table.title}\n\n{as_markdown(table)}\n" for table in tables(evaluation)]
-    write_json(evaluation.to_dict(), folder / "scores.json")
-    write_whole(folder / "table.md", "\n".join(parts))
-    write_whole(folder / "index.html", as_page(evaluation))
+    parts += [f"## {table.title}\n\n{table.markdown()}\n" for table in tables(evaluation)]
+    whole.write_json(folder / "scores.json", evaluation.to_dict(), allow_nan=False)
+    whole.write_text(folder / "table.md", "\n".join(parts))
+    whole.write_text(folder / "index.html", as_page(evaluation))
     return folder / "index.html"
-
-
-def write_json(report: dict, path: Path) -> None:
-    # No NaN can slip in: a number that is not there is null.
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(path, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The file is there with all of `text`, or as it was before."""
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

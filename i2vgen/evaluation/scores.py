@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from i2vgen.scoring import stats
 from i2vgen.scoring.metrics import psnr
 from i2vgen.world import drawing, reading
 from i2vgen.world.drawing import Facts
@@ -29,7 +30,6 @@ SCORES = (*ACCURACIES, *MEANS)
 TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips without a motion of their own
 GROUPS = (*drawing.MOTIONS, TWO_OBJECTS, *drawing.CAMERA_MOVES)
 
-Z = 1.96  # standard deviations on either side of a 95 % interval
 # How far area and compactness of an object may be off, as factors. True clips spoiled by blur, noise and
 # colour drift (tests/test_world.py) keep 99.9 % of their frames within; an object that fades keeps 36 %.
 AREA_OFF, SPREAD_OFF = 1.5, 1.25
@@ -213,18 +213,16 @@ def wilson(right: int, count: int) -> tuple[float, float] | None:
     """95 % interval of a share by Wilson (1927), which holds near 0 and 1 and for few clips too."""
     if count == 0:
         return None
-    share, extra = right / count, Z**2 / count
+    share, extra = right / count, stats.Z**2 / count
     middle = (share + extra / 2) / (1 + extra)
-    reach = Z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
+    reach = stats.Z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
     return max(0.0, middle - reach), min(1.0, middle + reach)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Mean +- 1.96 standard errors; None for fewer than two values."""
-    if len(values) < 2:
-        return None
-    reach = Z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)) - reach, float(np.mean(values)) + reach
+    """95 % interval of a mean; None for fewer than two values."""
+    found = stats.mean(values)
+    return None if found.low is None else (found.low, found.high)
 
 
 def share_interval(values: Sequence[float]) -> tuple[float, float] | None:

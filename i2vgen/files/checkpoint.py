@@ -15,8 +15,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from i2vgen.files import whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
 from i2vgen.model.clip import ClipEncoders
@@ -228,7 +227,7 @@ def read_origin(folder: str | Path) -> dict:
     """Where a native folder's weights come from, as far as it says; ValueError if the file is damaged."""
     path = Path(folder) / ORIGIN_FILE
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -240,7 +239,7 @@ def part_files(folder: Path, part: str) -> list[Path]:
     index = folder / f"{part}.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             bad = [name for name in names if Path(name).name != name]
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); convert the weights again") from error
@@ -270,26 +269,19 @@ def save(
     folder = check_place(folder)
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"there is no part {sorted(unknown)[0]!r}; a model has {', '.join(PARTS)}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole.replacing_folder(folder, sync=True) as temporary:
         states = {p: inner(m).state_dict() if isinstance(m, nn.Module) else m for p, m in parts.items()}
         entries = {part: _entries(state) for part, state in states.items()}
         tick = counter(sum(e.nbytes for listed in entries.values() for e in listed), on_bytes)
         for part, listed in entries.items():
             _write_part(temporary, part, listed, config, shard_bytes, tick)
         stored = dataclasses.replace(config, weights="", image=(), prompt=(), output="", items="").to_dict()
-        # The job and the machine are not the weights' business; their usual texts are.
+        # The job and the machine do not belong to the weights; their usual texts do.
         for name in (*settings.LITERALS, "runtime"):
             if name not in settings.KEPT_TEXTS:
                 stored.pop(name, None)
-        _write_json(temporary / ORIGIN_FILE, dict(origin or {}))
-        _write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})
-        _replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        whole.write_json(temporary / ORIGIN_FILE, dict(origin or {}))
+        whole.write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})
     return folder
 
 
@@ -325,7 +317,7 @@ def _write_part(
         weight_map.update((entry.name, name) for entry in piece)
     total = sum(entry.nbytes for entry in entries)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / f"{part}.safetensors.index.json", index)
+    whole.write_json(folder / f"{part}.safetensors.index.json", index)
 
 
 def _entries(state: Mapping[str, Tensor | Entry]) -> list[Entry]:
@@ -362,28 +354,6 @@ def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable
             on_bytes(min(done, total), total)
 
     return tick
-
-
-def _write_json(path: Path, content: dict) -> None:
-    with path.open("w") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _replace(temporary: Path, folder: Path) -> None:
-    if not folder.exists():
-        temporary.rename(folder)
-        return
-    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    folder.rename(old)
-    try:
-        temporary.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def _named(problems: list[str], name: str) -> bool:

@@ -9,10 +9,8 @@ The order depends on the names alone, so the same weights and metadata always gi
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,8 @@ from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from i2vgen.files import whole
 
 # safetensors' name of every dtype it can hold.
 DTYPES = {
@@ -78,22 +78,13 @@ def write_safetensors(
     `on_bytes` is called with the number of bytes of each piece just written. ValueError if a name comes
     twice, a dtype has no safetensors name, or what an entry reads is not what it announced.
     """
-    path = Path(path)
     entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))
     head = _header(entries, metadata)
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            _put(file, head, on_bytes)
-            for item in entries:
-                for piece in _pieces(item):
-                    _put(file, piece, on_bytes)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    with whole.replacing(path, sync=True) as temporary, temporary.open("wb") as file:
+        _put(file, head, on_bytes)
+        for item in entries:
+            for piece in _pieces(item):
+                _put(file, piece, on_bytes)
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:

@@ -12,8 +12,6 @@ import itertools
 import math
 import os
 import re
-import secrets
-import shutil
 import warnings
 from collections.abc import Iterator
 from fractions import Fraction
@@ -25,6 +23,8 @@ import torch
 from PIL import Image, ImageSequence, UnidentifiedImageError, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
+
+from i2vgen.files import whole
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", "")
 CODEC = "libx264"
@@ -196,43 +196,9 @@ def save(
     ending = path.suffix.lower()
     writers = {".mp4": _write_mp4, ".gif": _write_gif, ".webp": _write_webp, ".png": _write_strip}
     write = writers.get(ending, _write_pngs)
-    with _whole_or_not(path) as temporary:
+    with whole.replacing(path) as temporary:
         write(frames, temporary, fps, quality)
     return path
-
-
-@contextlib.contextmanager
-def _whole_or_not(path: Path) -> Iterator[Path]:
-    """A free name beside `path`; what is written there replaces `path` at the end, or vanishes on failure."""
-    temporary = path.with_name(f".writing-{secrets.token_hex(6)}")
-    try:
-        yield temporary
-        _replace(temporary, path)
-    except BaseException:  # Ctrl-C too must not leave debris
-        _remove(temporary)
-        raise
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    if not (temporary.is_dir() and path.is_dir()):
-        os.replace(temporary, path)
-        return
-    # No system call swaps two folders everywhere, so the old one steps aside and can come back.
-    aside = path.with_name(f".old-{secrets.token_hex(6)}")
-    os.rename(path, aside)
-    try:
-        os.rename(temporary, path)
-    except BaseException:
-        os.rename(aside, path)
-        raise
-    _remove(aside)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: float, quality: int) -> None:

@@ -19,7 +19,7 @@ from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.drift import Sampled, counting
 from i2vgen.evaluation.evaluate import Evaluation, Plan
 from i2vgen.fast import runtime, savings
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.lab import study as studies
 from i2vgen.lab import summary, trace
 from i2vgen.lab.study import Budget, Run, Study
@@ -130,7 +130,7 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "loss": loss,
         "seconds": round(time.perf_counter() - begun, 1),
     }
-    pages.write_whole(result, json.dumps(facts, indent=1) + "\n")
+    whole.write_json(result, facts, indent=1)
     return result
 
 
@@ -174,9 +174,8 @@ def save_strip(found: Evaluation, path: Path) -> None:
     for row in rows:
         picture.paste(row, (0, top))
         top += row.height + 3
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    picture.save(temporary, "PNG")
-    temporary.replace(path)
+    with whole.replacing(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 def devices() -> list[str]:

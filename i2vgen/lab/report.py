@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
 import io
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from i2vgen.evaluation import pages
-from i2vgen.evaluation.pages import LABELS, Table, as_html, as_markdown, figure
+from i2vgen.evaluation.pages import LABELS, figure
+from i2vgen.files import pages, whole
+from i2vgen.files.tables import Table
 from i2vgen.lab.measure import RESULT, STRIP
 from i2vgen.lab.study import Run, Study
-from i2vgen.scoring.stats import student
+from i2vgen.scoring import stats
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
@@ -43,10 +41,10 @@ def cell(results: Sequence[dict], score: str) -> Cell:
     values = [r["scores"][score] for r in results if r["scores"].get(score) is not None]
     if not values:
         return Cell(None)
-    mean = statistics.fmean(values)
+    found = stats.mean(values)
+    mean = found.value
     if len(values) >= SEEDS_NEEDED:
-        reach = student(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        return Cell(mean, mean - reach, mean + reach, "seeds")
+        return Cell(mean, found.low, found.high, "seeds")
     spans = [r["intervals"][score] for r in results if r["intervals"].get(score) is not None]
     if len(spans) < len(values):
         return Cell(mean)
@@ -159,11 +157,11 @@ def write(
     if budget == "smoke":
         about += " It shows that the study runs; no figure here means anything."
     text = [f"# {study.question}\n\n{about}\n"]
-    text += [f"## {table.title}\n\n{as_markdown(table)}\n\n{said}\n" for table, said in tables]
-    pages.write_whole(folder / "table.md", "\n".join(text))
+    text += [f"## {table.title}\n\n{table.markdown()}\n\n{said}\n" for table, said in tables]
+    whole.write_text(folder / "table.md", "\n".join(text))
     write_csv(study, results, costs, folder / "results.csv")
     pictures = plots(study, results, costs, folder)
-    pages.write_whole(folder / "index.html", page(study, about, tables, pictures, runs))
+    whole.write_text(folder / "index.html", page(study, about, tables, pictures, runs))
     return folder / "index.html"
 
 
@@ -181,7 +179,7 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
             for variant, line in cells(study, results, measure).items():
                 for score, c in line.items():
                     rows.writerow((variant, measure, score, c.value, c.low, c.high, c.over))
-    pages.write_whole(path, file.getvalue())
+    whole.write_text(path, file.getvalue())
 
 
 def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Path) -> list[Path]:
@@ -223,33 +221,19 @@ def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Pa
 
 
 def _save(picture, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}")
-    picture.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with whole.replacing(path) as temporary:
+        picture.savefig(temporary, dpi=120, format="png")
     return path
 
 
 def page(study: Study, about: str, tables, pictures: Sequence[Path], runs: Sequence[Run]) -> str:
-    """Everything in one file: it asks for no other, on this machine or elsewhere."""
-    parts = [f"{as_html(table)}<p>{html.escape(said)}</p>" for table, said in tables]
-    parts += [f'<figure><img alt="{p.stem}" src="{_inline(p)}"></figure>' for p in pictures]
-    for run in runs:
-        if run.seed == 0:
-            told = f"<b>{html.escape(run.variant)}</b>, {run.measure}"
-            parts.append(
-                f'<figure><figcaption>{told}</figcaption><img alt="clips" '
-                f'src="{_inline(run.folder / STRIP)}"></figure>'
-            )
-    title = html.escape(study.question)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title><style>{pages.STYLE}</style></head><body>
-<h1>{title}</h1>
-<p>{html.escape(about)}</p>
-{"".join(parts)}
-</body></html>
-"""
-
-
-def _inline(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    figures = [pages.Figure(((p.stem, p.read_bytes()),)) for p in pictures]
+    figures += [
+        pages.Figure(
+            (("clips", (run.folder / STRIP).read_bytes()),), name=run.variant, told=f", {run.measure}"
+        )
+        for run in runs
+        if run.seed == 0
+    ]
+    sections = [pages.of_table(table, said) for table, said in tables]
+    return pages.render(study.question, about, [*sections, pages.Section(figures=figures)])

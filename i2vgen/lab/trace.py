@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from i2vgen.fast import savings
+from i2vgen.files import whole
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import Config
@@ -134,9 +135,7 @@ def difference(one: Record, other: Record) -> float:
 
 def write(records: Sequence[Record], path: Path) -> None:
     """One JSON object per line; the file appears whole."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text("".join(json.dumps(asdict(r)) + "\n" for r in records))
-    temporary.replace(path)
+    whole.write_text(path, "".join(json.dumps(asdict(r)) + "\n" for r in records))
 
 
 def read(path: Path) -> list[Record]:

@@ -15,7 +15,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from i2vgen.diffusion.sampler import Predict
+from i2vgen.diffusion.sampler import Predict, guided_pair
 from i2vgen.diffusion.schedule import Schedule, make_betas
 from i2vgen.fast.unet import both_branches
 from i2vgen.files import images, video
@@ -28,7 +28,6 @@ from i2vgen.refiner.sampler import (
     Grid,
     Levels,
     at,
-    guided_rescaled,
     invert,
     make_grid,
     refine,
@@ -188,7 +187,7 @@ def sampling_run(
     )
     network = cond
     if run.guidance != 1.0:
-        network = guided_rescaled(
+        network = guided_pair(
             lambda x, t: torch.cat([cond(x, t), uncond(x, t)]), run.guidance, rescale=run.rescale
         )
     seen = {"xt": [], "t": [], "x0": []}
@@ -275,7 +274,7 @@ def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
         grid = make_grid(table, total=run["T"], steps=run["steps"], form="official")
         estimates = []
         out = refine(
-            guided_rescaled(network, run["guide"], rescale=run["rescale"]),
+            guided_pair(network, run["guide"], rescale=run["rescale"]),
             start,
             table,
             grid,

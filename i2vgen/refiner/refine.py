@@ -22,10 +22,10 @@ from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from i2vgen.diffusion.noise import SampleNoise
-from i2vgen.diffusion.sampler import OnStep, Predict
+from i2vgen.diffusion.sampler import OnStep, Predict, at_least_float32, guided_pair
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import machine, runtime, savings
-from i2vgen.fast.unet import both_branches, projected
+from i2vgen.fast.unet import both_branches, projected, under
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
 from i2vgen.memory.free import free_memory
@@ -92,7 +92,7 @@ def refine(
             start = table.noised(latents, noise, job.noise_level - 1)
         else:
             start = sampling.invert(
-                windows(model, lambda x, t: model.unet(x, t, uncond)),
+                windows(model, under(model.unet, uncond)),
                 latents,
                 inversion_schedule(config),
                 total=job.noise_level,
@@ -137,7 +137,7 @@ def encode(model: Refiner, frames: np.ndarray, shape: fitting.Geometry, draws: S
         if job.posterior == "sample":  # one draw per frame, as officially: `vae_chunk` changes nothing
             latent = (model.config.vae.embed_dim, height, width)
             noise = torch.cat([draws.draw(latent) for _ in part]).to(model.device)
-        latents.append(sampling.wide(model.vae.encode(pixels, noise)))
+        latents.append(at_least_float32(model.vae.encode(pixels, noise)))
     return rearrange(torch.cat(latents), "f c h w -> c f h w")
 
 
@@ -197,10 +197,8 @@ def network(model: Refiner, cond: Prepared, uncond: Prepared) -> Predict:
     """The UNet under rescaled guidance; the part that reads no text runs once for both branches."""
     job = model.config.refine
     if job.guidance == 1.0:
-        return lambda x, t: model.unet(x, t, cond)
-    return sampling.guided_rescaled(
-        both_branches(model.unet, cond, uncond), job.guidance, rescale=job.rescale
-    )
+        return under(model.unet, cond)
+    return guided_pair(both_branches(model.unet, cond, uncond), job.guidance, rescale=job.rescale)
 
 
 def windows(model: Refiner, predict: Predict) -> Predict:

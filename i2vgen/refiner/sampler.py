@@ -1,8 +1,8 @@
-"""Sampling of the refiner: noise levels, DPM-Solver++(2M) SDE and Heun, rescaled guidance, windows.
+"""Sampling of the refiner: its noise levels, windows over long clips, and the shared solvers on both.
 
-The refiner's table is variance preserving, x = alpha z + sigma noise with alpha^2 + sigma^2 = 1; its solvers
-run on the same states divided by alpha, whose noise level is s = sigma / alpha ("variance exploding"). The
-network sees x_s / sqrt(1 + s^2), which is the first scale again, and predicts v.
+The refiner's table is variance preserving, x = alpha z + sigma noise with alpha^2 + sigma^2 = 1, and so are
+the states here; the network predicts v. A grid names its noise levels by s = sigma / alpha, because the
+official sampler steps through states divided by alpha and may stand between two entries of the table.
 
 Where the official sampler contradicts itself the clean form is the default and the official one an option:
 `start="official"` and `grid="official"`.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -20,8 +20,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from i2vgen.diffusion.sampler import Noise, OnStep, Predict, StepInfo, invert_step
+from i2vgen.diffusion.sampler import (
+    Noise,
+    OnStep,
+    Predict,
+    Watch,
+    at_least_float32,
+    call,
+    check_latents,
+    invert_along,
+    timestep,
+)
 from i2vgen.diffusion.schedule import Schedule, logsnr_cosine_sigmas
+from i2vgen.diffusion.solvers import Step, multistep, over_sigma, walk
 
 Solver = Literal["dpmpp_2m_sde", "heun"]
 Spacing = Literal["trailing", "leading", "linspace"]
@@ -106,6 +117,18 @@ class Grid:
     def steps(self) -> int:
         return len(self.timesteps)
 
+    def planned(self) -> list[Step]:
+        """What the solvers of the first stage walk along."""
+        alphas = [0.0 if s == math.inf else 1 / math.hypot(1, s) for s in self.levels]
+        sigmas = [1.0 if s == math.inf else s / math.hypot(1, s) for s in self.levels]
+        return [
+            Step(*step)
+            for step in zip(
+                self.timesteps, alphas[:-1], sigmas[:-1], alphas[1:], sigmas[1:],
+                [*self.timesteps[1:], None], strict=True,
+            )
+        ]  # fmt: skip
+
 
 def make_grid(
     table: Levels,
@@ -163,30 +186,7 @@ def positions(num_timesteps: int, total: int, count: int, spacing: Spacing, form
     return [min(max(index, 0.0), total - 1.0) for index in found]
 
 
-# ----------------------------------------------------------------------------- from network to solver
-
-
-def guided_rescaled(both: Predict, scale: float, *, rescale: float = 0.0) -> Predict:
-    """Guidance u + scale (c - u), then brought back to c's standard deviation by the share `rescale`.
-
-    `both` gives the two predictions at once, c then u: x [b ...] -> [(2 b) ...]. Lin et al. 2023 ("Common
-    diffusion noise schedules ... are flawed"), section 3.4; the deviation is a sample's over all its axes.
-    In at least float32.
-    """
-    if not math.isfinite(scale):
-        raise ValueError(f"guidance scale is {scale}; give a finite number, 1 for no guidance")
-    if not 0 <= rescale <= 1:
-        raise ValueError(f"guidance rescale is {rescale}; give a number from 0 (none) to 1")
-
-    def predict(x: Tensor, t: Tensor) -> Tensor:
-        c, u = wide(both(x, t)).chunk(2)
-        out = u + scale * (c - u)
-        if rescale == 0:
-            return out
-        ratio = c.flatten(1).std(1) / (out.flatten(1).std(1) + 1e-12)
-        return out * (rescale * ratio + 1 - rescale).view(-1, 1, 1, 1, 1)
-
-    return predict
+# -------------------------------------------------------------------------------------------- windows
 
 
 def windowed(predict: Predict, window: int, overlap: int) -> Predict:
@@ -211,7 +211,7 @@ def windowed(predict: Predict, window: int, overlap: int) -> Predict:
             part = slice(start, start + window)
             got = predict(x[:, :, part], t)
             if out is None:
-                out = got.new_zeros(x.shape[0], got.shape[1], *x.shape[2:], dtype=wide(got).dtype)
+                out = got.new_zeros(x.shape[0], got.shape[1], *x.shape[2:], dtype=at_least_float32(got).dtype)
                 weights = ramp.new_zeros(1, 1, frames, 1, 1)
             out[:, :, part] += ramp * got
             weights[:, :, part] += ramp
@@ -228,7 +228,7 @@ def window_starts(frames: int, window: int, overlap: int) -> list[int]:
     return [round(i * (frames - window) / (count - 1)) for i in range(count)]
 
 
-# ------------------------------------------------------------------------------------------ the solvers
+# ------------------------------------------------------------------------------------------- sampling
 
 
 @torch.no_grad()
@@ -246,12 +246,12 @@ def refine(
     on_step: OnStep | None = None,
     check_finite: bool = True,
 ) -> Tensor:
-    """Latents x [b c f h w] at the noise of the grid's first level, on the first scale -> clean latents.
+    """Latents x [b c f h w] at the noise of the grid's first level -> clean latents.
 
-    `noise` draws the unit noise of a step like x, called only where it is used. `start="official"` takes s
-    times x where 1 / alpha times is right: the network then first sees sigma times its input, 2.8 % too small
-    at 599. `eta` 0 makes the SDE solver deterministic; `correction` is its second-order term's form. State in
-    at least float32. ValueError for settings out of range, FloatingPointError when x stops being finite.
+    `noise` draws the unit noise of a step like x, called only where it is used. `eta` 0 makes the SDE solver
+    deterministic; `correction` is its second-order term's form. `start="official"` begins with sigma times x,
+    2.8 % too small at 599: there x is multiplied by s, where 1 / alpha is right. State in at least float32.
+    ValueError for settings out of range, FloatingPointError when x stops being finite.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}; give a number from 0 (deterministic) to 1")
@@ -259,86 +259,22 @@ def refine(
         raise ValueError(f"solver is {solver!r}; choose dpmpp_2m_sde or heun")
     if solver == "dpmpp_2m_sde" and eta > 0 and grid.steps > 1 and noise is None:
         raise ValueError(f"eta is {eta} but no `noise` was given; pass a function that draws noise like x")
-    x = wide(x)
-    first = grid.levels[0]
-    if first < math.inf:
-        # sqrt(1 + s^2) is 1 / alpha
-        x = x * (first if start == "official" else math.sqrt(1 + first**2))
+    check_latents(x)
+    planned = grid.planned()
+    x = at_least_float32(x)
+    if start == "official" and planned[0].alpha > 0:
+        x = planned[0].sigma * x
 
-    def denoised(x: Tensor, i: int) -> Tensor:
-        """x at the i-th level of the grid -> the network's estimate of the clean latents."""
-        if grid.levels[i] < math.inf:
-            x = x / math.sqrt(1 + grid.levels[i] ** 2)
-        t = grid.timesteps[i]
-        out = predict(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device))
-        if out.shape != x.shape:
-            raise ValueError(f"the network returned {tuple(out.shape)} for latents {tuple(x.shape)}")
-        return table.alphas[t].item() * x - table.sigmas[t].item() * wide(out)
+    def x0_of(x: Tensor, t: int) -> Tensor:
+        out = at_least_float32(call(predict, x, timestep(t, x)))
+        return table.alphas[t].item() * x - table.sigmas[t].item() * out
 
-    def done(i: int, x: Tensor, x0: Tensor) -> None:
-        if check_finite and not bool(torch.isfinite(x).all()):
-            raise FloatingPointError(
-                f"latents are not finite after step {i + 1} of {grid.steps} (t = {grid.timesteps[i]}); "
-                "try runtime.dtype=float32"
-            )
-        if on_step is not None:
-            on_step(StepInfo(i, grid.steps, grid.timesteps[i], x, x0))
-
+    watch = Watch(None, on_step, check_finite, advice="; try runtime.dtype=float32")
     if solver == "heun":
-        return _heun(denoised, x, grid, done)
-    return _dpmpp_2m_sde(denoised, x, grid, done, eta, correction, noise)
-
-
-def _dpmpp_2m_sde(
-    denoised: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    grid: Grid,
-    done: Callable[[int, Tensor, Tensor], None],
-    eta: float,
-    correction: str,
-    noise: Noise | None,
-) -> Tensor:
-    """Lu et al. 2022 ("DPM-Solver++"), its second-order multistep solver of the SDE, in h = ln(s / s')."""
-    before, h_before = None, 0.0
-    for i, (s, to) in enumerate(zip(grid.levels[:-1], grid.levels[1:], strict=True)):
-        x0 = denoised(x, i)
-        if to == 0:
-            x = x0
-        elif s == math.inf:  # nothing but noise yet: it becomes the noise of the next level
-            x = x0 + to * x
-        else:
-            h = math.log(s / to)
-            k = -math.expm1(-(1 + eta) * h)
-            x = (to / s) * math.exp(-eta * h) * x + k * x0
-            if before is not None:
-                weight = 0.5 * k if correction == "midpoint" else 1 - k / ((1 + eta) * h)
-                x = x + weight * (h / h_before) * (x0 - before)
-            if eta > 0:
-                x = x + to * math.sqrt(-math.expm1(-2 * eta * h)) * noise(x)
-            before, h_before = x0, h
-        done(i, x, x0)
-    return x
-
-
-def _heun(
-    denoised: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    grid: Grid,
-    done: Callable[[int, Tensor, Tensor], None],
-) -> Tensor:
-    """Karras et al. 2022, algorithm 1: two evaluations a step, one in the last and in one from infinity."""
-    for i, (s, to) in enumerate(zip(grid.levels[:-1], grid.levels[1:], strict=True)):
-        x0 = denoised(x, i)
-        if to == 0:
-            x = x0
-        elif s == math.inf:
-            x = x0 + to * x
-        else:
-            slope = (x - x0) / s
-            ahead = x + slope * (to - s)
-            x = x + (slope + (ahead - denoised(ahead, i + 1)) / to) / 2 * (to - s)
-        done(i, x, x0)
-    return x
+        states = over_sigma(x0_of, x, planned, twice=True, restart=True)
+    else:
+        states = multistep(x0_of, x, planned, eta=eta, noise=noise, correction=correction, restart=True)
+    return walk(states, planned, watch)
 
 
 @torch.no_grad()
@@ -359,15 +295,5 @@ def invert(
     if not 1 <= steps <= total:
         raise ValueError(f"inversion steps are {steps}; give 1 to the total noise level {total}")
     visited = list(range(0, total, total // steps))
-    x = wide(latents)
-    for i, now in enumerate(visited):
-        to = min(now + total // steps, total - 1)
-        t, level = (torch.full((len(x),), n, dtype=torch.int64) for n in (now, to))
-        x, x0 = invert_step(predict, x, t, level, schedule)
-        if on_step is not None:
-            on_step(StepInfo(i, len(visited), now, x, x0))
-    return x
-
-
-def wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    levels = [min(now + total // steps, total - 1) for now in visited]
+    return invert_along(predict, latents, schedule, visited, levels, on_step=on_step)

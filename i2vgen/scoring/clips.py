@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from i2vgen import pipeline
-from i2vgen.files import images, video
+from i2vgen.files import images, records, video
 from i2vgen.settings.config import Preprocess
 
 VIDEOS = (".mp4", ".gif", ".webp", ".mov", ".mkv", ".avi", ".webm", ".m4v")
@@ -136,14 +135,14 @@ def near(path: Path, name: str) -> Path:
 
 def with_record(clip: Clip) -> Clip:
     """What the JSON beside a generated clip tells of it; a JSON of anything else is passed over."""
+    record = records.read(clip.file)
+    if record is None or record.get("file") != clip.file.name:
+        return clip  # clip.mp4 and clip.gif share the name of their record
     try:
-        record = json.loads(pipeline.record_path(clip.file).read_text(encoding="utf-8"))
         settings = record["settings"]
-        if record["file"] != clip.file.name:
-            return clip  # clip.mp4 and clip.gif share the name of their record
         image, prompt = settings["image"], settings["prompt"]
         enlarge, preprocess = settings["save"]["enlarge"], Preprocess(**settings["preprocess"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError):
         return clip
     return replace(
         clip,

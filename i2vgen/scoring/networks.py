@@ -31,7 +31,7 @@ from torch import Tensor
 
 from i2vgen.files import checkpoint, images
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.settings.merge import load_config
+from i2vgen.settings.merge import first_line, load_config
 
 Network = Callable[..., Tensor]
 FVD_SIDE = 224  # what every I3D of the literature was trained on
@@ -109,7 +109,7 @@ def read_state(file: str) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
-            f"clip_checkpoint={file} cannot be read as weights: {str(error).splitlines()[0]}; give a "
+            f"clip_checkpoint={file} cannot be read as weights: {first_line(error)}; give a "
             ".safetensors file or one of torch.save with plain tensors (OpenAI's own .pt are programs: take "
             "open_clip's copy of them)"
         ) from error
@@ -167,9 +167,7 @@ def load(setting: str, spec: str, device: torch.device) -> Network:
                 warnings.simplefilter("ignore", FutureWarning)
                 network = torch.jit.load(spec, map_location=device)
         except RuntimeError as error:
-            raise ValueError(
-                f"{setting}={spec} is no TorchScript file: {str(error).strip().splitlines()[0]}"
-            ) from error
+            raise ValueError(f"{setting}={spec} is no TorchScript file: {first_line(error)}") from error
         return network.eval()
     if place.endswith(".py"):
         found = importlib.util.spec_from_file_location(Path(place).stem, place)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 from collections.abc import Sequence
 
-import torch
-
-import i2vgen
-from i2vgen.evaluation.pages import NONE, Table
+from i2vgen.files import records
+from i2vgen.files.tables import NONE, Table
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
 
@@ -98,11 +95,7 @@ def to_dict(job: Job, found: Sequence[Found]) -> dict:
         out["against"] = one_dict(found[1])
         out["differences"] = {n: {**d._asdict(), "says": verdict(n, d)} for n, d in apart.items()}
         out["unpaired"] = list(job.unpaired)
-    out["versions"] = {
-        "i2vgen": i2vgen.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }
+    out["versions"] = records.versions()
     return out
 
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from i2vgen.files import whole
 from i2vgen.jobs import Job
 from i2vgen.settings.config import MAX_SEED, Config
 
@@ -161,15 +162,11 @@ def link(clip: Path, name: Path) -> None:
     """`name` becomes the same file as `clip`, or a copy where the disk knows no links."""
     if name.exists() and os.path.samefile(clip, name):
         return
-    temporary = name.with_name(f".writing-{os.getpid()}")
-    try:
+    with whole.replacing(name) as temporary:
         try:
             os.link(clip, temporary)
         except OSError:
             shutil.copyfile(clip, temporary)
-        temporary.replace(name)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def strangers(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def load_config(
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
-        raise ValueError(_first_line(error)) from error
+        raise ValueError(first_line(error)) from error
     return dataclasses.replace(config, **texts)
 
 
@@ -129,7 +129,7 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
         try:
             parsed = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"{override!r}: the value cannot be read: {_first_line(error)}") from error
+            raise ValueError(f"{override!r}: the value cannot be read: {first_line(error)}") from error
         _set(settings, name, parsed, override)
     return settings, literals
 
@@ -145,10 +145,11 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         )
     path = folder / SETTINGS_FILE
     try:
-        stored = json.loads(path.read_text())["settings"]
+        read = json.loads(path.read_text(encoding="utf-8"))
+        stored = read["settings"]
         if not isinstance(stored, dict):
             raise TypeError(f"settings are a {type(stored).__name__}")
-        if (version := json.loads(path.read_text()).get("format")) != FORMAT:
+        if (version := read.get("format")) != FORMAT:
             raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
         return stored
     except FileNotFoundError:
@@ -257,7 +258,7 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
                 return f"{section}.{name} is {value!r}, expected {known[name]}"
-    return _first_line(error)
+    return first_line(error)
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
@@ -266,8 +267,9 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Of its message; the error's kind where there is none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:
@@ -276,8 +278,8 @@ def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: 
         values = _wrap_tuples(section, _resolve_clip(layer).get(section))
         if not isinstance(values, Mapping) or not isinstance(stored.get(section), Mapping):
             continue  # nothing to compare, or wrong in itself: merging tells
-        for name, value in _flat(values):
-            have = dict(_flat(stored[section])).get(name)
+        for name, value in flat(values):
+            have = dict(flat(stored[section])).get(name)
             if have is not None and value != have and f"{section}.{name}" not in FREE:
                 raise ValueError(
                     f"{section}.{name} is {value} in {source} but {have} in the weights {weights}; "
@@ -294,10 +296,11 @@ def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: 
             )
 
 
-def _flat(values: Mapping, prefix: str = "") -> Iterable[tuple[str, Any]]:
+def flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """{"unet": {"base_width": 320}} -> ("unet.base_width", 320); tuples become lists, as in JSON."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + str(name), list(value) if isinstance(value, tuple) else value
 

@@ -19,7 +19,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -34,9 +33,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
+from i2vgen.settings.merge import flat
 from i2vgen.training import data
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.settings import FREE, Bucket, Train, buckets
@@ -106,7 +106,7 @@ def fit(
         step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None)
     kinds = buckets(config, train)
     if rank == 0:
-        sweep(folder)
+        whole.sweep(folder, alone=True)  # nobody else may train in this folder
     writer = Log(folder, state.step) if rank == 0 else None
     part.step.train()
 
@@ -327,7 +327,7 @@ def checkpoints(folder: Path) -> list[Path]:
 def _facts(path: Path) -> dict | None:
     """What state.json says, or None if the checkpoint is not whole."""
     try:
-        facts = json.loads((path / FACTS).read_text())
+        facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         return facts if (path / STATE).stat().st_size == facts["bytes"] else None
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
         LOGGER.warning("%s is damaged and left out", path)
@@ -358,15 +358,7 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     record["negative_prompt"] = config.negative_prompt
     own = json.loads(json.dumps(dataclasses.asdict(train)))
     record["train"] = {name: value for name, value in own.items() if name not in FREE}
-    return dict(_flat(record))
-
-
-def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, object]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+    return dict(flat(record))
 
 
 def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
@@ -382,13 +374,9 @@ def _architectural(name: str) -> bool:
 
 
 def save(folder: Path, state: State, model: nn.Module, config: Config, train: Train) -> Path:
-    """Write a checkpoint under another name, then give it its own: whole or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write a checkpoint, whole or not at all; a damaged one of this step is replaced."""
     place = folder / f"checkpoint-{state.step:08d}"
-    temporary = folder / f".{place.name}.writing-{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
+    with whole.replacing_folder(place, sync=True) as temporary:
         tensors = _tensors(state, model)
         entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
         write_safetensors(temporary / STATE, entries)
@@ -399,15 +387,7 @@ def save(folder: Path, state: State, model: nn.Module, config: Config, train: Tr
             "pending": state.pending,
             "settings": settings_record(config, train),
         }
-        with (temporary / FACTS).open("w") as file:
-            json.dump(facts, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        if place.exists():
-            shutil.rmtree(place)  # a damaged one: a whole one of this step would have been resumed
-        temporary.rename(place)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        whole.write_json(temporary / FACTS, facts, indent=1)
     return place
 
 
@@ -454,13 +434,6 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what a killed run had begun to write; nobody else may train in this folder."""
-    for pattern in (".checkpoint-*.writing-*", ".weights.writing-*"):
-        for begun in folder.glob(pattern):
-            shutil.rmtree(begun)
-
-
 def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
     """OUT/weights: the part as it stands (its average), beside the parts it was trained with."""
     with averaged(part.model, state.ema):
@@ -489,9 +462,8 @@ def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
         log.board.add_image("samples", strip, state.step, dataformats="HWC")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     path = folder / "samples" / f"{state.step:08d}.png"
-    temporary = path.with_name(f".{path.name}.writing-{os.getpid()}")
-    picture.save(temporary, "PNG")
-    temporary.replace(path)
+    with whole.replacing(path) as temporary:
+        picture.save(temporary, "PNG")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -506,9 +478,7 @@ class Log:
         self.path, self.board = folder / LOG, None
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
-        temporary = folder / f".{LOG}.writing-{os.getpid()}"
-        temporary.write_text("".join(f"{line}\n" for line in kept))
-        temporary.replace(self.path)
+        whole.write_text(self.path, "".join(f"{line}\n" for line in kept))
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 

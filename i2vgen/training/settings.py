@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from i2vgen.settings.config import MAX_FRAMES, MAX_SEED, Config
-from i2vgen.settings.merge import load_config
+from i2vgen.settings.merge import first_line, load_config
 from i2vgen.world import drawing
 
 SECTION = "train"
@@ -311,7 +311,7 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
-        raise ValueError(str(error).strip().splitlines()[0]) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _float(text: str) -> float | str:

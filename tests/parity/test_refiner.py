@@ -88,7 +88,7 @@ def _symmetric(x, gain):
 def _brought_to_the_negative(patch):
     """Rescale to the unconditional prediction's deviation."""
 
-    def guided_rescaled(both, scale, *, rescale):
+    def guided_pair(both, scale, *, rescale):
         def predict(x, t):
             c, u = both(x, t).chunk(2)
             out = u + scale * (c - u)
@@ -97,7 +97,7 @@ def _brought_to_the_negative(patch):
 
         return predict
 
-    patch.setattr(refiner_flow, "guided_rescaled", guided_rescaled)
+    patch.setattr(refiner_flow, "guided_pair", guided_pair)
 
 
 def _start(form):
