@@ -26,9 +26,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import gain, pages
-from i2vgen.evaluation.gain import Plan
+from i2vgen.evaluation import pages, refiner_gain
 from i2vgen.evaluation.pages import Table
+from i2vgen.evaluation.refiner_gain import Plan
 from i2vgen.fast import runtime
 from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
 from i2vgen.settings.merge import load_config
@@ -51,19 +51,19 @@ def main() -> int:
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
-    gain.check(config)
+    refiner_gain.check(config)
     path = pages.check_file("json", Path(out)) if out else None
     picture = pages.check_file("output", Path(config.output)) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
-        found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(pages.as_text(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1))))
+        found = refiner_gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
+    print(pages.as_text(Table("", refiner_gain.HEAD, tuple(refiner_gain.rows(found)), words=(0, 1))))
     if path is not None:
         pages.write_json(found.to_dict(), path)
         print(f"\nscores in {path}")
     if picture is not None:
-        gain.strip(found, plan.sources[-1], frame=-1).save(picture)
+        refiner_gain.strip(found, plan.sources[-1], frame=-1).save(picture)
         print(f"\npicture in {picture}")
     return 0
 
