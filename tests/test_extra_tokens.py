@@ -9,7 +9,7 @@ from torch import nn
 
 from i2vgen import pipeline
 from i2vgen.adapt.extra_tokens import Beside, extra_tokens
-from i2vgen.evaluation.evaluate import Without
+from i2vgen.evaluation.evaluate import WithoutCondition
 from i2vgen.fast import speed
 from i2vgen.model.attention import Attention, Keys
 from i2vgen.model.conditioning import Unconditional, join
@@ -227,7 +227,7 @@ def test_an_ablated_condition_keeps_what_stands_beside(unet, inputs):
         unet.project_once = saving
         with extra_tokens(unet, tokens(), through=trained(unet)):
             prepared = unet.prepare(conditions, 4)
-            got = Without(unet, "local tokens", None, local).prepare(conditions, 4)
+            got = WithoutCondition(unet, "local tokens", None, local).prepare(conditions, 4)
         context = prepared.context.clone()
         context[:, local] = 0
         assert all(a.beside.k.equal(b.beside.k) for a, b in zip(got.keys, prepared.keys, strict=True))
