@@ -1,4 +1,4 @@
-"""What the scripts share: reading a command line of settings, and telling mistakes without a traceback."""
+"""Shared by the scripts: parsing command lines of settings, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; the user's mistakes and the machine's refusals become one line."""
+    """Run `main` -> exit status. User errors and lack of memory are reported in one line, with status 2."""
     warnings.showwarning = _note
     try:
         return main() or 0
@@ -23,7 +23,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 2
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
-            raise  # a bug of ours keeps its traceback
+            raise  # our own bugs keep their traceback
         sys.stderr.write("error: out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1\n")
         return 2
     except KeyboardInterrupt:
@@ -32,13 +32,15 @@ def run(main: Callable[[], int | None]) -> int:
 
 
 def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[str], set[str]]:
-    """Words of a command line -> configuration file or None, name=value overrides, flags that were given."""
+    """Command line -> configuration file or None, name=value overrides, given flags (of `flags`)."""
     file, overrides, given = None, [], set()
     for word in argv:
         if word.startswith("--"):
             if word not in flags:
                 known = ", ".join(flags)
-                raise ValueError(f"there is no option {word}; known are {known}; settings are name=value")
+                raise ValueError(
+                    f"there is no option {word}; known are {known}. Write settings as name=value"
+                )
             given.add(word)
         elif "=" in word:
             overrides.append(word)
@@ -55,7 +57,7 @@ def split(argv: Sequence[str], flags: Sequence[str]) -> tuple[str | None, list[s
 def take(
     words: Sequence[str], *, numbers: Sequence[str], texts: Sequence[str]
 ) -> tuple[dict[str, int | str], list[str]]:
-    """name=value words -> those of a script's own, by name; the rest, which are settings"""
+    """Split name=value words -> the script's own arguments by name, and the rest, which are settings."""
     own, rest = {}, []
     for word in words:
         name, _, value = word.partition("=")
@@ -78,5 +80,5 @@ def _note(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def is_setting(word: str) -> bool:
-    """`section.name=value`, as against a path or a name."""
+    """Whether a word is `section.name=value` rather than a path or a name."""
     return bool(re.fullmatch(r"[a-z_0-9.]+=.*", word, re.S))
