@@ -97,12 +97,12 @@ def test_open_clip_models_are_told_by_their_shapes(name):
     wanted = load_config(overrides=[f"clip.model={name}", "use.text=false", "use.global_tokens=false"]).clip
     with torch.device("meta"):
         state = ClipEncoders(wanted).model.state_dict()
-    told = clip.settings_from_open_clip({n: tuple(t.shape) for n, t in state.items()})
+    found = clip.settings_from_open_clip({n: tuple(t.shape) for n, t in state.items()})
     with torch.device("meta"):
-        again = ClipEncoders(told).model.state_dict()
+        again = ClipEncoders(found).model.state_dict()
     assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in state.items()}
     for part in ("vision", "text"):
-        have, want = getattr(told, part), getattr(wanted, part)
+        have, want = getattr(found, part), getattr(wanted, part)
         assert all(have[key] == want[key] for key in have if key != "mlp_ratio")
 
 
@@ -205,8 +205,8 @@ def test_a_live_clip_model_comes_in_whole():
     for part in (text, image):
         part.pop("architectures")
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=10))
-    told = clip.settings_from_transformers(*[json.loads(json.dumps(model.config.to_dict()))] * 2)
-    assert told == TINY
+    found = clip.settings_from_transformers(*[json.loads(json.dumps(model.config.to_dict()))] * 2)
+    assert found == TINY
     state, notes = clip.from_transformers({"text": model.state_dict()}, TINY)
     assert not notes
     assert torch.equal(state["text_projection"], model.text_projection.weight.t())
@@ -225,8 +225,8 @@ def test_heads_are_asked_for_where_64_cannot_be():
         clip.settings_from_open_clip(shapes(TINY))
     with pytest.raises(ValueError, match=r"width 16 has no heads of 64; give clip\.text\.heads"):
         clip.settings_from_open_clip(shapes(TINY), vision_head_width=8)
-    told = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2)
-    assert told == TINY
+    found = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2)
+    assert found == TINY
     quick = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2, quick_gelu=True)
     assert quick == dataclasses.replace(TINY, quick_gelu=True)
 
@@ -235,24 +235,24 @@ def test_heads_are_asked_for_where_64_cannot_be():
     ("change", "message"),
     [
         ({"text.token_embedding.weight": (1, 1)}, "CustomTextCLIP"),
-        ({"visual.trunk.x": (1,)}, "no plain ViT"),
+        ({"visual.trunk.x": (1,)}, "not a plain ViT"),
         ({"visual.positional_embedding": (6, 24)}, "6 rows"),
         ({"visual.proj": None}, r"visual\.proj is missing"),
     ],
 )
 def test_foreign_open_clip_models_are_refused(change, message):
-    told = {name: shape for name, shape in (shapes(TINY) | change).items() if shape}
+    found = {name: shape for name, shape in (shapes(TINY) | change).items() if shape}
     with pytest.raises(ValueError, match=message):
-        clip.settings_from_open_clip(told, vision_head_width=8, text_heads=2)
+        clip.settings_from_open_clip(found, vision_head_width=8, text_heads=2)
 
 
 @pytest.mark.parametrize(
     ("tower", "change", "message"),
     [
         (0, {"hidden_act": "gelu_new"}, "gelu_new in the text tower"),
-        (1, {"hidden_act": "quick_gelu"}, "one for both"),
+        (1, {"hidden_act": "quick_gelu"}, "the same for both"),
         (1, {"num_channels": 4}, "num_channels is 4"),
-        (0, {"num_attention_heads": 3}, r"text tower is 16, no multiple"),
+        (0, {"num_attention_heads": 3}, r"text tower is 16, not a multiple"),
     ],
 )
 def test_what_open_clip_cannot_express_is_refused(tower, change, message):

@@ -348,7 +348,7 @@ LINEAGES = {  # what tells them, and the settings that no tensor shows
 
 @pytest.mark.parametrize("name", LINEAGES)
 def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
-    use, told = LINEAGES[name]
+    use, expected = LINEAGES[name]
     shape = {"sample": dataclasses.replace(CONFIG.sample, height=80)} if name != "v1" else {}
     cfg = dataclasses.replace(CONFIG, use=use, **shape)
     state = dict(checkpoint.random_state(checkpoint.build("unet", cfg), seed=5))
@@ -362,7 +362,7 @@ def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
     assert any("never redistribute" in note for note in origin["licence"])
     stored = merge.from_dict(merge.read_stored_settings(tmp_path / "out"))
     assert stored.use == cfg.use
-    for setting, value in told.items():
+    for setting, value in expected.items():
         section, field = setting.split(".")
         assert getattr(getattr(stored, section), field) == value
     assert ("no blur" in stored.refine_suffix) == (name == "sr600")
@@ -425,4 +425,4 @@ def test_verify_runs_diffusers_as_its_file_stands(native, tmp_path, capsys):
     assert "note: the first side" not in capsys.readouterr().out
     assert run("export", native, tmp_path / "plain", "--layout", "diffusers", "--no-fold") == 0
     assert run("verify", native, tmp_path / "plain", "--reference", "diffusers") == 0
-    assert "use.concat_gain=2.0, but diffusers computes 1.0" in capsys.readouterr().out
+    assert "use.concat_gain=2.0, but diffusers uses 1.0" in capsys.readouterr().out
