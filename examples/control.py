@@ -21,7 +21,7 @@ import i2vgen
 from i2vgen.adapt.taps import controlled
 from i2vgen.files import video
 from i2vgen.model.unet import Residuals
-from i2vgen.training.beside import train_beside
+from i2vgen.training.frozen_model import train_on_frozen_model
 from i2vgen.training.settings import Train
 from i2vgen.world import drawing
 
@@ -65,7 +65,7 @@ def train(model, adapter, steps):
         return controlled(model.unet, adapter)
 
     settings = Train(steps=steps, batch=4, learning_rate=2e-3, timestep_power=2.0, text_dropout=0.5)
-    for step, loss in train_beside(model, adapter, attached, settings):
+    for step, loss in train_on_frozen_model(model, adapter, attached, settings):
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 

@@ -22,7 +22,7 @@ from torch import nn
 
 import i2vgen
 from i2vgen.adapt.extra_tokens import Beside, extra_tokens
-from i2vgen.training.beside import train_beside
+from i2vgen.training.frozen_model import train_on_frozen_model
 from i2vgen.training.settings import Train
 from i2vgen.world import drawing
 
@@ -54,7 +54,7 @@ def train(model, tokens, steps):
 
     # No captions, so only the numbers convey the motion; mostly noisy timesteps, which decide it.
     settings = Train(steps=steps, batch=4, learning_rate=1e-2, timestep_power=4.0, text_dropout=1.0)
-    for step, loss in train_beside(model, tokens, attached, settings):
+    for step, loss in train_on_frozen_model(model, tokens, attached, settings):
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 

@@ -26,8 +26,8 @@ import sys
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import gain
-from i2vgen.evaluation.gain import Plan
+from i2vgen.evaluation import refiner_gain
+from i2vgen.evaluation.refiner_gain import Plan
 from i2vgen.fast import runtime
 from i2vgen.files import whole
 from i2vgen.files.tables import Table
@@ -48,19 +48,19 @@ def main() -> int:
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
-    gain.check(config)
+    refiner_gain.check(config)
     path = cli.check_file("json", out) if out else None
     picture = cli.check_file("output", config.output) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
-        found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1)))
+        found = refiner_gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
+    print(Table("", refiner_gain.HEAD, tuple(refiner_gain.rows(found)), words=(0, 1)))
     if path is not None:
         whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")
     if picture is not None:
-        gain.strip(found, plan.sources[-1], frame=-1).save(picture)
+        refiner_gain.strip(found, plan.sources[-1], frame=-1).save(picture)
         print(f"\npicture in {picture}")
     return 0
 

@@ -47,7 +47,7 @@ def main() -> int:
     print(f"{len(todo)} clips, of which {len(todo) - len(left)} are done")
     if left:
         make(config, left)
-    folder = vbench.lay_out(samples, Path(config.output))
+    folder = vbench.link_samples(samples, Path(config.output))
     there = sum((folder / sample.name).exists() for sample in samples)
     print(f"{there} of {len(samples)} samples in {folder}; the benchmark's call for each dimension:")
     print(f"python evaluate_i2v.py --videos_path {folder} --ratio {ratio} --dimension NAME")
@@ -71,7 +71,7 @@ def plan(own: dict, config: Config) -> tuple[list[vbench.Sample], str]:
         own["images"], config.sample.width, config.sample.height, own.get("ratio", "")
     )
     output = Path(config.output)
-    if odd := vbench.strangers(output / "videos"):
+    if odd := vbench.other_files(output / "videos"):
         raise ValueError(
             f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark assumes one "
             "file extension for the whole folder: move it away"
