@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from i2vgen.files.safefile import DTYPES, METADATA
 from weights_conversion.mapped import (
     DAMAGED,
     MAX_AXES,
     MAX_HEADER,
-    Lazy,
-    Place,
+    Aligned,
     TensorFile,
     are_counts,
     fits,
@@ -41,13 +41,19 @@ def open_safetensors(path: Path, buffer: mmap.mmap) -> TensorFile:
         raise ValueError(f"{path} has metadata that is not text; {DAMAGED}")
     spans = {name: _span(path, name, told) for name, told in header.items()}
     _check_cover(path, spans, size - 8 - length)
-    places = {
-        name: Place(8 + length + begin, end - begin, dtype, shape)
-        for name, (begin, end, dtype, shape) in spans.items()
-    }
-    if not places:
+    if not spans:
         raise ValueError(f"{path} is a safetensors file without any tensor")
-    return TensorFile(path, "safetensors", Lazy(buffer, places), {}, metadata, (), buffer)
+    tensors = {name: _view(buffer, 8 + length, *span) for name, span in spans.items()}
+    return TensorFile(path, "safetensors", Aligned(tensors), {}, metadata)
+
+
+def _view(
+    buffer: mmap.mmap, start: int, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    count = (end - begin) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin).reshape(shape)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:

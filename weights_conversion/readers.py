@@ -3,17 +3,19 @@
     open_file      one safetensors or torch file, recognised by its content
     open_sharded   several of them, bound together by an index with a `weight_map`
 
-Tensors are views into the mapped file: reading a 6 GB file takes no memory of ours. Behind the doors:
+Tensors are views into the mapped file: opening a 6 GB file takes no memory. The exception are torch files
+from before 2020, which are read into memory.
 
     read_safetensors   checks a safetensors header
-    read_torch         finds the state dict and its numbers in a torch file
-    read_pickle        runs a torch file's pickle, and knows only the words that describe tensors
+    read_torch         reads a torch file with torch.load and finds the state dict in it
+    read_pickle        inspects its pickle first
     mapped             what all of them share
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +38,7 @@ from weights_conversion.mapped import (
     shown,
     without_repeats,
 )
-from weights_conversion.read_pickle import first_global, is_pickle
+from weights_conversion.read_pickle import MAX_PICKLE, find_refused, is_pickle
 from weights_conversion.read_safetensors import open_safetensors
 from weights_conversion.read_torch import open_legacy, open_zip
 
@@ -93,7 +95,7 @@ def open_file(
     elif buffer[8:9] == b"{":
         file = open_safetensors(path, buffer)
     elif buffer[:1] == b"\x80":
-        file = open_legacy(path, buffer)
+        file = open_legacy(path, buffer, inert)
     else:
         raise ValueError(f"{path} {_describe_unknown(buffer)}")
     if check:
@@ -178,8 +180,9 @@ def _recognise(buffer: mmap.mmap) -> str | None:
 
 def _describe_unknown(buffer: mmap.mmap) -> str:
     start = buffer[:4096]
-    if is_pickle(buffer) and (name := first_global(buffer)) is not None:
-        return f"is a plain pickle: this file would run {name} when loaded; refused"
+    pickled = buffer[:MAX_PICKLE]
+    if is_pickle(pickled) and (name := find_refused(io.BytesIO(pickled), ())) is not None:
+        return f"is a plain pickle: this file would run {shown(name)} when loaded; refused"
     if _is_text(start):
         if start.lstrip()[:1] in (b"{", b"["):
             index = buffer.find(b'"weight_map"') >= 0
