@@ -740,6 +740,53 @@ def test_mutated_pickles_give_messages_only(tmp_path):
     assert opened > 10
 
 
+def _trained(tensors):
+    return {
+        "state_dict": OrderedDict(tensors),
+        "args": argparse.Namespace(best=np.float64(2)),
+        "seen": collections.defaultdict(list, a=[1]),
+        "optimizer": {"state": {0: {"m": torch.ones(3)}}, "groups": [{"betas": (0.9, 0.99)}]},
+    }
+
+
+@pytest.mark.parametrize("content", ["plain", "trained", "nested"])
+@pytest.mark.parametrize("kind", ["zip", "old", "safetensors"])
+def test_mutated_files_open_or_are_refused(tmp_path, content, kind):
+    tensors = {"a": torch.randn(8, 4), "t": torch.randn(4, 3).T, "h": torch.randn(6).half()}
+    path = tmp_path / "file"
+    if kind == "safetensors":
+        save_file({k: t.contiguous() for k, t in tensors.items()}, path, metadata={"content": content})
+    else:
+        wrapped = {"plain": tensors, "trained": _trained(tensors), "nested": {"model": {"module": tensors}}}
+        torch.save(wrapped[content], path, _use_new_zipfile_serialization=kind == "zip")
+    raw, chance, opened = path.read_bytes(), random.Random(3), 0
+    front = len(raw) if kind == "zip" else min(len(raw), 600)
+    for _ in range(200):
+        changed = bytearray(raw)
+        for _ in range(chance.choice([1, 1, 2, 4])):
+            at, length = chance.randrange(front), chance.randrange(64)
+            way = chance.choice(["flip", "flip", "byte", "cut", "repeat", "move"])
+            if way == "flip":
+                changed[at : at + 1] = bytes(b ^ (1 << chance.randrange(8)) for b in changed[at : at + 1])
+            elif way == "byte":
+                changed[at : at + 1] = chance.choice(
+                    [b"(", b".", b"R", b"t", b"u", b"h", b"c", b"\x86", b"\xff"]
+                )
+            elif way == "cut":
+                del changed[at:]
+            elif way == "repeat":
+                changed[at:at] = changed[at : at + length]
+            else:
+                other = chance.randrange(len(raw))
+                changed[at : at + length] = raw[other : other + length]
+        path.write_bytes(changed)
+        start = time.monotonic()
+        told, _ = attempt(path)
+        assert time.monotonic() - start < 2 and (told is None or str(path) in told)
+        opened += told is None
+    assert 0 < opened < 100
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [

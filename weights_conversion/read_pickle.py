@@ -42,7 +42,9 @@ REBUILD = {
 }
 VALUES = {"torch.Size", "torch.device"}
 TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter", *map(str, DTYPES.values()), "torch.complex128"}
-WORDS = REBUILD | VALUES | TYPES | {"collections.OrderedDict"}
+KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble"
+STORAGES = {f"{module}.{kind}Storage" for module in ("torch", "torch.cuda") for kind in KINDS.split()}
+WORDS = REBUILD | VALUES | TYPES | STORAGES | {"torch.storage.UntypedStorage", "collections.OrderedDict"}
 
 # Classes found in checkpoints beside the tensors: packages (all of their names), then single names.
 INERT_PACKAGES = (
@@ -105,7 +107,7 @@ def find_refused(stream: BinaryIO, inert: tuple[str, ...]) -> str | None:
     """The first name in one pickle that is neither a word of tensors nor inert, as the pickle spells it."""
     for module, name in _names(stream):
         word = _word(module, name)
-        if not _is_word(word) and not _is_inert(word, inert):
+        if word not in WORDS and not _is_inert(word, inert):
             return f"{module}.{name}"
     return None
 
@@ -135,10 +137,6 @@ def _names(stream: BinaryIO) -> Iterator[tuple[str, str]]:
 def _word(module: str, name: str) -> str:
     """The dotted name that torch.load looks up; Python 2 names are translated as it translates them."""
     return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
-
-
-def _is_word(word: str) -> bool:
-    return word in WORDS or (word.startswith("torch.") and word.endswith("Storage"))
 
 
 def _is_inert(word: str, inert: tuple[str, ...]) -> bool:
@@ -218,7 +216,7 @@ def outline(stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
             elif code == "BINPERSID":
                 stack.append(_storage(found, *parts))
             elif code in ("REDUCE", "NEWOBJ"):
-                stack.append(_called(*parts, new=code == "NEWOBJ", inert=inert))
+                stack.append(_called(*parts, new=code == "NEWOBJ"))
             elif code != "BUILD":
                 _fill(found, stack[-1], "list" if code.startswith("APPEND") else "dict", parts)
             elif stack[-1].kind not in ("dict", "object"):
@@ -231,7 +229,7 @@ def outline(stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
 def _pushed(found: Outline, kind: str, arg: Any, inert: tuple[str, ...]) -> _Object:
     if kind == "name":
         arg = _word(*arg.split(" ", 1))
-        if not _is_word(arg):
+        if arg not in WORDS:
             if not _is_inert(arg, inert):
                 raise ValueError(f"it names {arg}")
             found.stood_for.setdefault(arg, "object")
@@ -253,11 +251,11 @@ def _storage(found: Outline, token: _Object) -> _Object:
     return _Object("storage")
 
 
-def _called(callee: _Object, args: _Object, *, new: bool, inert: tuple[str, ...]) -> _Object:
-    name = callee.value if callee.kind == "name" else ""
-    if args.kind != "tuple":
-        raise ValueError("a call whose arguments are no tuple")
-    if _is_inert(name, inert):
+def _called(callee: _Object, args: _Object, *, new: bool) -> _Object:
+    if callee.kind != "name" or args.kind != "tuple":
+        raise ValueError(f"it calls a {callee.kind} with a {args.kind}")
+    name = callee.value
+    if name not in WORDS:  # so it is inert
         if name == "_codecs.encode" and [part.value for part in args.value[1:]] not in LATIN:
             raise ValueError("bytes in an encoding other than latin1")
         return _Object("object", name, [args])
@@ -270,7 +268,7 @@ def _called(callee: _Object, args: _Object, *, new: bool, inert: tuple[str, ...]
         return _Object("dict", None, [args])
     if name in VALUES and not new:
         return _Object("value")
-    raise ValueError(f"it calls {name or 'something without a name'}")
+    raise ValueError(f"it calls {name}")
 
 
 def _fill(found: Outline, target: _Object, kind: str, parts: Sequence[_Object]) -> None:
