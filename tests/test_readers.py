@@ -28,7 +28,6 @@ from safetensors.torch import save_file
 from weights_conversion import readers
 from weights_conversion.inspect_file import describe
 from weights_conversion.read_pickle import MAX_PICKLE
-from weights_conversion.read_torch import LEGACY_MAGIC
 from weights_conversion.readers import LEFT_OUT, WRAPPER, find_nonfinite, open_file, open_sharded, sha256
 
 
@@ -551,7 +550,7 @@ BOMBS = {
 def test_pickles_that_would_hang_torch_or_fill_memory(tmp_path, name, old):
     path, data = tmp_path / "f", b"\x80\x02" + BOMBS[name] + b"."
     if old:
-        head = b"".join(pickle.dumps(x, 2) for x in (LEGACY_MAGIC, 1001, {}))
+        head = b"".join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
         path.write_bytes(head + data + pickle.dumps(["0"], 2) + struct.pack("<Q", 4) + bytes(16))
     else:
         with_pickle(path, data)
@@ -818,7 +817,7 @@ def test_tensors_must_lie_within_their_storage(tmp_path, call, words):
 def test_archives_must_be_as_torch_makes_them(tmp_path):
     path = tmp_path / "f"
     with_pickle(path, good_pickle(), tensors=0)
-    with pytest.raises(ValueError, match=r"lacks its entry archive/data/0, a tensor's numbers"):
+    with pytest.raises(ValueError, match="failed locating file data/0"):
         open_file(path)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", good_pickle())
@@ -1108,7 +1107,6 @@ from i2vgen.files.safefile import (Entry, write_safetensors)
 from weights_conversion import readers
 from weights_conversion.inspect_file import describe
 from weights_conversion.read_pickle import MAX_PICKLE
-from weights_conversion.read_torch import LEGACY_MAGIC
 
 def anonymous():
     return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) << 10

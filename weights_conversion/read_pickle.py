@@ -27,8 +27,8 @@ from i2vgen.files.safefile import DTYPES
 MAX_PICKLE = 16 << 20  # bytes; the official UNet's pickle has 0.2 MiB
 MAX_OPCODES = 1_000_000
 MAX_WAITING = 100_000  # objects on the stack: a tuple's, or a thousand entries of a dict at a time
-MAX_RECALLED = 10_000_000  # objects that shared parts add if each use were written out in full
-MAX_DEPTH = 400  # Python's own pickler cannot nest much deeper
+MAX_REPEATED = 1_000_000  # objects that shared parts would add if they were written out at each use
+MAX_DEPTH = 200
 
 # What the pickle of a torch file needs to describe dense tensors.
 FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
@@ -48,19 +48,9 @@ WORDS = REBUILD | VALUES | TYPES | STORAGES | {"torch.storage.UntypedStorage", "
 
 # Classes found in checkpoints beside the tensors: packages (all of their names), then single names.
 INERT_PACKAGES = (
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "torchmetrics",
-    "omegaconf",
-    "easydict",
-    "ldm",
-    "open_clip",
-    "transformers",
-    "diffusers",
-    "torch.optim",
-)
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
+    "easydict", "ldm", "open_clip", "transformers", "diffusers", "torch.optim",
+)  # fmt: skip
 INERT = {
     f"{module}.{name}"
     for module, names in {
@@ -95,8 +85,8 @@ TAKES = {
 
 # What a malformed pickle makes pickletools, `outline` and torch raise.
 UNPICKLING_ERRORS = (
-    pickle.UnpicklingError, EOFError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-    MemoryError, RecursionError, ValueError, RuntimeError, AssertionError, struct.error,
+    pickle.UnpicklingError, struct.error, ArithmeticError, AssertionError, AttributeError, EOFError,
+    LookupError, MemoryError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 
@@ -186,7 +176,7 @@ def outline(stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
     stack: list[_Object] = []
     marked: list[list[_Object]] = []
     memo: dict[int, _Object] = {}
-    recalled = 0
+    repeated = 0
     for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         code = opcode.name
         if count > MAX_OPCODES or len(stack) > MAX_WAITING or len(marked) > MAX_DEPTH:
@@ -201,8 +191,8 @@ def outline(stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
         elif code in ("BINGET", "LONG_BINGET"):
             stack.append(memo[arg])
             stack[-1].shared = True
-            recalled += stack[-1].size
-            if recalled > MAX_RECALLED:
+            repeated += stack[-1].size - 1
+            if repeated > MAX_REPEATED:
                 raise ValueError("it repeats its own parts too often")
         elif code in PUSHES:
             stack.append(_pushed(found, PUSHES[code], arg, inert))
@@ -289,9 +279,6 @@ class Inert:
 
     word = "?"
 
-    def __new__(cls, *args: Any):
-        return super().__new__(cls)
-
     def __init__(self, *args: Any):
         pass
 
@@ -299,20 +286,17 @@ class Inert:
         pass
 
 
-class _InertList:
-    def __new__(cls, *args: Any):
-        return []
-
-
-class _InertDict:
-    def __new__(cls, *args: Any):
-        return OrderedDict()  # torch.load sets attributes of no other dict
+# What an inert class becomes whose objects the pickle fills: torch.load fills no others than these.
+FILLED = {
+    "object": {},
+    "list": {"__new__": lambda cls, *args: []},
+    "dict": {"__new__": lambda cls, *args: OrderedDict()},
+}
 
 
 def stand_ins(found: Outline) -> list[tuple[type, str]]:
-    """For torch.serialization.safe_globals; what the pickle fills becomes a plain list or dict."""
-    made = {"list": _InertList, "dict": _InertDict}
+    """The lifeless classes, for torch.serialization.safe_globals."""
     return [
-        (made.get(kind) or type("Inert", (Inert,), {"word": word}), word)
+        (type("Inert", (Inert,), {"word": word, **FILLED[kind]}), word)
         for word, kind in found.stood_for.items()
     ]

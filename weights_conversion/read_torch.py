@@ -8,17 +8,16 @@ Both end in `_unwrap`, which looks for the state dict under the keys that traini
 
 from __future__ import annotations
 
-import contextlib
 import io
 import mmap
-import pickletools
 import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
@@ -50,8 +49,9 @@ from weights_conversion.read_pickle import (
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
 MAX_WRAPPERS = 3  # inside each other
 MAX_PROTOCOL = 3
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a torch file from before the zip format
-LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
+# The format from before the zip begins with pickles of this number, version, system, content, storages' keys.
+LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
+LEGACY_PICKLES = 5
 
 
 # --- the zip format
@@ -60,12 +60,7 @@ LEGACY_PICKLES = 5  # magic, version, system, content, keys of the storages
 def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
     """The tensors of a torch file as views into the mapped file, and the archive's entries that hold them."""
     entries, root, pickled = _read_archive(path, buffer)
-    _refuse_protocol(path, pickled)
-    _refuse_names(path, io.BytesIO(pickled), inert)
-    found = _outline(path, io.BytesIO(pickled), inert)
-    for key in found.storages:
-        if f"{root}data/{key}" not in entries:
-            raise ValueError(f"{path} lacks its entry {root}data/{shown(key)}, a tensor's numbers; {DAMAGED}")
+    (found,) = _inspect(path, pickled, inert)
     storages: list[UntypedStorage] = []
 
     def keep(storage: UntypedStorage, _: str) -> UntypedStorage:
@@ -73,12 +68,21 @@ def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFil
         return storage
 
     content = _load(path, found, keep, mapped=True)
-    holders = _holders(path, found, entries, root, [s for s in storages if s.nbytes()])
+    holders: dict[int, zipfile.ZipInfo] = {}  # by the address of their numbers
+    keys = [key for key, count in found.storages.items() if count]
+    for key, storage in zip_longest(keys, (s for s in storages if s.nbytes())):
+        entry = entries.get(f"{root}data/{key}")
+        size = entry.file_size if entry else 0
+        if storage is None or storage.nbytes() != size:
+            raise ValueError(
+                f"{path}: its entry data/{shown(key)} has {size} bytes where {found.storages.get(key, 0)} "
+                f"numbers are described; {DAMAGED}"
+            )
+        holders[storage.data_ptr()] = entry
     tensors, extra = _unwrap(path, content, len(buffer))
-    numbers = {name: tensor for name, tensor in tensors.items() if tensor.numel()}
-    if not all(t.untyped_storage().data_ptr() in holders for t in numbers.values()):
+    held = {name: holders.get(t.untyped_storage().data_ptr()) for name, t in tensors.items() if t.numel()}
+    if None in held.values():
         raise ValueError(f"{path} has a tensor whose numbers are not in the file; {DAMAGED}")
-    held = {name: holders[t.untyped_storage().data_ptr()] for name, t in numbers.items()}
     return TensorFile(path, "torch", Aligned(tensors), extra, {}, (), held)
 
 
@@ -134,8 +138,6 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, *, is_data: bool) -> None:
     where = f"{path}: its entry {shown(entry.filename)}"
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
         raise ValueError(f"{where} is compressed, which torch never does; pack it again without compression")
-    if entry.flag_bits & 1:
-        raise ValueError(f"{where} is encrypted; {SAVE_ANEW}")
     if entry.orig_filename != entry.filename:
         raise ValueError(f"{where} has an impossible name; {DAMAGED}")
     if entry.file_size > MAX_PICKLE and not is_data:
@@ -144,45 +146,17 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, *, is_data: bool) -> None:
         entry.CRC = None  # torch can be told to leave the checksum out; zipfile then compares nothing
 
 
-def _holders(
-    path: Path,
-    found: Outline,
-    entries: Mapping[str, zipfile.ZipInfo],
-    root: str,
-    storages: list[UntypedStorage],
-) -> dict[int, zipfile.ZipInfo]:
-    """Address of each storage in memory -> the entry that holds its numbers."""
-    keys = [key for key, count in found.storages.items() if count]
-    if len(storages) != len(keys):
-        raise ValueError(f"{path} describes tensors that lie beyond its end; {DAMAGED}")
-    holders = {}
-    for key, storage in zip(keys, storages, strict=True):
-        entry = entries[f"{root}data/{key}"]
-        if entry.file_size != storage.nbytes():
-            raise ValueError(
-                f"{path}: its entry {shown(entry.filename)} has {entry.file_size} bytes where "
-                f"{found.storages[key]} numbers are described; {DAMAGED}"
-            )
-        holders[storage.data_ptr()] = entry
-    return holders
-
-
 # --- the format before the zip
 
 
 def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
     """The tensors of an old torch file, read into memory: it says nowhere where they lie."""
     start = buffer[:MAX_PICKLE]
-    if not _has_legacy_magic(start):
+    if LEGACY_MAGIC not in start[:64]:
         name = find_refused(io.BytesIO(start), inert)
         runs = f": this file would run {shown(name)} when loaded; refused" if name else "; refused"
         raise ValueError(f"{path} is a plain pickle, not a torch file{runs}; {SAVE_ANEW}")
-    _refuse_protocol(path, start)
-    stream = io.BytesIO(start)
-    for _ in range(LEGACY_PICKLES):
-        _refuse_names(path, stream, inert)
-    stream.seek(0)
-    *_, found, keys = [_outline(path, stream, inert) for _ in range(LEGACY_PICKLES)]
+    *_, found, keys = _inspect(path, start, inert, LEGACY_PICKLES)
     if set(found.storages) != keys.texts:
         raise ValueError(f"{path} lists other storages than its tensors use; {DAMAGED}")
     if sum(found.storages.values()) > len(buffer):
@@ -192,17 +166,27 @@ def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> Tensor
     return TensorFile(path, "torch", tensors, extra, {})
 
 
-def _has_legacy_magic(start: bytes) -> bool:
-    with contextlib.suppress(*UNPICKLING_ERRORS):
-        return any(arg == LEGACY_MAGIC for _, arg, _ in pickletools.genops(start[:64]))
-    return False
-
-
 # --- both
 
 
-def _refuse_names(path: Path, stream: BinaryIO, inert: tuple[str, ...]) -> None:
-    name = find_refused(stream, inert)
+def _inspect(path: Path, data: bytes, inert: tuple[str, ...], pickles: int = 1) -> list[Outline]:
+    """What the pickles at the start of `data` describe. ValueError if torch.load should not see one."""
+    if data[:1] == b"\x80" and data[1] > MAX_PROTOCOL:
+        raise ValueError(
+            f"{path} was saved with pickle protocol {data[1]}; torch.load(weights_only=True) reads up to "
+            f"{MAX_PROTOCOL}, and torch.save writes 2 unless told otherwise; {SAVE_ANEW}"
+        )
+    stream = io.BytesIO(data)
+    for _ in range(pickles):
+        _refuse(path, find_refused(stream, inert))
+    stream.seek(0)
+    try:
+        return [outline(stream, inert) for _ in range(pickles)]
+    except UNPICKLING_ERRORS as error:
+        raise _broken(path, error) from error
+
+
+def _refuse(path: Path, name: str | None) -> None:
     if name is None:
         return
     if name.startswith(("torch._utils.", "torch._tensor.")):
@@ -216,21 +200,6 @@ def _refuse_names(path: Path, stream: BinaryIO, inert: tuple[str, ...]) -> None:
     )
 
 
-def _refuse_protocol(path: Path, start: bytes) -> None:
-    if start[:1] == b"\x80" and start[1] > MAX_PROTOCOL:
-        raise ValueError(
-            f"{path} was saved with pickle protocol {start[1]}; torch.load(weights_only=True) reads up to "
-            f"{MAX_PROTOCOL}, and torch.save writes 2 unless told otherwise; {SAVE_ANEW}"
-        )
-
-
-def _outline(path: Path, stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
-    try:
-        return outline(stream, inert)
-    except UNPICKLING_ERRORS as error:
-        raise _broken(path, error) from error
-
-
 def _load(
     path: Path, found: Outline, place: str | Callable[[UntypedStorage, str], UntypedStorage], *, mapped: bool
 ) -> Any:
@@ -238,24 +207,16 @@ def _load(
         with (
             torch.serialization.safe_globals(stand_ins(found)),
             warnings.catch_warnings(),
-            _as_torch_file(path) as source,
+            tempfile.TemporaryDirectory() as folder,
         ):
             warnings.simplefilter("ignore")
+            source = path
+            if path.suffix == ".safetensors":  # torch.load goes by this ending, we by the content
+                source = Path(folder) / "file.pth"
+                source.symlink_to(path.resolve())
             return torch.load(source, map_location=place, weights_only=True, mmap=mapped)
     except UNPICKLING_ERRORS as error:
         raise _broken(path, error) from error
-
-
-@contextlib.contextmanager
-def _as_torch_file(path: Path) -> Iterator[Path]:
-    """The path, under a name by which torch.load does not take the file for a safetensors file."""
-    if path.suffix != ".safetensors":
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "file.pth"
-        link.symlink_to(path.resolve())
-        yield link
 
 
 def _broken(path: Path, error: BaseException) -> ValueError:
@@ -267,11 +228,11 @@ def _broken(path: Path, error: BaseException) -> ValueError:
 # --- what a torch file holds
 
 
-def _plain(content: Any, depth: int = MAX_WRAPPERS) -> Any:
-    """Real dicts in place of torch's OrderedDicts, whose methods a pickle can replace."""
+def _plain(content: Any) -> Any:
+    """Real dicts in place of OrderedDicts, whose methods a pickle can replace."""
     if not isinstance(content, dict):
         return content
-    return {key: _plain(value, depth - 1) if depth else value for key, value in dict.items(content)}
+    return {key: _plain(value) for key, value in dict.items(content)}
 
 
 def _unwrap(path: Path, content: Any, file_size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -319,17 +280,10 @@ def _wrapper_key(path: Path, content: Any) -> str | None:
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether it is a dict with a tensor at any depth. Each dict is seen once, even where they form rings."""
-    seen: set[int] = set()
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, dict) and id(value) not in seen:
-            seen.add(id(value))
-            if any(isinstance(v, Tensor) for v in dict.values(value)):
-                return True
-            waiting.extend(dict.values(value))
-    return False
+    """Whether it is a dict with a tensor at any depth."""
+    if not isinstance(value, dict):
+        return False
+    return any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
 
 
 def _names(keys: Iterable[Any]) -> str:

@@ -3,8 +3,8 @@
     open_file      one safetensors or torch file, recognised by its content
     open_sharded   several of them, bound together by an index with a `weight_map`
 
-Tensors are views into the mapped file: opening a 6 GB file takes no memory. The exception are torch files
-from before 2020, which are read into memory.
+Tensors are views into the mapped file: opening a 6 GB file takes no memory. The exception is torch's format
+from before 2020, which is read into memory.
 
     read_safetensors   checks a safetensors header
     read_torch         reads a torch file with torch.load and finds the state dict in it
