@@ -610,7 +610,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:d3921e\nsize 5682
         (zip_bytes(**{"w.npy": "x"}), "npz"),
         (zip_bytes(x__data="", **{"x__data.pkl": b"N.", "x__constants.pkl": b"N."}), "TorchScript"),
         (zip_bytes(), "empty zip"),
-        (bytes(range(200, 256)), "is no torch or safetensors file; it begins with the bytes c8 c9"),
+        (bytes(range(200, 256)), "is not a torch or safetensors file; it begins with the bytes c8 c9"),
         (pickle.dumps({"a": 1}), "plain pickle, not a torch file"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # bytes of an archive hold the time
@@ -628,7 +628,7 @@ def test_places_without_a_file(tmp_path):
     with pytest.raises(ValueError, match="is a folder"):
         open_file(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no ordinary file"):
+    with pytest.raises(ValueError, match="not a regular file"):
         open_file(tmp_path / "pipe")
 
 
@@ -640,7 +640,7 @@ def test_places_without_a_file(tmp_path):
         ([torch.ones(2)], "holds a list"),
         ({}, "holds no tensors, only an empty dict"),
         ({"step": 3, "lr": 0.1}, "holds no tensors, only step, lr"),
-        ({0: torch.ones(2)}, "names are no text"),
+        ({0: torch.ones(2)}, "names are not text"),
         ({"unet": {"w": torch.ones(2)}, "vae": {"w": torch.ones(2)}}, r"in groups \(unet, vae\)"),
         ({"state_dict": {"w": torch.ones(2)}, "model": {"w": torch.ones(2)}}, "several sets of tensors"),
     ],
@@ -896,16 +896,19 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": F32 | {"more": 1}}, "should have dtype, shape and data_offsets"),
         ({"a": 3}, "should have dtype, shape and data_offsets"),
         ({"a": F32, "b": F32}, "b overlaps the tensor before it"),
-        ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}}, "4 bytes before a are of no tensor"),
+        (
+            {"a": {"dtype": "U8", "shape": [4], "data_offsets": [4, 8]}},
+            "4 bytes before a belong to no tensor",
+        ),
         ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}}, "4 bytes after its last tensor"),
         ({"a": F32, "__metadata__": {"x": 3}}, "metadata that is not text"),
         ({"a": F32, "__metadata__": []}, "metadata that is not text"),
         (
             b'{"a":' + json.dumps(F32).encode() + b',"a":' + json.dumps(F32).encode() + b"}",
-            "the name a comes twice",
+            "the name a appears twice",
         ),
-        (b'{"a": {"dtype":"F32","dtype":"F32"}}', "the name dtype comes twice"),
-        (b'{"a": ' + b"[" * 100000, "nests without end|broken safetensors header"),
+        (b'{"a": {"dtype":"F32","dtype":"F32"}}', "the name dtype appears twice"),
+        (b'{"a": ' + b"[" * 100000, "nests too deeply|broken safetensors header"),
         (b'{"a": ' + b"9" * 5000 + b"}", "broken safetensors header"),
         (b'{"a": \xff}', "broken safetensors header"),
         (b"{", "broken safetensors header"),
@@ -1034,7 +1037,7 @@ def test_a_tensor_in_two_shards(sharded):
 )
 def test_a_broken_index(tmp_path, text):
     (tmp_path / "i.index.json").write_bytes(text.encode("latin1"))
-    with pytest.raises(ValueError, match="is no index of shards"):
+    with pytest.raises(ValueError, match="is not an index of shards"):
         open_sharded(tmp_path / "i.index.json")
     with pytest.raises(ValueError, match="there is no file"):
         open_sharded(tmp_path / "other")

@@ -1,4 +1,4 @@
-"""What the readers of foreign weights share: the opened file, its tensors, checksums, words for messages.
+"""What the readers share: the opened file, its tensors and checksums, and parts of messages.
 
 It imports none of the readers.
 """
@@ -22,7 +22,7 @@ Format = Literal["safetensors", "torch"]
 
 MAX_HEADER = 32 << 20  # bytes; real headers stay under one MiB
 MAX_AXES = 64
-CHUNK = 1 << 22  # bytes hashed, or elements examined, at a time
+CHUNK = 1 << 20  # bytes read, or elements examined, at a time
 DAMAGED = "it is damaged or was not fully downloaded; download it again"
 SAVE_ANEW = "load it where you trust it and save its state dict as safetensors"
 
@@ -36,7 +36,7 @@ ZIP_ERRORS = (
 
 
 class Aligned(Mapping):
-    """name -> tensor. torch expects numbers at multiples of their size: others are copied at each access."""
+    """name -> tensor. torch expects aligned memory; a tensor that is not aligned is copied at each access."""
 
     def __init__(self, tensors: Mapping[str, Tensor]):
         self._tensors = dict(tensors)
@@ -57,12 +57,12 @@ class Aligned(Mapping):
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A weights file: its tensors by name, and what stood beside them.
+    """A weights file: its tensors by name, and what the file holds beside them.
 
-    `tensors[name]` costs no memory; its shape and dtype are known without reading any data. `extra` has the
-    plain numbers and texts beside the tensors (`step`), and, where they apply, under WRAPPER the keys that
-    led to the state dict and under LEFT_OUT the names of everything else that was not taken. `parts` are the
-    files of a sharded checkpoint.
+    `tensors[name]` takes no memory (unless the file is older than torch's zip format), and its shape and
+    dtype are known without reading data. `extra` holds the plain numbers and strings beside the tensors
+    (`step`) and, where they apply, the keys that led to the state dict (under WRAPPER) and the names of
+    everything that was left out (under LEFT_OUT). `parts` are the files of a sharded checkpoint.
     """
 
     path: Path
@@ -97,11 +97,11 @@ class TensorFile:
 def opened(path: Path) -> io.FileIO:
     """The file, open for reading. ValueError says why it cannot be."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; a weights file is wanted here")
+        raise ValueError(f"{path} is a folder; a weights file is expected")
     if not path.exists():
         raise ValueError(f"there is no file {path}; check the path")
     if not path.is_file():
-        raise ValueError(f"{path} is no ordinary file (a pipe or a device); save it to disk first")
+        raise ValueError(f"{path} is not a regular file (a pipe or a device); save it to disk first")
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
@@ -141,11 +141,11 @@ def shown(text: object) -> str:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object in which no name comes twice."""
+    """For json.loads: an object in which no name appears twice."""
     result = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the name {shown(key)} comes twice")
+            raise ValueError(f"the name {shown(key)} appears twice")
         result[key] = value
     return result
 

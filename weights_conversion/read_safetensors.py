@@ -1,4 +1,7 @@
-"""Read a safetensors file: its header is believed only once it accounts for every byte of the file."""
+"""Read a safetensors file, after checking that its header accounts for every byte of the file.
+
+The safetensors package would read it too; the checks here say in plain words what is wrong with which tensor.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,7 @@ def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except RecursionError as error:
-        raise ValueError(f"{path} has a header that nests without end; {DAMAGED}") from error
+        raise ValueError(f"{path} has a header that nests too deeply; {DAMAGED}") from error
     except ValueError as error:  # no JSON, no UTF-8, a name twice, a number of thousands of digits
         raise ValueError(f"{path} has a broken safetensors header ({shown(error)}); {DAMAGED}") from error
     if not isinstance(header, dict):
@@ -97,7 +100,9 @@ def _check_cover(path: Path, spans: Mapping[str, tuple], size: int) -> None:
         if begin < at:
             raise ValueError(f"{path}: {shown(name)} overlaps the tensor before it; {DAMAGED}")
         if begin > at:
-            raise ValueError(f"{path}: {begin - at} bytes before {shown(name)} are of no tensor; {DAMAGED}")
+            raise ValueError(
+                f"{path}: {begin - at} bytes before {shown(name)} belong to no tensor; {DAMAGED}"
+            )
         at = end
     if at > size:
         raise ValueError(f"{path} has {size} bytes of data and its header describes {at}; {DAMAGED}")

@@ -316,5 +316,5 @@ def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no tensors, only {_names(content) or 'an empty dict'}; {SAVE_ANEW}")
     if not all(isinstance(key, str) for key in tensors):
-        raise ValueError(f"{path} has tensors whose names are no text ({_names(tensors)}); {SAVE_ANEW}")
+        raise ValueError(f"{path} has tensors whose names are not text ({_names(tensors)}); {SAVE_ANEW}")
     return tensors

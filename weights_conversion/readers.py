@@ -1,4 +1,4 @@
-"""Open foreign weight files: the only door to them. Nothing in a file is ever executed or imported.
+"""Open weights files from elsewhere. Nothing in a file is ever executed or imported.
 
     open_file      one safetensors or torch file, recognised by its content
     open_sharded   several of them, bound together by an index with a `weight_map`
@@ -71,7 +71,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, TensorFlow); only torch and safetensors files are read"),
     (b"\x93NUMPY", "is a single numpy array without a name; only torch and safetensors files are read"),
     (b"GGUF", "is a GGUF file; only torch and safetensors files are read"),
-    (b"model_checkpoint_path:", "is of a TensorFlow checkpoint; only torch and safetensors files are read"),
+    (b"model_checkpoint_path:", "is a TensorFlow checkpoint's; only torch and safetensors files are read"),
 )  # fmt: skip
 TENSORFLOW_FOOTER = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
@@ -79,12 +79,11 @@ TENSORFLOW_FOOTER = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 def open_file(
     path: str | Path, *, check: bool = True, inert: tuple[str, ...] = (), on_bytes: OnBytes | None = None
 ) -> TensorFile:
-    """Open one weights file, whatever it is called. ValueError, with the likely reason, if it is not one.
+    """Open one weights file, whatever its name. ValueError, with the likely reason, if it is not one.
 
-    `check` compares the checksums that a torch file keeps of its tensors, which reads the file once
-    (`on_bytes` gets the number of bytes just read); without it call `verify` on the result, for the names
-    that are used.
-    `inert` adds packages whose classes may be replaced by lifeless stand-ins in a torch file.
+    `check` compares the tensors of a torch file with its checksums, which reads the file once (`on_bytes` is
+    called with the number of bytes just read). Without it, call `verify` on the result for the names in use.
+    `inert` adds packages whose classes a torch file may name; empty stand-ins take their place.
     """
     path = Path(path)
     buffer = map_file(path)
@@ -108,7 +107,7 @@ def open_sharded(
 ) -> TensorFile:
     """Open the files that an index with a `weight_map` (tensor -> file name beside the index) binds together.
 
-    ValueError if a file is missing or broken, or index and files do not agree to the letter.
+    ValueError if a file is missing or broken, or if index and files disagree.
     """
     index = Path(index)
     weight_map, notes = _read_index(index)
@@ -126,7 +125,7 @@ def open_sharded(
 
 
 def shard_names(index: str | Path) -> set[str]:
-    """The files that an index binds together, by name. ValueError if it is no index."""
+    """The files that an index binds together, by name. ValueError if it is not an index."""
     return set(_read_index(Path(index))[0].values())
 
 
@@ -162,7 +161,7 @@ def sha256(path: str | Path, on_bytes: OnBytes | None = None) -> str:
 
 
 def _recognise(buffer: mmap.mmap) -> str | None:
-    """What a file that is certainly no weights file is, if its first or last bytes give it away."""
+    """What the file is instead of weights, if its first or last bytes show it."""
     for signature, told in SIGNATURES:
         if buffer[: len(signature)] == signature:
             return told
@@ -190,7 +189,7 @@ def _describe_unknown(buffer: mmap.mmap) -> str:
         return f"is text, not weights; it begins with {shown(start[:60].decode(errors='replace'))}"
     if len(buffer) < 16:
         return f"is too short ({len(buffer)} bytes); {DAMAGED}"
-    return f"is no torch or safetensors file; it begins with the bytes {start[:8].hex(' ')}"
+    return f"is not a torch or safetensors file; it begins with the bytes {start[:8].hex(' ')}"
 
 
 def _is_text(start: bytes) -> bool:
@@ -202,7 +201,7 @@ def _is_text(start: bytes) -> bool:
 
 
 class _Joined(Mapping):
-    """The tensors of several files under one roof."""
+    """The tensors of several files as one mapping."""
 
     def __init__(self, files: Mapping[str, TensorFile]):
         self._files = dict(files)  # tensor name -> the file that holds it
@@ -230,11 +229,11 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, str]]:
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({shown(error)}); download it again") from error
+        raise ValueError(f"{index} is not an index of shards ({shown(error)}); download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{index} is no index of shards: it should have a `weight_map` from tensors to files"
+            f"{index} is not an index of shards: it should have a `weight_map` from tensors to files"
         )
     for name in weight_map.values():
         if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or "\\" in name:
