@@ -31,7 +31,7 @@ TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips of two objects
 GROUPS = (*drawing.MOTIONS, TWO_OBJECTS, *drawing.CAMERA_MOVES)
 
 # Factors by which area and compactness of an object may differ. True clips degraded by blur, noise and colour
-# drift (tests/test_world.py) keep 99.9 % of their frames within these limits; an object that fades keeps 36 %.
+# drift (tests/test_world.py) keep 99.9 % of their frames within these limits; one that fades keeps 36 %.
 AREA_OFF, SPREAD_OFF = 1.5, 1.25
 
 
