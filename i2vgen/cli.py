@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 import warnings
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+
+from i2vgen.files import whole
 
 
 def run(main: Callable[[], int | None]) -> int:
@@ -116,19 +117,7 @@ def check_file(name: str, path: str | Path) -> Path:
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{name}={path} is a folder; give the name of a file in it")
-    check_folder(name, path.absolute().parent)
-    return path
-
-
-def check_folder(name: str, path: str | Path) -> Path:
-    """ValueError, before any work, unless files can be written into this folder; it is made."""
-    path = Path(path)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{name}=: the folder {path} cannot be made ({error.strerror})") from error
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise ValueError(f"{name}=: the folder {path} is not writable; choose another one")
+    whole.check_folder(f"{name}=", path.absolute().parent)
     return path
 
 

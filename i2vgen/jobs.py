@@ -1,4 +1,4 @@
-"""What one call is asked to make: pictures and prompts paired item by item, every pair once per seed."""
+"""The clips that one command makes: pictures and prompts paired item by item, each pair once per seed."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def refuse_idle(config: Config) -> None:
     if config.video and not config.refine_weights:
         raise ValueError(
             f"video={config.video} needs a refiner: refine_weights=FOLDER (docs/cascade.md), or "
-            "refine_weights=random to drive the road"
+            "refine_weights=random to try the program without weights"
         )
     if config.video and len(config.prompt) > 1:
         raise ValueError("video= is one clip and takes one text; give refine_prompt= once, or prompt= once")

@@ -45,7 +45,7 @@ def main() -> int:
             "the plots need matplotlib, which is not installed: python -m pip install -e '.[lab]'"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
-    folder = cli.check_folder("output", given["output"])
+    folder = whole.check_folder("output=", given["output"])
     todo = studies.runs(study, budget, folder)
     left = [run for run in todo if not measure.finished(study, run, budget)]
     print(

@@ -48,7 +48,7 @@ def main() -> int:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
     rows = evaluate.check(config, plan)
     json_path = cli.check_file("json", own["json"]) if "json" in own else None
-    folder = cli.check_folder("output", config.output) if config.output else None
+    folder = whole.check_folder("output=", config.output) if config.output else None
 
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)

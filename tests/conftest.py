@@ -157,6 +157,14 @@ def with_config():
     return make
 
 
+@pytest.fixture
+def quick(tmp_path_factory, road):
+    """First words of a command line: a file with the settings of `road`."""
+    file = tmp_path_factory.mktemp("settings") / "road.yaml"
+    file.write_text(road.config.to_yaml())
+    return [str(file)]
+
+
 @pytest.fixture(scope="session")
 def small():
     return SMALL

@@ -67,11 +67,11 @@ def test_outputs_are_checked_before_any_work(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a folder; give the name of a file in it"):
         cli.check_file("json", tmp_path)
-    with pytest.raises(ValueError, match=r"output=: the folder .* cannot be made"):
-        cli.check_folder("output", tmp_path / "file" / "below")
+    with pytest.raises(ValueError, match=r"json=: cannot create the folder .*file"):
+        cli.check_file("json", tmp_path / "file" / "out.json")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match="not writable"):
-        cli.check_folder("output", tmp_path)
+    with pytest.raises(ValueError, match=r"json=: the folder .* is not writable"):
+        cli.check_file("json", tmp_path / "out.json")
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,6 @@ def run(script_at):
 
 
 @pytest.fixture
-def quick(tmp_path_factory, road):
-    """First arguments of a command line: a file with the settings of `road`."""
-    file = tmp_path_factory.mktemp("settings") / "road.yaml"
-    file.write_text(road.config.to_yaml())
-    return [str(file)]
-
-
-@pytest.fixture
 def loads(monkeypatch, road):
     """Replace loading by the parts of `road`; the list records every call."""
     asked = []
@@ -317,8 +309,8 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
         ),
         (["sweep="], "sweep= is empty"),
         (["json=here"], "json=here is a folder"),
-        (["json=file/out.json"], "cannot be made"),
-        (["output=file"], "cannot be made"),
+        (["json=file/out.json"], "cannot create the folder"),
+        (["output=file"], "cannot create the folder"),
         (["frames=1"], "motion is read from two frames or more"),
         (["seed=3"], "use first_seed="),
         (["prompt=a red square"], "prompt= has no effect here"),

@@ -38,14 +38,6 @@ def run(script_at):
 
 
 @pytest.fixture
-def quick(tmp_path_factory, road):
-    """First words of a command line: a file with the settings of `road`."""
-    file = tmp_path_factory.mktemp("settings") / "road.yaml"
-    file.write_text(road.config.to_yaml())
-    return [str(file)]
-
-
-@pytest.fixture
 def loads(monkeypatch, road):
     """Loading takes the parts that are there; the list tells how often it was asked."""
     asked = []
@@ -271,7 +263,7 @@ REFUSED = [
     ([*GOOD, "quality=best"], "quality"),
     ([*GOOD, "offload=blocks", "compile=true"], "runtime.compile cannot follow"),
     # outputs
-    ([*GOOD, "output=whole.png/sub/clip.mp4"], "cannot create its folder"),
+    ([*GOOD, "output=whole.png/sub/clip.mp4"], "cannot create the folder"),
     ([*GOOD, "output=clip.avi"], ".mp4, .gif and .webp"),
     ([*GOOD, "output=folder"], "holds other files"),
     ([*GOOD, "output=a.gif", "save.fps=100"], "too fast for a GIF"),

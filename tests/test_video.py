@@ -252,7 +252,7 @@ def test_destinations_that_cannot_be(tmp_path):
     (tmp_path / "folder.mp4").mkdir()
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "thesis.tex").touch()
-    with pytest.raises(ValueError, match="cannot create its folder"):
+    with pytest.raises(ValueError, match="cannot create the folder"):
         video.check_output(tmp_path / "file" / "clip.mp4")
     with pytest.raises(ValueError, match="existing folder"):
         video.check_output(tmp_path / "folder.mp4")

@@ -1,8 +1,9 @@
 """Samplers: functions from noise to latents with one signature, whatever the network is.
 
-A network enters as `Predict`: a function of x_t [b c f h w] and t int64 [b], which is on the CPU: whoever
-decides by it waits for no GPU. Conditions, guidance, number formats and where t goes are its own affair; the
-state x here stays in at least float32. DDIM and its relatives are here, faster solvers in `solvers.py`.
+A network enters as `Predict`: a function of x_t [b c f h w] and t int64 [b]. t is on the CPU, so that code
+which depends on it need not wait for the GPU; moving it, conditions, guidance and number formats are up to
+`Predict`. The state x is kept in at least float32. DDIM and its relatives are here, faster solvers in
+`solvers.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ Noise = Callable[[Tensor], Tensor]
 
 
 class StepInfo(NamedTuple):
-    """What `on_step` is told: step `index` of `num_steps` at timestep `t` gave `x0` and moved on to `x`."""
+    """What `on_step` receives: step `index` of `num_steps` at timestep `t` gave `x0` and moved on to `x`."""
 
     index: int
     num_steps: int
@@ -301,7 +302,7 @@ def check_latents(x: Tensor) -> None:
 class Watch:
     """Calls `on_step` after every step, and raises FloatingPointError when the state stops being finite.
 
-    On a CPU at once. Elsewhere at the end: to ask at every step would keep the host from running ahead.
+    On a CPU immediately; elsewhere at the end, because a check at every step would make the host wait.
     With a `schedule` the message names a step without signal as the likely cause, else it gives `advice`.
     """
 

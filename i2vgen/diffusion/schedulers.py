@@ -34,7 +34,7 @@ CLOSE = 1e-4  # schedulers keep float32 tables, and lift an abar of 0 a little t
 class FromDiffusers:
     """A scheduler with `set_timesteps`, `timesteps`, `scale_model_input` and `step` -> `pipeline.Sampler`.
 
-    It brings its own spacing, order and final step; `steps` is what `set_timesteps` is told.
+    Spacing, order and final step are the scheduler's own; `steps` is passed to `set_timesteps`.
     """
 
     def __init__(self, scheduler: Any):

@@ -2,9 +2,9 @@
 
 All of them step between the discrete noise levels x = alpha x0 + sigma eps of the schedule, with lambda =
 log(alpha / sigma), half the log-SNR, as their clock. Where no signal is left (t = T - 1 at zero terminal SNR)
-lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and whoever looks back on it
-uses alpha / sigma as the clock, which is 0 there (x / sigma is the integral of x0 over it). The last step is
-of first order: it crosses the most of lambda, and all that is left of it where `final_alpha` is "one".
+lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and the next one
+extrapolates over alpha / sigma instead, which is 0 there (x / sigma is the integral of x0 over it). The last
+step is of first order: it spans the largest interval of lambda, an infinite one if `final_alpha` is "one".
 Coefficients are Python floats from float64 tables; the state is in at least float32.
 """
 
@@ -170,9 +170,9 @@ def multistep(
 ) -> Iterator[State]:
     """DPM-Solver++ 2M step by step: its ODE with `eta` 0, its SDE with 1, and what lies between.
 
-    `correction` is the form of the second-order term. Pure noise, where no signal is left, needs a choice:
-    with `restart` its step keeps that noise and the next one does not look back on it, as in the samplers
-    of the public refiners; else it draws fresh noise like all others and is looked back on.
+    `correction` is the form of the second-order term. `restart` concerns a start from pure noise: its step
+    adds no fresh noise and the next one does not extrapolate from it, as in the samplers of the public
+    refiners. Otherwise that step is like all others.
     """
     before, last = None, None
     for step in planned:

@@ -264,7 +264,7 @@ def save(
     `parts` maps names of PARTS to models or state dicts. Tensors are taken out of a state dict one at a time,
     once for their shape and once to be written, so that one that reads lazily never lies in memory whole; an
     `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
-    anything but weights. `on_bytes` is told of progress: bytes written, bytes in all.
+    anything but weights. `on_bytes` is called with the bytes written and the bytes in all.
     """
     folder = check_place(folder)
     if unknown := set(parts) - set(PARTS):
@@ -344,7 +344,7 @@ def shards(entries: Sequence[Entry], shard_bytes: int | None) -> list[list[Entry
 
 
 def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable[[int], None]:
-    """-> a function that is told of every piece and passes on (bytes done, bytes in all)."""
+    """-> a function of the size of each piece that calls `on_bytes` with (bytes done, bytes in all)."""
     done = 0
 
     def tick(count: int) -> None:

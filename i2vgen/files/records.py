@@ -1,4 +1,4 @@
-"""What stands beside a video: a JSON with everything needed to make it again, and the video's own hash."""
+"""The record beside a video: a JSON file with everything needed to make it again, and the video's hash."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ import bisect
 import contextlib
 import itertools
 import math
-import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -113,13 +112,7 @@ def check_output(path: str | Path, *, fps: float | None = None, size: tuple[int,
         _check_png_folder(path)
     elif path.is_dir():
         raise ValueError(f"output {path} is an existing folder; give the name of a file in it")
-    parent = path.absolute().parent
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output {path}: cannot create its folder {parent} ({error.strerror})") from error
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ValueError(f"output {path}: the folder {parent} is not writable; choose another one")
+    whole.check_folder(f"output {path}", path.absolute().parent)
     if ending == ".mp4":
         _check_encoder()
     elif ending == ".webp" and not features.check("webp"):

@@ -62,10 +62,22 @@ def write_json(path: str | Path, content: object, *, indent: int = 2, allow_nan:
     write_text(path, text + "\n")
 
 
+def check_folder(what: str, folder: str | Path) -> Path:
+    """ValueError, naming `what` is to be written, unless files can be put into this folder; it is made."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{what}: cannot create the folder {folder} ({error.strerror})") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{what}: the folder {folder} is not writable; choose another one")
+    return folder
+
+
 def sweep(folder: Path, *, alone: bool = False) -> None:
     """Clear away what killed processes of this machine left unfinished; a folder set aside comes back.
 
-    `alone` says that nobody else writes into this folder: then what other machines left goes too.
+    `alone`: no other process writes into this folder, so what other machines left is removed too.
     """
     for entry in list(os.scandir(folder)) if folder.is_dir() else ():
         found = LEFT_BEHIND.fullmatch(entry.name)

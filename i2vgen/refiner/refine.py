@@ -4,7 +4,7 @@
     refine prompt + suffix - CLIP text ------------------------^
 
 The idea is SDEdit's (Meng et al. 2022); the two public networks are MS-Vid2Vid-XL and SR600, see
-docs/cascade.md. The noised clip is all that they are told of its content.
+docs/cascade.md. They see nothing of the first stage's picture or prompt, only the noised clip.
 
 Axes: b batch, f frames, c channels, h w latent rows and columns.
 """
@@ -44,7 +44,7 @@ from i2vgen.settings.merge import second_stage
 
 @dataclass
 class Refiner:
-    """The parts of the second stage; `config` is `config_layers.second_stage` of the job."""
+    """The parts of the second stage; `config` is `merge.second_stage` of the job."""
 
     config: Config
     unet: UNet
@@ -147,7 +147,7 @@ def decode(
     """Latents [c f h w] -> uint8 [f H W 3], a few frames at a time; only the bytes are kept.
 
     With `refine.restore` what the autoencoder loses of the `clip`, uint8 [f h w 3] with latents `given`, is
-    added again: its own share of the error falls out.
+    added again, so that only the network's changes remain.
     """
     frames, chunk, restore = [], model.config.runtime.vae_chunk, model.config.refine.restore
     for start in range(0, latents.shape[1], chunk):
@@ -172,7 +172,7 @@ def texts(model: Refiner, prompt: str) -> Tensor:
     config = model.config
     tell_lost_words(model.clip, prompt, config.refine_suffix)
     model.clip.tell_unknown_words(prompt + config.refine_suffix)
-    with warnings.catch_warnings():  # it has been told above, in words of this stage
+    with warnings.catch_warnings():  # the note above has said so, in terms of this stage
         warnings.simplefilter("ignore")
         tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
     with plans.here(model.waiting, "clip"):
@@ -261,9 +261,9 @@ def refuse_unrefinable(config: Config) -> None:
 
 
 def check(job: Config, size: tuple[int, int], frames: int) -> None:
-    """All that could stop the second stage of a job on clips of (width, height): ValueError before the first.
+    """ValueError for all that could stop a job's second stage on clips of (width, height), before the first.
 
-    Weights are looked for and not read.
+    Weights files are looked for but not read.
     """
     config = second_stage(job)
     refuse_unrefinable(config)
@@ -313,14 +313,15 @@ def load(
     """Settings of a job with `refine_weights` -> the second stage on its device. ValueError if it cannot run.
 
     The VAE and CLIP that both stages share may lie in either folder. The memory plan is for clips of a `size`
-    (width, height) and so many frames, none given: for the largest; `tell` hears of it.
+    (width, height) and so many frames, by default for the largest; `tell` is called with it.
     """
     config = second_stage(job)
     refuse_unrefinable(config)
     homes = homes_of(job, config)
     if settings.RANDOM in homes.values():
         warnings.warn(
-            "refine_weights=random: the refined clip is NOISE, only the road is driven", stacklevel=2
+            "refine_weights=random: an untrained refiner makes NOISE, which only shows that it runs",
+            stacklevel=2,
         )
     device = runtime.device(config.runtime)
     machine.refuse_missing(config, device)

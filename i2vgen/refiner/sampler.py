@@ -108,7 +108,7 @@ def refiner_levels(num_timesteps: int = 1000, shift: tuple[float, float] = (2.0,
 
 @dataclass(frozen=True)
 class Grid:
-    """Levels that a run passes, noisiest first and 0 at the end; the timestep told at all but the last."""
+    """Noise levels of a run, noisiest first and 0 at the end, and the network's timestep at each but 0."""
 
     levels: tuple[float, ...]
     timesteps: tuple[int, ...]
@@ -142,9 +142,9 @@ def make_grid(
     """`steps` levels from index `total` - 1 of the table down, then 0.
 
     The SDE solver spaces one index more than it visits and leaves the cleanest out: its last step jumps from
-    there. "clean" visits whole indices, so that the network is told exactly where x stands. "official" stands
-    at fractional indices, tells the nearest whole one and decodes with it, and visits one more at a few step
-    counts (of 600: 6, 13, 27, 54, 55), where its range of floats is rounded to one entry too many.
+    there. "clean" visits whole indices, so that the network's timestep is exactly that of x. "official"
+    visits fractional indices, passes the nearest whole one to the network and decodes with it, and takes one
+    step too many at a few step counts (of 600: 6, 13, 27, 54, 55), where its range of floats rounds up.
     """
     if not 1 <= total <= table.num_timesteps:
         raise ValueError(
@@ -175,7 +175,7 @@ def positions(num_timesteps: int, total: int, count: int, spacing: Spacing, form
         gap = (total - 1) / max(count - 1, 1)
         return [total - 1 - k * gap for k in range(count)]
     gap = total / count
-    # The official ranges of floats end past the last entry; where rounding lets one more in, it comes too.
+    # The official ranges of floats end past the last entry; rounding may add one more.
     entries = math.ceil(total / gap) if form == "official" else count
     if spacing == "trailing":
         found = [total - 1 - k * gap for k in range(entries)]

@@ -141,7 +141,7 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         what = "is a file" if folder.is_file() else "does not exist"
         raise ValueError(
             f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
-            "weights=random to drive the road with seeded random weights"
+            "weights=random to try the program with seeded random weights"
         )
     path = folder / SETTINGS_FILE
     try:
@@ -175,7 +175,7 @@ def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         text = path.read_text()
         parsed = yaml.safe_load(text)
-        plain = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as the text that stands there
+        plain = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as it is written
     except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
     if parsed is None:  # empty, or comments only
@@ -319,7 +319,7 @@ def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"clip.model={model} is no JSON file: {error}") from error
     else:
-        import open_clip  # seconds; only for who asks for a model by name
+        import open_clip  # takes seconds; needed only for a model's name
 
         card = open_clip.get_model_config(model)
         if card is None:
