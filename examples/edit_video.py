@@ -56,8 +56,7 @@ def main():
         parser.add_argument(name)
     parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
-    # A tap needs each projection to be called as a separate module.
-    model = i2vgen.load(overrides=["fuse_projections=false", *given.settings])
+    model = i2vgen.load(overrides=given.settings)
     frames = video.load(given.clip)[0][: model.config.sample.frames]
     n, rest = divmod(frames.shape[1], model.config.sample.height)
     if not rest:  # saved with save.enlarge=n: every pixel repeated n times

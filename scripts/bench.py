@@ -1,6 +1,6 @@
 """Compare the cost of a guidance step with diffusers, using the same settings and the same random weights.
 
-python scripts/bench.py case=NAME [mode=infer|train] [full=true] [parts=A,B] [dry=true] [json=OUT.json]
+python scripts/bench.py case=NAME [mode=infer|train|savings] [full=true] [parts=A,B] [dry=true] [json=OUT]
 
 python scripts/bench.py case=count json=outputs/count.json
 python scripts/bench.py case=cpu-small json=outputs/small.json
@@ -13,8 +13,10 @@ case=cpu-mid    half the official widths, 8x16x16
 case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16; needs 10 GB of memory
 case=gpu-256p   on one GPU, bfloat16, 448 x 256 pixels, 16 frames; in parts, at most ten minutes
 case=gpu-704p   the same at 1280 x 704
-parts=          for GPU cases, some of ceilings,micro,exactness,step,loop,vae,plans,compiled,graph,trace
+parts=          for GPU cases, a list of ceilings, micro, exactness, step, savings, loop, vae, plans,
+                compiled, graph, trace
 dry=true        run a GPU case small and on the CPU, to check that every part works
+mode=savings    (cpu and count) each exact saving left out in turn: what it is worth, minutes
 mode=train      time forward, backward and optimiser step, with and without gradient checkpointing
 full=true       also whole 50-step loops and both sides compiled; takes minutes longer
 against=        the implementation to compare with: diffusers

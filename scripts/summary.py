@@ -11,8 +11,8 @@
     json=       file for the rows as numbers
     weights=    native weights folder, used for its settings only; the weights are not read
 
-A row without an output was not called as a whole, and shows the sum of its parts. One without FLOPs was not
-called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights directly.
+A row without an output was not called as a whole, and shows the sum of its parts. The costs are those of the
+plain networks; docs/performance.md has what the savings take off them.
 """
 
 from __future__ import annotations

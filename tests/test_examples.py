@@ -59,7 +59,7 @@ def test_edit_video(clip, tmp_path):
 
     # What is injected matters: without it the same noise gives another clip.
     edit = load("edit_video")["edit"]
-    model = i2vgen.load(overrides=["fuse_projections=false", *QUICK])
+    model = i2vgen.load(overrides=QUICK)
     alone = edit(model, frames, picture, caption, share=0.0).frames
     assert np.array_equal(edit(model, frames, picture, caption).frames, edited)
     assert not np.array_equal(alone, edited)

@@ -13,7 +13,7 @@ from PIL import Image
 from i2vgen import load, pipeline
 from i2vgen.diffusion import schedule
 from i2vgen.diffusion.noise import SampleNoise
-from i2vgen.fast import runtime
+from i2vgen.fast import runtime, savings
 from i2vgen.files import checkpoint, video
 from i2vgen.settings import config, merge
 
@@ -133,13 +133,15 @@ def test_without_guidance_the_negative_prompt_is_not_heard(road, with_config, pi
 def test_one_pass_without_guidance_two_with_and_one_for_both(
     road, with_config, picture, guidance, share, calls
 ):
-    settings = {"sample": {"guidance": guidance, "steps": 4}, "runtime": {"share_prefix": share}}
-    model, seen = with_config(road, **settings), []
+    model, seen = with_config(road, sample={"guidance": guidance, "steps": 4}), []
+    if share:
+        savings.apply(model.unet, config.Runtime())
     handle = model.unet.register_forward_hook(lambda module, args, out: seen.append(int(args[1])))
     try:
         model(picture, "a boat")
     finally:
         handle.remove()
+        savings.remove(model.unet)
     steps = schedule.timesteps(1000, 4, "official")
     assert seen == [t for t in steps for _ in range(calls)]
 

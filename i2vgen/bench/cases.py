@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from torch import nn
 
-from i2vgen.bench import count, cpu, gpu, plans
+from i2vgen.bench import count, cpu, gpu, leave_one_out, plans
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report
+from i2vgen.settings.config import Config
 
 Case = Callable[[Peer, Options], Report]
 COUNTED = {"count": count.run, "memory": plans.run}
@@ -19,7 +20,10 @@ def _named(run: Callable[[str, Peer, Options], Report], name: str) -> Case:
 
 
 def _counted(run: Callable[[type[nn.Module]], Report]) -> Case:
-    return lambda peer, options: run(peer.network)
+    def case(peer: Peer, options: Options) -> Report:
+        return run(peer.network) if options.mode == "infer" else leave_one_out.counted(Config())
+
+    return case
 
 
 CASES: dict[str, Case] = {
@@ -31,7 +35,8 @@ CASES: dict[str, Case] = {
 
 def check(name: str, options: Options) -> None:
     """ValueError for what a case cannot do, before anything is loaded or built."""
-    if name in COUNTED and options != Options():
+    allowed = (Options(), Options(mode="savings")) if name == "count" else (Options(),)
+    if name in COUNTED and options not in allowed:
         raise ValueError(f"case={name} only counts: leave mode=, full=, parts= and dry= out")
     if name in cpu.CASES:
         cpu.check(name, options)

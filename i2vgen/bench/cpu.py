@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from i2vgen.bench import count, loop, memory, modes, pair, train
+from i2vgen.bench import count, leave_one_out, loop, memory, modes, pair, train
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, interleaved, thread_clock
@@ -59,8 +59,8 @@ def check(name: str, options: Options) -> None:
         raise ValueError(f"case={name} has no parts= and no dry=; they belong to the gpu cases")
     if options.mode == "train" and CASES[name].train_size is None:
         raise ValueError(f"case={name} mode=train needs 40 GB for both sides; use cpu-small or cpu-mid")
-    if options.mode == "train" and options.full:
-        raise ValueError("full=true runs whole loops of sampling; leave it out with mode=train")
+    if options.mode != "infer" and options.full:
+        raise ValueError(f"full=true runs whole loops of sampling; leave it out with mode={options.mode}")
 
 
 def run(name: str, peer: Peer, options: Options) -> Report:
@@ -69,6 +69,8 @@ def run(name: str, peer: Peer, options: Options) -> Report:
 
 def measure(case: Case, name: str, peer: Peer, options: Options) -> Report:
     torch.set_num_threads(1)
+    if options.mode == "savings":
+        return leave_one_out.timed(name, [config_of(case, size) for size in case.sizes])
     if options.mode == "train":
         return train.report(config_of(case, case.train_size), peer, CPU, name)
     product = matrix_product_rate()

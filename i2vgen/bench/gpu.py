@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from i2vgen import pipeline
-from i2vgen.bench import count, loop, micro, modes, pair
+from i2vgen.bench import count, leave_one_out, loop, micro, modes, pair
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
@@ -75,8 +75,8 @@ def check(name: str, options: Options) -> None:
         )
     if unknown := set(options.parts) - set(PARTS):
         raise ValueError(f"there is no part {sorted(unknown)[0]!r}; parts= takes {', '.join(PARTS)}")
-    if options.mode == "train":
-        raise ValueError(f"case={name} takes mode=infer only; mode=train goes with cpu-small and cpu-mid")
+    if options.mode != "infer":
+        raise ValueError(f"case={name} takes mode=infer only; for each saving alone use parts=savings")
 
 
 def run(name: str, peer: Peer, options: Options) -> Report:
@@ -235,6 +235,14 @@ def _work(state: Run, ours: dict) -> dict[str, int]:
     return found | {mode: count.count_ours(modes.EAGER[mode], state.settings).flops for mode in ours}
 
 
+def savings(state: Run) -> dict:
+    """One guidance step with all savings, without each of them, and with none."""
+    both = state.pair()
+    models = both.all_ours(leave_one_out.ways(leave_one_out.here(state.device)))
+    times = state.times({way: pair.our_step(model, both.inputs()) for way, model in models.items()})
+    return {"relative_time": {way: times.ratio(way, leave_one_out.ALL) for way in models}}
+
+
 def whole_loop(state: Run) -> dict:
     return loop.measure(state.pair(), state.peer, modes.EAGER["default"], full=state.options.full)
 
@@ -379,6 +387,7 @@ PARTS: dict[str, Callable[[Run], dict]] = {
     "micro": micro_benchmarks,
     "exactness": exactness,
     "step": step,
+    "savings": savings,
     "loop": whole_loop,
     "vae": vae,
     "plans": memory_plans,
@@ -477,6 +486,9 @@ def tables(state: Run) -> tuple[Table, ...]:
             )
             size = "x".join(map(str, found["size"]))
             shown.append(Table(f"{name} at {size}, {found['dtype']}", ("", "ms", "speedup"), rows))
+    if ratios := found["parts"].get("savings", {}).get("relative_time"):
+        rows = tuple((way, f"{ratio:.3f}") for way, ratio in ratios.items())
+        shown.append(Table("time of a step relative to all savings", ("", "time"), rows))
     if micros := found["parts"].get("micro", {}).get("milliseconds"):
         rows = tuple((way, "-" if ms is None else f"{ms:.3f}") for way, ms in micros.items())
         shown.append(Table("micro-benchmarks", ("", "ms"), rows))

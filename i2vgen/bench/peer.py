@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from i2vgen.settings import config
 
-MODES = ("infer", "train")
+MODES = ("infer", "train", "savings")
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Peer:
 
 @dataclass(frozen=True)
 class Options:
-    mode: Literal["infer", "train"] = "infer"
+    mode: Literal["infer", "train", "savings"] = "infer"
     full: bool = False  # whole 50-step loops and compiled networks too: minutes more
     parts: tuple[str, ...] = ()  # of a gpu case; empty: all
     save: Callable[[dict], None] | None = None  # is given a gpu case's figures after every part

@@ -8,6 +8,7 @@ Not counted are what PyTorch itself and its kernels' workspaces take.
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,7 @@ PLANS: dict[str, dict[str, object]] = {
     "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "vae_tile": 64},
 }
 META = torch.device("meta")
+FEW_TOKENS = 2**16  # of a latent video; with fewer, a GPU waits for its CPU to launch operations
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,11 @@ def amount(count: int) -> str:
     return f"{count / GIB:.1f} GiB" if count >= GIB else f"{count / 2**20:.0f} MiB"
 
 
-def settle(config: Config, plan: str, device: str = "") -> Config:
+def settle(config: Config, plan: str, device: str = "", *, batched: bool = False) -> Config:
     """The settings under a plan: its switches where the user left the default.
 
-    On a CPU nothing waits elsewhere, unless asked for by name. `device` is by default that of the settings.
+    On a CPU nothing waits elsewhere, unless asked for by name. `device` is by default that of the settings;
+    `batched` is `runtime.batch_guidance` where the user has not chosen.
     """
     runtime_, default = config.runtime, Runtime()
     chosen = {k: v for k, v in PLANS[plan].items() if getattr(runtime_, k) == getattr(default, k)}
@@ -88,7 +91,15 @@ def settle(config: Config, plan: str, device: str = "") -> Config:
         chosen.pop("offload", None)
     if (runtime_.compile or runtime_.cuda_graph) and chosen.get("offload") == "blocks":
         chosen["offload"] = "parts"  # compiled code and recordings cannot follow weights that move
+    if runtime_.batch_guidance is None:
+        chosen["batch_guidance"] = batched
     return dataclasses.replace(config, runtime=dataclasses.replace(runtime_, memory=plan, **chosen))
+
+
+def batching_pays(config: Config) -> bool:
+    """Whether both branches of guidance are faster as one batch: measured on CPUs, and on GPUs if small."""
+    tokens = config.runtime.batch * config.sample.frames * math.prod(config.latent_size)
+    return runtime.device(config.runtime).type == "cpu" or tokens <= FEW_TOKENS
 
 
 def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
@@ -111,10 +122,17 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
 
 
 def fastest(config: Config, ledger: Ledger, free: int) -> tuple[Config, Estimate]:
-    """Settings and needs of the first plan that fits, of those that were asked for; else of the last."""
+    """Settings and needs of the first plan that fits, of those that were asked for; else of the last.
+
+    auto begins with guidance as one batch, where that pays and is not decided.
+    """
     wanted = config.runtime.memory
-    for plan in PLANS if wanted == "auto" else [wanted]:
-        settled = settle(config, plan)
+    tries = [(plan, False) for plan in (PLANS if wanted == "auto" else [wanted])]
+    guided = config.sample.guidance != 1.0 and config.runtime.batch_guidance is None
+    if wanted == "auto" and guided and batching_pays(config):
+        tries.insert(0, ("full", True))
+    for plan, batched in tries:
+        settled = settle(config, plan, batched=batched)
         estimate = ledger.estimate(settled)
         if estimate.total <= free or not config.runtime.check_memory:
             break

@@ -34,8 +34,9 @@ SAMPLING_ABS = 1e-4
 
 
 def refiner_unet(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Outputs and activations of both releases with the same weights, and gradients of the first."""
-    inputs = {name: settings.cast(golden[f"in.{name}"]) for name in ("x", "y", "R")}
+    """Outputs and activations of both releases with the same weights, and gradients of the first if stored."""
+    inputs = {name: settings.cast(golden[f"in.{name}"]) for name in ("x", "y")}
+    stored = any(name.startswith("grad.") for name in golden)
     t = golden["in.t"].to(settings.device)
     conditions = Conditions(inputs["y"], None, None, None)
     for out, mid, skip_filter in (("vid2vid", "mid.", "none"), ("sr600", "mid_sr600.", "sr600")):
@@ -43,7 +44,7 @@ def refiner_unet(golden: Golden, settings: Settings) -> Iterator[Row]:
             golden, settings, dataclasses.replace(config.REFINER_USE, skip_filter=skip_filter)
         )
         yield from forward(golden, settings, model, inputs["x"], t, conditions, mid, f"out.{out}")
-        if out == "vid2vid" and settings.dtype in GRADIENT:
+        if out == "vid2vid" and stored and settings.dtype in GRADIENT:
             yield from gradients(golden, settings, model, mapping, inputs, t)
 
 
@@ -188,7 +189,7 @@ def gradients(
     x = inputs["x"].clone().requires_grad_()
     model.requires_grad_(True)
     prepared = model.prepare(Conditions(inputs["y"], None, None, None), x.shape[2])
-    (model(x, t, prepared) * inputs["R"]).mean().backward()
+    (model(x, t, prepared) * settings.cast(golden["in.R"])).mean().backward()
     theirs = {row.theirs: row for row in mapping}
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name in sorted(name for name in golden if name.startswith("grad.")):

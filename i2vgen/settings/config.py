@@ -560,6 +560,22 @@ SAVINGS = {
 }
 
 
+_SAVINGS = "use runtime.savings, which is all, none, or a list of names"
+# Settings of earlier versions, and what to do instead.
+REMOVED = {
+    **{
+        f"runtime.{name}": _SAVINGS
+        for name in (
+            "share_prefix", "project_once", "fuse_projections", "subpixel_upsampling", "in_place",
+            "sum_in_place", "convolution_products", "kernels",
+        )
+    },
+    "runtime.fold_products": "it saved nothing at the released model's size; leave it out",
+    "runtime.weight_layout": "weights are always laid out as the kernels read them; leave it out",
+    "runtime.feed_forward_chunk": "use runtime.token_chunk",
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from i2vgen.settings.config import (
     QUALITIES,
     RANDOM,
     REFINER_USE,
+    REMOVED,
     SECTIONS,
     SETTINGS_FILE,
     SHORT,
@@ -68,7 +70,9 @@ def load_config(
     refiner = read_stored_settings(second) if second not in ("", RANDOM) else {}
     kept = {**stored, **{name: value for name, value in refiner.items() if name.startswith("refine_")}}
     texts = {**{k: _listed(k, v) for k, v in kept.items() if k in LITERALS}, **texts}
-    stored = {k: v for k, v in stored.items() if k not in LITERALS}
+    stored = without_removed(
+        {k: v for k, v in stored.items() if k not in LITERALS}, f"the settings in {weights}"
+    )
     layers = [
         (f"the weights in {weights}", stored),
         (f"the weights in {second}", {"refine": refiner["refine"]} if "refine" in refiner else {}),
@@ -163,9 +167,35 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
 def from_dict(settings: Mapping[str, Any]) -> Config:
     """The inverse of `Config.to_dict`."""
     literals = {k: _listed(k, v) for k, v in settings.items() if k in LITERALS}
-    sections = {k: v for k, v in settings.items() if k not in LITERALS}
+    sections = without_removed(
+        {k: v for k, v in settings.items() if k not in LITERALS}, "the stored settings"
+    )
     merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
     return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def without_removed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Stored settings without those that only earlier versions had, with a note that names them."""
+    old = [
+        f"{section}.{name}"
+        for section, values in settings.items()
+        if isinstance(values, Mapping)
+        for name in values
+        if f"{section}.{name}" in REMOVED
+    ]
+    if not old:
+        return dict(settings)
+    warnings.warn(
+        f"{source} name settings of an earlier version, which are left out: "
+        + "; ".join(f"{name} ({REMOVED[name]})" for name in old),
+        stacklevel=2,
+    )
+    return {
+        section: {k: v for k, v in values.items() if f"{section}.{k}" not in old}
+        if isinstance(values, Mapping)
+        else values
+        for section, values in settings.items()
+    }
 
 
 def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,11 +277,15 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             return f"{section} is one text and has no parts; write {section}=TEXT"
         if section not in SECTIONS:
             known = [*SECTIONS, *LITERALS, *SHORT]
+            if f"runtime.{section}" in REMOVED:
+                return _replaced(f"runtime.{section}")
             return f"there is no setting {section!r}{_nearest(section, known)}"
         if not isinstance(values, dict):
             return f"{section} is a group of settings; write {section}.NAME={values}"
         known = {f.name: f.type for f in dataclasses.fields(getattr(DEFAULTS, section))}
         for name, value in values.items():
+            if f"{section}.{name}" in REMOVED:
+                return _replaced(f"{section}.{name}")
             if name not in known:
                 return f"there is no setting {section}.{name}{_nearest(str(name), [*known], section + '.')}"
             try:
@@ -259,6 +293,10 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             except (OmegaConfBaseException, TypeError):
                 return f"{section}.{name} is {value!r}, expected {known[name]}"
     return first_line(error)
+
+
+def _replaced(name: str) -> str:
+    return f"there is no setting {name} any more: {REMOVED[name]}"
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
