@@ -34,7 +34,7 @@ SAMPLING_ABS = 1e-4
 
 
 def refiner_unet(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Outputs and activations of both releases with the same weights, and gradients of the first if stored."""
+    """Outputs and activations of both releases with the same weights; gradients of the first, if stored."""
     inputs = {name: settings.cast(golden[f"in.{name}"]) for name in ("x", "y")}
     stored = any(name.startswith("grad.") for name in golden)
     t = golden["in.t"].to(settings.device)
