@@ -456,14 +456,14 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed run had begun to write; nobody else may train in this folder."""
+    """Remove the unfinished files of a killed run; no other process may train in this folder."""
     for pattern in (".checkpoint-*.writing-*", ".weights.writing-*"):
         for begun in folder.glob(pattern):
             shutil.rmtree(begun)
 
 
 def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
-    """OUT/weights: the part as it stands (its average), beside the parts it was trained with."""
+    """Write OUT/weights: the trained part (its average, if any) and the parts it was trained with."""
     with averaged(part.model, state.ema):
         if part.write is not None:
             return part.write(folder / part.name)
