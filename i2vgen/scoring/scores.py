@@ -38,6 +38,8 @@ SETS = ("fvd",)  # scores of a whole set of clips
 
 
 class Metric(NamedTuple):
+    """How to read a score, and its requirements (keys of NEEDS)."""
+
     unit: str
     better: Literal["higher", "lower", ""]  # "": neither; descriptive
     needs: tuple[str, ...]
@@ -104,6 +106,8 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
+    """A checked plan: the clips of each model and the scores to compute."""
+
     plan: Plan
     models: tuple[Model, ...]  # one, or two whose clips have the same names in the same order
     names: tuple[str, ...]  # of METRICS

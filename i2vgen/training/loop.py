@@ -275,6 +275,7 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 def ema_decay(train: Train, step: int) -> float:
+    """The decay of the weights' average at update `step`, counted from 0."""
     return min(train.ema, (1 + step) / (10 + step)) if train.ema_warmup else train.ema
 
 
