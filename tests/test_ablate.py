@@ -1,4 +1,4 @@
-"""Studies: what is refused, how numbers and error bars come about, and one study from the command line."""
+"""Studies: errors, numbers and error bars, and a whole study from the command line."""
 
 import csv
 import dataclasses
@@ -52,7 +52,7 @@ def test_shipped_studies_can_be_run(file, tmp_path):
     assert len({r.folder for r in found}) == len(found) > 0
 
 
-def test_the_paper_s_central_study_is_there():
+def test_the_central_study_of_the_paper_exists():
     assert "hierarchical_encoders" in {file.stem for file in STUDIES}
 
 
@@ -74,7 +74,7 @@ def test_the_paper_s_central_study_is_there():
     ],
     ids=lambda v: v[1] if isinstance(v, tuple) else "",
 )
-def test_mistakes_are_told_before_any_run(run, study_file, tmp_path, change, message):
+def test_mistakes_are_reported_before_any_run(run, study_file, tmp_path, change, message):
     file = study_file(SMALL.replace(*change))
     with pytest.raises(ValueError, match=message):
         studies.read(file)
@@ -102,14 +102,14 @@ def result(value, low, high):
     return {"scores": {"clip_psnr": value}, "intervals": {"clip_psnr": [low, high]}}
 
 
-def test_few_seeds_have_the_interval_of_their_clips():
+def test_few_seeds_use_the_interval_over_clips():
     one = report.cell([result(20.0, 18.0, 22.0)], "clip_psnr")
     assert one == Cell(20.0, 18.0, 22.0, "clips")
     two = report.cell([result(20.0, 18.0, 22.0), result(24.0, 22.0, 26.0)], "clip_psnr")
     assert two.value == 22.0 and two.high - two.value == pytest.approx(2 / 2**0.5)
 
 
-def test_three_seeds_have_an_interval_of_their_own():
+def test_three_seeds_use_the_interval_over_seeds():
     found = report.cell([result(v, v - 9, v + 9) for v in (20.0, 21.0, 22.0)], "clip_psnr")
     assert found.over == "seeds" and found.value == 21.0
     assert found.high - found.value == pytest.approx(4.303 / 3**0.5)  # Student, 2 degrees, deviation 1
@@ -120,7 +120,7 @@ def test_no_number_no_cell():
     assert not Cell(1.0).apart_from(Cell(9.0, 8.0, 10.0))
 
 
-def test_differences_inside_the_error_bars_are_called_so(study_file):
+def test_differences_inside_the_error_bars_are_marked(study_file):
     study = studies.read(study_file())
     same = {"with it": {"clip_psnr": Cell(20, 19, 21)}, "without": {"clip_psnr": Cell(21, 20, 22)}}
     assert "lies inside the error bars" in report.verdict(study, same)
@@ -148,7 +148,7 @@ def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
     assert Image.open(report.plots(study, results(40, 9), None, tmp_path)[0]).width > 200
     report.write_csv(study, results(40, 9), None, tmp_path / "r.csv")
     assert "without,untrained,calls,9,,," in (tmp_path / "r.csv").read_text()
-    # All alike, they are no news.
+    # If all are equal, the column is left out.
     assert report.score_tables(study, results(40, 40))[0][0].header[1] == "clip, PSNR"
     assert report.plots(study, results(40, 40), None, tmp_path) == []
 
@@ -181,7 +181,7 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     assert page.count("data:image/png;base64,") == 2 + 4 and "http" not in page.replace("http-equiv", "")
     assert Image.open(folder / "loss.png").width > 300
 
-    # Killed in between: what is done stays, the rest is made again, the answer is the same.
+    # After an interruption, finished runs are kept, the others repeated, and the answer is the same.
     table_before = (folder / "results.csv").read_text().splitlines()
     kept = folder / "with_it" / "untrained" / measure.RESULT
     stamp = kept.stat().st_mtime_ns

@@ -1,4 +1,4 @@
-"""config.py: one merged, checked set of settings, whatever it was written in."""
+"""Settings: defaults, files, weights folders and command lines are merged and checked."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ def write(tmp_path):
 
 @pytest.fixture
 def weights(tmp_path):
-    """weights(settings): a weights folder that holds these settings and no tensors."""
+    """weights(settings): a weights folder with these settings and no tensors."""
 
     def make(settings):
         folder = tmp_path / "weights"
@@ -49,14 +49,14 @@ def test_each_layer_overrides_the_one_before(write, weights):
     assert got.sample.frames == Config().sample.frames
 
 
-def test_the_weights_may_be_named_in_any_layer(write, weights):
+def test_weights_may_be_given_in_any_layer(write, weights):
     folder = weights({"sample": {"steps": 11}})
     assert load_config(None, [f"weights={folder}"]).sample.steps == 11
     assert load_config(write(f"weights: {folder}\n")).sample.steps == 11
     assert load_config(write("weights: nowhere\n"), weights=folder).weights == folder
 
 
-def test_nothing_given_is_the_released_model():
+def test_the_defaults_are_the_released_model():
     assert load_config() == Config()
 
 
@@ -93,13 +93,13 @@ def test_literals_on_the_command_line_are_never_parsed(text):
 @pytest.mark.parametrize(
     "text", ["a cat, it runs", "no", "1e3", "a = b", "${x}", "0x10", "2024-01-01", "1_000"]
 )
-def test_literals_in_a_file_are_the_text_that_stands_there(text, write):
+def test_literals_in_a_file_are_kept_verbatim(text, write):
     got = load_config(write(f"prompt: {text}\nimage:\n  - b\n  - {text}\noutput: {text}\n"))
     assert got.prompt == (text,) and got.image == ("b", text) and got.output == text
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_any_text_survives_the_way_through_a_file(text, write):
+def test_any_text_survives_a_round_trip_through_a_file(text, write):
     before = dataclasses.replace(
         Config(), prompt=(text, "two\nlines"), image=(text,), output=text, negative_prompt=text
     )
@@ -123,7 +123,7 @@ def test_keywords_are_texts_too():
 
 
 @pytest.mark.parametrize("line", ["image: {a: b}", "image: [a, [b]]", "weights: [a]", "output: {a: b}"])
-def test_literals_that_are_no_text(line, write):
+def test_literals_that_are_not_text_are_refused(line, write):
     with pytest.raises(ValueError, match=f"{line.split(':')[0]} .*give one text"):
         load_config(write(line))
 
@@ -140,13 +140,13 @@ def test_bare_names_of_sample_and_runtime():
     }
 
 
-def test_bare_names_are_names_of_one_setting_only():
+def test_bare_names_are_unique():
     names = [f.name for c in (config.Sample, config.Runtime) for f in dataclasses.fields(c)]
     assert len(set(names)) == len(names)
     assert not set(names) & {*config.SECTIONS, *config.LITERALS}
 
 
-def test_one_value_serves_for_a_list(write):
+def test_a_single_value_is_a_list_of_one(write):
     assert load_config(None, ["seed=5"]).sample.seed == (5,)
     assert load_config(write("sample: {seed: 6}\n")).sample.seed == (6,)
     assert load_config(None, ["vae.attention_resolutions=32"]).vae.attention_resolutions == (32,)
@@ -170,7 +170,7 @@ def test_only_booleans_are_structural_switches():
 # --- mistakes: (what is given, words that the message must hold)
 
 MISTAKES = [
-    # sizes, with the nearest legal ones
+    # sizes, with the nearest valid ones
     ("width=700", "sample.width is 700", "640 or 704", "vae.factor", "unet.factor"),
     ("height=63", "sample.height is 63", "nearest is 64", "vae.factor", "unet.factor"),
     ("width=0", "sample.width is 0", "64"),
@@ -200,7 +200,7 @@ MISTAKES = [
     ("vae.scale=nan", "vae.scale is nan"),
     ("vae.scale=.inf", "vae.scale is inf"),
     ("use.concat_gain=nan", "use.concat_gain is nan"),
-    # settings that contradict each other name both
+    # contradicting settings, both named
     ("use.text=false use.global_tokens=false use.local_tokens=false", "use.text", "use.global_tokens"),
     ("unet.attention_levels=[true]", "unet.attention_levels", "unet.width_multipliers"),
     ("unet.width_multipliers=[]", "unet.width_multipliers is empty"),
@@ -263,8 +263,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("given", "words"), [(m[0], m[1:]) for m in MISTAKES], ids=[m[0] for m in MISTAKES])
-def test_mistakes_die_with_a_message_that_helps(given, words):
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the words are checked below)
+def test_mistakes_raise_helpful_messages(given, words):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the message is checked below)
         load_config(None, given.split(" "))
     message = str(caught.value)
     assert not [word for word in words if word not in message], message
@@ -288,7 +288,7 @@ BAD_FILES = [
 
 
 @pytest.mark.parametrize(("text", "words"), [(b[0], b[1:]) for b in BAD_FILES])
-def test_files_that_are_no_settings(text, words, write):
+def test_files_that_are_not_settings_are_refused(text, words, write):
     path = write(text)
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         load_config(path)
@@ -297,7 +297,7 @@ def test_files_that_are_no_settings(text, words, write):
     assert "\n" not in message
 
 
-def test_files_that_cannot_be_read(tmp_path):
+def test_unreadable_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"missing\.yaml does not exist"):
         load_config(tmp_path / "missing.yaml")
     with pytest.raises(ValueError, match="does not exist"):
@@ -307,7 +307,7 @@ def test_files_that_cannot_be_read(tmp_path):
         load_config(tmp_path / "binary.yaml")
 
 
-def test_direct_construction_is_checked_as_well():
+def test_direct_construction_is_checked_too():
     with pytest.raises(ValueError, match=r"use\.text"):
         Use(text=False, global_tokens=False, local_tokens=False)
     with pytest.raises(ValueError, match=r"sample\.width"):
@@ -320,7 +320,7 @@ def test_some_tokens_may_be_off(off):
     assert not any(getattr(got.use, name) for name in off)
 
 
-def test_widths_of_towers_that_are_not_read_need_not_fit():
+def test_widths_of_unused_towers_need_not_match():
     assert load_config(None, ["use.text=false", "unet.context_width=64"]).unet.context_width == 64
     assert load_config(None, ["use.global_tokens=false", "unet.image_vector_width=8"])
 
@@ -346,12 +346,12 @@ def test_contradicting_the_weights_names_both(weights):
 
 @pytest.fixture
 def bare(weights):
-    """A weights folder with all settings of the architecture, nothing of the job."""
+    """A weights folder with all architecture settings and no job settings."""
     stored = {k: v for k, v in Config().to_dict().items() if k in config.SECTIONS}
     return weights(stored)
 
 
-def test_repeating_what_the_weights_hold_is_no_contradiction(bare):
+def test_repeating_settings_of_the_weights_is_allowed(bare):
     same = [
         "unet.base_width=320",
         "unet.width_multipliers=[1,2,4,4]",
@@ -361,7 +361,7 @@ def test_repeating_what_the_weights_hold_is_no_contradiction(bare):
     assert load_config(CONFIGS / "i2vgen_xl.yaml", same, weights=bare).unet == Config().unet
 
 
-def test_a_switch_may_go_off_but_not_on(bare, weights):
+def test_a_switch_may_be_turned_off_but_not_on(bare, weights):
     assert load_config(None, ["use.fps=false"], weights=bare).use.fps is False
     folder = weights({"use": {"fps": False}})
     assert load_config(None, [], weights=folder).use.fps is False
@@ -397,12 +397,12 @@ def test_settings_of_weights_that_do_not_fit_name_the_folder(stored, words, weig
 
 
 @pytest.mark.parametrize("override", ["unet=3", "use=3", "clip=3", "clip.vision=3"])
-def test_wrong_groups_beside_weights(override, bare):
+def test_wrong_groups_with_weights_are_refused(override, bare):
     with pytest.raises(ValueError, match=r"the command line: .*(is a group|is 3)"):
         load_config(None, [override], weights=bare)
 
 
-def test_weights_that_are_no_folder(tmp_path):
+def test_weights_that_are_not_a_folder_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file"):
         load_config(weights=str(tmp_path / "file"))
@@ -415,7 +415,7 @@ def test_weights_that_are_no_folder(tmp_path):
 
 def test_a_named_clip_model_replaces_ours_completely():
     got = load_config(None, ["clip.model=ViT-B-32", "unet.context_width=512", "unet.image_vector_width=512"])
-    # The model's JSON is silent about the head width, which open_clip then takes as 64, not as ViT-H's 80.
+    # The model's JSON lacks the head width; open_clip's default is 64, ViT-H's value is 80.
     assert got.clip.vision == {
         "image_size": 224,
         "patch_size": 32,
@@ -431,14 +431,14 @@ def test_the_default_is_vit_h_14():
     assert load_config(None, ["clip.model=ViT-H-14"]).clip == Config().clip
 
 
-def test_defaults_for_silent_models_are_those_of_open_clip():
+def test_defaults_for_missing_values_are_those_of_open_clip():
     open_clip = pytest.importorskip("open_clip")
     vision, text = open_clip.CLIPVisionCfg(), open_clip.CLIPTextCfg()
     assert {name: getattr(vision, name) for name in config.OPEN_CLIP_VISION} == config.OPEN_CLIP_VISION
     assert {name: getattr(text, name) for name in config.OPEN_CLIP_TEXT} == config.OPEN_CLIP_TEXT
 
 
-def test_settings_beside_a_clip_model_change_it(write):
+def test_settings_given_with_a_clip_model_change_it(write):
     file = write("clip: {model: ViT-H-14, vision: {image_size: 112}, quick_gelu: true}\n")
     got = load_config(file).clip
     assert got.vision == {**Config().clip.vision, "image_size": 112}
@@ -461,7 +461,7 @@ def test_a_clip_model_from_a_file(write):
     ("text", "words"),
     [("{", "no JSON file"), ('{"embed_dim": 3}', "lacks 'vision_cfg'"), ("[]", "no open_clip model")],
 )
-def test_files_that_are_no_clip_model(text, words, write):
+def test_files_that_are_not_a_clip_model_are_refused(text, words, write):
     path = write(text, "card.json")
     with pytest.raises(ValueError, match=words):
         load_config(None, [f"clip.model={path}"])
@@ -470,15 +470,15 @@ def test_files_that_are_no_clip_model(text, words, write):
 # --- the files that come with the project, and the way there and back
 
 
-# Trainings and studies have readers, and tests, of their own.
+# Training and study files have their own readers and tests.
 OTHERS = ("train", "ablations")
 
 
 @pytest.mark.parametrize(
     "path", sorted(p for p in CONFIGS.rglob("*.yaml") if p.parent.name not in OTHERS), ids=lambda p: p.name
 )
-def test_every_configuration_loads_and_comes_back(path, tmp_path):
-    # the cascade names weights folders that a user makes
+def test_every_configuration_survives_a_round_trip(path, tmp_path):
+    # the cascade names weights folders that the user must make
     words = ["weights=random", "refine_weights=random"] if path.name == "cascade.yaml" else []
     got = load_config(path, words)
     assert merge.from_dict(json.loads(json.dumps(got.to_dict()))) == got
@@ -496,10 +496,10 @@ def test_the_released_model_in_full():
 
     settings = {k: v for k, v in Config().to_dict().items() if k in config.SECTIONS}
     spelled_out = set(names(yaml.safe_load(path.read_text())))
-    assert sorted(set(names(settings)) - spelled_out) == []  # a new setting has a line there too
+    assert sorted(set(names(settings)) - spelled_out) == []  # add a line there for a new setting
 
 
-def test_every_setting_goes_there_and_back(tmp_path):
+def test_every_setting_survives_a_round_trip(tmp_path):
     before = Config(
         use=Use(text=False, concat_gain=1.0, sinusoid="exp"),
         schedule=config.Schedule(kind="linear_sd", init_beta=0.00085, last_beta=0.012),

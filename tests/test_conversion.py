@@ -198,10 +198,10 @@ def converted():
 
 def test_missing_and_unexpected_names_are_named(converted):
     mapping, theirs, _ = converted
-    theirs["nobody.weight"] = theirs.pop("input_blocks.0.0.weight")
+    theirs["unknown.weight"] = theirs.pop("input_blocks.0.0.weight")
     with pytest.raises(ValueError, match=r"1 tensors are missing \(input_blocks\.0\.0\.weight\)") as caught:
         rules.to_ours(mapping, theirs)
-    assert "1 are unexpected (nobody.weight)" in str(caught.value)
+    assert "1 are unexpected (unknown.weight)" in str(caught.value)
 
 
 def test_a_tensor_that_cannot_be_reshaped_is_named(converted):

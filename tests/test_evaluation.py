@@ -126,10 +126,10 @@ def test_a_model_that_ignores_the_caption(run, quick, oracle, monkeypatch):
     other = {item.caption for item in evaluate.items(Plan(clips=8)) if item.set == "other"}
 
     def generate(model, pictures, prompts, seeds):
-        told = [
+        basic_prompts = [
             basic[seed] if prompt in other else prompt for prompt, seed in zip(prompts, seeds, strict=True)
         ]
-        return perfect(model, pictures, told, seeds)
+        return perfect(model, pictures, basic_prompts, seeds)
 
     monkeypatch.setattr(pipeline, "generate", generate)
     assert run(*quick, *SIZE, "clips=8", "json=out.json")[0] == 0

@@ -385,14 +385,14 @@ def test_lists(run, tmp_path):
         found["scores"]["first_frame_psnr"]["value"] == 99
         and found["clips"][0]["prompt"] == "left, then right"
     )
-    for text, told in (
+    for text, message in (
         ("{", "not JSON"),
         ("[1]", "expected an object"),
         ('{"image": "a"}', "names no file"),
         ("", "no videos"),
     ):
         Path("list.jsonl").write_text(text)
-        assert told in refused(run, "videos=list.jsonl")
+        assert message in refused(run, "videos=list.jsonl")
 
 
 def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path, monkeypatch):
@@ -400,13 +400,13 @@ def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path
     monkeypatch.setattr(scores, "load_judges", lambda *_: pytest.fail("a network was loaded"))
     write(tmp_path / "made", "a", moving())
     write(tmp_path / "made", "b", moving())
-    for name, told in (
+    for name, message in (
         ("clip_text", "clip_weights=FOLDER"),
         ("first_frame_lpips", "lpips_network="),
         ("reference_psnr", "reference=FOLDER"),
         ("beauty", "there is no metric beauty"),
     ):
-        assert told in refused(run, "videos=made", f"metrics={name}")
+        assert message in refused(run, "videos=made", f"metrics={name}")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install" in refused(run, "videos=made", "metrics=motion")
     assert "pip install nowhere" in refused(run, "videos=made", "lpips_network=nowhere:Net")
@@ -421,7 +421,7 @@ def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["videos=nowhere"], "does not exist"),
         (["videos=empty"], "holds no videos"),
@@ -448,7 +448,7 @@ def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path
         (["videos=made", "json=made"], "is a folder"),
     ],
 )
-def test_refusals(run, tmp_path, words, told):
+def test_refusals(run, tmp_path, words, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").write_text("hello")
     write(tmp_path / "made", "a", moving())
@@ -457,7 +457,7 @@ def test_refusals(run, tmp_path, words, told):
     write(tmp_path / "short", "a", moving(frames=3))
     write(tmp_path / "small", "a", moving(size=16))
     status, _, err = run(*(word.replace("SHIPPED", SHIPPED) for word in words))
-    assert status == 2 and told in err and "Traceback" not in err
+    assert status == 2 and message in err and "Traceback" not in err
 
 
 def test_the_fixes_that_the_messages_suggest_work(run, tmp_path):

@@ -1,4 +1,4 @@
-"""The model that comes with the package: its size, and that it does what the README shows."""
+"""The model in the package: its size, and that it does what the README shows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from i2vgen.world import drawing, reading
 
 SHIPPED = Path(config.SHIPPED)
 CLIPS = 16
-LEAST_RIGHT = 0.8  # docs/evaluation.md has the figures; a blind guess is right in one of eight
+LEAST_RIGHT = 0.8  # docs/evaluation.md has the figures; chance is one in eight
 MB = 10**6
 
 
@@ -30,7 +30,7 @@ def model():
 
 
 def clips(kind):
-    """Evaluation clips of the model's size: seeds far below those of training."""
+    """Evaluation clips of the model's size, with seeds far below those of training."""
     sample = merge.load_config(weights=str(SHIPPED)).sample
     size = {"width": sample.width, "height": sample.height, "frames": sample.frames}
     return [drawing.clip(seed, **size, kind=kind) for seed in range(7000, 7000 + CLIPS)]
@@ -53,10 +53,10 @@ def test_it_is_small_and_half_precision():
         assert dtypes == {"F16"}
 
 
-def test_its_settings_are_those_of_the_committed_training_files(root):
+def test_its_settings_are_those_of_the_training_files(root):
     from i2vgen.training.settings import load_settings
 
-    # What was added to the settings since they were written is at its default.
+    # Settings added since the file was written are at their defaults.
     stored = merge.from_dict(merge.read_stored_settings(SHIPPED)).to_dict()
     made, _ = load_settings(root / "configs" / "train" / "small_vae.yaml")
     scale = stored["vae"].pop("scale")  # measured in training
@@ -67,7 +67,7 @@ def test_its_settings_are_those_of_the_committed_training_files(root):
         assert stored[section] == wanted, section
 
 
-def test_one_frame_is_the_picture_and_the_prompt_decides_the_motion(model):
+def test_the_first_frame_is_the_picture_and_the_prompt_decides_the_motion(model):
     true = clips("basic")
     first = [clip.frames[0] for clip in true]
     frames = generate(model, first, [clip.caption for clip in true])
@@ -82,8 +82,8 @@ def test_one_frame_is_the_picture_and_the_prompt_decides_the_motion(model):
     assert np.mean(right) > LEAST_RIGHT
 
 
-def test_of_two_objects_each_does_its_own(model):
-    """Not always; but what the caption says far more often than the same with the motions exchanged."""
+def test_two_objects_move_as_prompted(model):
+    """Not always, but far more often than with the motions exchanged."""
     true = [clip for clip in clips("pair") if len({move.kind for move in clip.facts.moves}) == 2]
     frames = generate(model, [clip.frames[0] for clip in true], [clip.caption for clip in true])
     exchanged = [dataclasses.replace(c.facts, moves=c.facts.moves[::-1]) for c in true]
@@ -96,7 +96,7 @@ def reading_psnr(a, b):
     return 10 * np.log10(255**2 / np.mean((a.astype(float) - b.astype(float)) ** 2))
 
 
-def test_it_is_what_scripts_take_where_no_weights_are_named(run_script, root, tmp_path, monkeypatch):
+def test_scripts_use_it_if_no_weights_are_given(run_script, root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = [f"image={root}/i2vgen/assets/boat.png", "prompt=a boat rests", "output=clip.png", "steps=2"]
     status, out = run_script("generate.py", *words, "device=cpu")
@@ -115,7 +115,7 @@ def test_a_file_for_another_model_says_which_weights_are_missing(root):
             pipeline.load(config=root / "configs" / f"{name}.yaml")
 
 
-def test_words_it_never_heard_are_told(model, root):
+def test_unknown_words_are_reported(model, root):
     star = root / "i2vgen" / "assets" / "star.png"
     with pytest.warns(UserWarning, match=r"few words \(clip\.words\) and know nothing of: dragon, mordor$"):
         model(star, "A dragon moves to Mordor, left")
@@ -124,14 +124,14 @@ def test_words_it_never_heard_are_told(model, root):
         model(star, "a yellow star moves to the left")
 
 
-def test_pictures_unlike_its_world_give_a_whole_clip(model, root):
+def test_other_pictures_give_a_complete_clip(model, root):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8))
     for picture in (root / "i2vgen" / "assets" / "boat.png", noise):
         frames = model(picture, "a zebra juggles three lemons in the rain", seed=3).frames
         assert frames.shape[0] == model.config.sample.frames and frames.std() > 1
 
 
-def test_training_goes_on_from_it(root, tmp_path):
+def test_training_continues_from_it(root, tmp_path):
     from i2vgen.training import data, diffusion, loop
     from i2vgen.training.settings import load_settings
 

@@ -1,4 +1,4 @@
-"""Settings told by shapes: the whole lineage of official UNets, other sizes, and Stable Diffusion's half."""
+"""Settings inferred from shapes: all official UNets, other sizes, and Stable Diffusion's layers."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def shapes_of(unet, use):
     [
         ("vgen_unet_keys", "released", config.Use()),
         ("image_to_video_v1_keys", "v1", V1),
-        ("vid2vid_keys", "refiner", REFINER),  # SR600's manifest is the same, name by name
+        ("vid2vid_keys", "refiner", REFINER),  # SR600 has the same names and shapes
     ],
 )
 def test_the_lineage_maps_one_to_one(name, family, use):
@@ -58,7 +58,7 @@ def test_the_lineage_maps_one_to_one(name, family, use):
     assert shapes_of(config.UNet(), use) == shapes
 
 
-def test_the_key_sets_nest():
+def test_the_sets_of_names_are_nested():
     refiner, v1, released = (
         set(manifest(n)) for n in ("vid2vid_keys", "image_to_video_v1_keys", "vgen_unet_keys")
     )
@@ -88,7 +88,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_every_size_is_told_by_its_shapes(changes):
+def test_sizes_follow_from_shapes(changes):
     unet = dataclasses.replace(SMALL, **changes)
     shapes = shapes_of(unet, config.Use())
     assert unet_vgen.settings_from_shapes(shapes, head_width=8) == (unet, config.Use())
@@ -108,15 +108,15 @@ ABLATED = [
 
 
 @pytest.mark.parametrize("use", ABLATED, ids=str)
-def test_switches_are_told_by_the_names(use):
+def test_switches_follow_from_names(use):
     shapes = shapes_of(SMALL, use)
     unet, told = unet_vgen.settings_from_shapes(shapes, head_width=8)
     assert shapes_of(unet, told) == shapes
-    if unet_vgen.lineage(shapes) != "v1":  # whether a prompt is read leaves no trace; v1 reads none
+    if unet_vgen.lineage(shapes) != "v1":  # names do not show use.text, which is off only in v1
         assert told == use
 
 
-def test_what_shapes_cannot_tell_is_asked_for():
+def test_settings_that_shapes_do_not_show_are_requested():
     shapes = shapes_of(dataclasses.replace(SMALL, width_multipliers=(1, 3)), config.Use())
     with pytest.raises(ValueError, match=r"width 32 cannot have heads of width 64; give unet\.head_width"):
         unet_vgen.settings_from_shapes(shapes)
@@ -126,7 +126,7 @@ def test_what_shapes_cannot_tell_is_asked_for():
         unet_vgen.settings_from_shapes(shapes, head_width=16)
 
 
-def test_what_is_no_unet_of_the_family_is_refused():
+def test_other_networks_are_refused():
     shapes = shapes_of(SMALL, config.Use())
     with pytest.raises(ValueError, match="not a video UNet"):
         unet_vgen.settings_from_shapes({"encoder.conv_in.weight": (1,)})
@@ -143,7 +143,7 @@ def test_what_is_no_unet_of_the_family_is_refused():
 
 
 def sd_state(unet):
-    """A spatial UNet of the size under SD's names, with keyed numbers."""
+    """A spatial UNet of this size under SD's names, with values that depend on the name."""
     ours = {name: torch.empty(tensor.shape) for name, tensor in on_meta(unet, config.Use()).items()}
     ours["conv_in.weight"] = ours["conv_in.weight"][:, : unet.in_channels]
     state = rules.to_theirs(unet_vgen.sd_rows(unet), ours)
@@ -159,7 +159,7 @@ def test_sd_inherits_682_tensors():
     names = {row.theirs for row in rows}
     assert unet_vgen.lineage([*names, "time_embed.0.weight"]) == "sd"
     assert unet_vgen.lineage([unet_vgen.SD_PREFIX + name for name in [*names, "time_embed.0.weight"]]) == "sd"
-    # the names where SD's lists are of another length than VGen's
+    # names in SD's lists that differ in length from VGen's
     assert {
         "input_blocks.3.0.op.weight",
         "output_blocks.2.1.conv.weight",
@@ -174,7 +174,7 @@ def test_sd_names_are_those_of_the_reference_script(sd_names):
 
 @pytest.fixture
 def sd_names():
-    """SD 2.1's names by the rule of its own block lists, written out independently of the table."""
+    """SD 2.1's names, computed from its block lists independently of the table."""
     res = ["in_layers.0", "in_layers.2", "emb_layers.1", "out_layers.0", "out_layers.3"]
     attention = [f"attn{n}.to_{x}.weight" for n in (1, 2) for x in "qkv"]
     inside = [*attention, *pairs("attn1.to_out.0", "attn2.to_out.0", "ff.net.0.proj", "ff.net.2")]
@@ -202,7 +202,7 @@ def pairs(*modules):
 @pytest.mark.parametrize(
     "changes", [{}, {"width_multipliers": (1, 2, 2), "attention_levels": (True, True, False)}]
 )
-def test_sd_there_and_back(changes):
+def test_sd_round_trip(changes):
     unet = dataclasses.replace(SMALL, **changes)
     theirs = sd_state(unet)
     ours = rules.to_ours(unet_vgen.sd_rows(unet), theirs)
@@ -221,7 +221,7 @@ def test_the_new_input_channels_start_at_zero():
 
 
 def test_an_initialised_unet_is_complete():
-    """Inherited tensors over fresh ones fill the model strictly."""
+    """Inherited and newly initialised tensors together load strictly."""
     unet, use = SMALL, config.Use()
     with torch.device("meta"):
         model = UNet(unet, use)

@@ -115,7 +115,7 @@ def test_the_nearest_shape_is_chosen(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("info", "words", "told"),
+    ("info", "words", "message"),
     [
         (INFO, ["info=nowhere.json"], "is not a VBench-I2V list"),
         ({"prompt": 1}, [], "is not a VBench-I2V list"),
@@ -135,11 +135,11 @@ def test_the_nearest_shape_is_chosen(tmp_path):
         (INFO, ["output="], "no output given"),
     ],
 )
-def test_refusals(run, monkeypatch, info, words, told):
+def test_refusals(run, monkeypatch, info, words, message):
     monkeypatch.setattr(pipeline, "load_parts", lambda *_, **__: pytest.fail("it went on"))
     Path("info.json").write_text(json.dumps(info))
     status, _, err = run(*words)
-    assert status == 2 and told in err and "Traceback" not in err
+    assert status == 2 and message in err and "Traceback" not in err
 
 
 def test_other_files_among_the_samples_are_reported(run):

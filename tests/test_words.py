@@ -80,7 +80,7 @@ def test_a_table_smaller_than_the_vocabulary_is_refused():
 
 @pytest.mark.parametrize("word", ["Red", "to-the", "", "ü", "a b"])
 def test_what_is_no_plain_word_is_refused(word):
-    with pytest.raises(ValueError, match="plain words"):
+    with pytest.raises(ValueError, match="letters a to z only"):
         config.Clip(words=("red", word))
 
 

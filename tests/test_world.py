@@ -335,11 +335,11 @@ def test_captions_state_the_facts():
         facts = drawing.sample_facts(seed)
         text = drawing.caption(facts, seed)
         texts.add(text)
-        told = {
+        stated = {
             (t.shape, t.colour, t.size, m.kind, m.speed)
             for t, m in zip(facts.things, facts.moves, strict=True)
         }
-        assert understood(text) == (told, facts.camera.kind, facts.camera.speed), text
+        assert understood(text) == (stated, facts.camera.kind, facts.camera.speed), text
     assert len(texts) > 1400
 
 

@@ -64,11 +64,13 @@ def transformers_rows(clip: config.Clip) -> list[Row]:
 
 
 def text_rows(clip: config.Clip) -> list[Row]:
+    """Rows of CLIPTextModel."""
     check_expressible(clip)
     return expand(_tower("", TEXT_ENDS, "text_model", clip.text["layers"]))
 
 
 def vision_rows(clip: config.Clip) -> list[Row]:
+    """Rows of CLIPVisionModelWithProjection."""
     check_expressible(clip)
     projection: Place = ("visual", (("proj", "visual_projection.weight", "transpose"),), "")
     return expand([*_tower("visual", VISION_ENDS, "vision_model", clip.vision["layers"]), projection])

@@ -91,6 +91,8 @@ class PartFiles:
 
 @dataclass(frozen=True)
 class Folder:
+    """A diffusers folder as found on disk."""
+
     path: Path
     parts: dict[str, PartFiles]  # by folder name, the existing ones of MODELS
     configs: dict[str, Json]  # by folder name, the existing ones of COMPONENTS

@@ -52,6 +52,7 @@ def to_theirs(unet: config.UNet, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def places(unet: config.UNet) -> Iterator[Place]:
+    """Every block of the UNet, under diffusers' prefix and ours."""
     yield "time_embedding", TIME, "time"
     yield "fps_embedding", MLP, "stem.fps"
     yield "context_embedding", MLP, "stem.global_tokens.mlp"

@@ -92,6 +92,7 @@ def rows(unet: config.UNet, use: config.Use) -> list[Row]:
 
 
 def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
+    """Every block of the UNet, under the official prefix and ours."""
     yield "time_embed", MLP, "time"
     yield from stem(unet, use)
     yield "", (("input_blocks.0.0", "conv_in", "affine"),), ""

@@ -35,6 +35,7 @@ def rows(vae: config.VAE) -> list[Row]:
 
 
 def places(vae: config.VAE) -> Iterator[Place]:
+    """Every block of the autoencoder, under CompVis' prefix and ours."""
     for half in ("encoder", "decoder"):
         ends = ("conv_in", "norm_out", "conv_out")
         yield half, tuple((name, name, "affine") for name in ends), half
@@ -73,6 +74,7 @@ def diffusers_rows(vae: config.VAE) -> list[Row]:
 
 
 def diffusers_places(vae: config.VAE) -> Iterator[Place]:
+    """Every block of the autoencoder, under diffusers' prefix and ours."""
     depth = len(vae.width_multipliers)
     for half in ("encoder", "decoder"):
         ends = (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out"))

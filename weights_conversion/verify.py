@@ -22,6 +22,8 @@ OUTPUT_BOUND = 1e-9  # relative L2 in float64, where only rounding remains
 
 @dataclass
 class Verdict:
+    """The lines of the report, and whether everything agrees."""
+
     lines: list[str] = field(default_factory=list)
     passed: bool = True
 

@@ -77,6 +77,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The result of `evaluate`: settings, scores, sweep rows and the clips to show."""
+
     settings: dict
     scores: Scores  # under the settings as given
     sweep: tuple[tuple[str, Scores], ...]
@@ -108,6 +110,7 @@ class Variant(NamedTuple):
 
 
 def items(plan: Plan) -> list[Item]:
+    """The clips to generate, three per seed: one of each set."""
     found = []
     for seed in range(plan.first_seed, plan.first_seed + plan.clips):
         basic, whole = drawing.sample_facts(seed, kind="basic"), drawing.sample_facts(seed)

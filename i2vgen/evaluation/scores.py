@@ -149,6 +149,7 @@ def in_words(motions: Sequence[str], camera: str) -> str:
 
 
 def asked(facts: Facts) -> str:
+    """The requested motions, in words."""
     return in_words([move.kind for move in facts.moves], facts.camera.kind)
 
 

@@ -81,6 +81,7 @@ def i2v_v1(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def v1_betas() -> Tensor:
+    """The schedule of the preview base."""
     return make_betas(
         kind="linear_sd", num_timesteps=1000, zero_terminal_snr=False, init_beta=0.00085, last_beta=0.012
     )

@@ -223,6 +223,8 @@ def _gradients(
 
 
 def keep(seen: dict[str, Tensor], name: str):
+    """A forward hook that stores a module's output in `seen` under `name`."""
+
     def hook(module: nn.Module, inputs, output) -> None:
         if isinstance(output, Tensor):
             seen[name] = output

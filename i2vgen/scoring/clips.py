@@ -98,6 +98,7 @@ def is_frames(path: Path) -> bool:
 
 
 def read_list(setting: str, path: Path) -> Iterator[Clip]:
+    """Read the clips of a .jsonl or .csv list; ValueError names the line that is wrong."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

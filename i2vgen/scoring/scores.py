@@ -26,8 +26,8 @@ from i2vgen.scoring.stats import Mean
 from i2vgen.settings.config import Runtime
 
 NEEDS = {
-    "picture": "the picture that each clip was made from: generate.py's JSON beside the clip, or a list",
-    "prompt": "the prompt of each clip: generate.py's JSON beside the clip, or a list",
+    "picture": "the picture that each clip was made from: generate.py's JSON next to the clip, or a list",
+    "prompt": "the prompt of each clip: generate.py's JSON next to the clip, or a list",
     "reference": "true videos: reference=FOLDER, or a list with the field reference",
     "opencv": "OpenCV, which is not installed: python -m pip install opencv-python-headless",
     "clip": "a CLIP: clip_weights=FOLDER, or clip_model=NAME clip_checkpoint=FILE",
@@ -38,6 +38,8 @@ SETS = ("fvd",)  # scores of a whole set of clips
 
 
 class Metric(NamedTuple):
+    """How to read a score, and its requirements (keys of NEEDS)."""
+
     unit: str
     better: Literal["higher", "lower", ""]  # "": neither; descriptive
     needs: tuple[str, ...]
@@ -104,6 +106,8 @@ class Model(NamedTuple):
 
 @dataclass(frozen=True)
 class Job:
+    """A checked plan: the clips of each model and the scores to compute."""
+
     plan: Plan
     models: tuple[Model, ...]  # one, or two whose clips have the same names in the same order
     names: tuple[str, ...]  # of METRICS

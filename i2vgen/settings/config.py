@@ -638,6 +638,8 @@ class Runtime:
 
 @dataclass(frozen=True)
 class Config:
+    """All settings of a job; checks combinations across sections."""
+
     use: Use = field(default_factory=Use)
     unet: UNet = field(default_factory=UNet)
     vae: VAE = field(default_factory=VAE)

@@ -22,6 +22,8 @@ MAX_LOGIT_SCALE = math.log(100)  # Radford et al. 2021, section 2.5
 
 
 class ClipLoss(nn.Module):
+    """CLIP and its loss as one module, because data parallelism wraps a single forward."""
+
     def __init__(self, clip: ClipEncoders, train: Train):
         super().__init__()
         self.clip, self.words = clip, train.clip_words
@@ -53,6 +55,7 @@ class ClipLoss(nn.Module):
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
+    """CLIP of `weights=`, or a new one, with its loss and inputs."""
     clip = load_or_create("clip", config, train, device)
     if train.clip_unread:
         freeze_what_the_unet_reads(clip)

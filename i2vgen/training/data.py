@@ -184,6 +184,7 @@ class Folder:
 
 
 def frame_stride(rate: float, fps: int) -> int:
+    """Step between frames of a file at `rate` fps that gives about `fps`."""
     return max(1, round(rate / fps))
 
 

@@ -275,6 +275,7 @@ def learning_rate(train: Train, step: int) -> float:
 
 
 def ema_decay(train: Train, step: int) -> float:
+    """The decay of the weights' average at update `step`, counted from 0."""
     return min(train.ema, (1 + step) / (10 + step)) if train.ema_warmup else train.ema
 
 
@@ -436,7 +437,7 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
-    """OUT/weights: the part as it stands (its average), beside the parts it was trained with."""
+    """Write OUT/weights: the trained part (its average, if any) and the parts it was trained with."""
     with averaged(part.model, state.ema):
         if part.write is not None:
             return part.write(folder / part.name)

@@ -26,6 +26,8 @@ SCALE_CLIPS = 32  # clips over which the scale is measured
 
 
 class VaeLoss(nn.Module):
+    """The autoencoder and its loss as one module, because data parallelism wraps a single forward."""
+
     def __init__(self, vae: AutoencoderKL, train: Train):
         super().__init__()
         self.vae, self.mse, self.kl = vae, train.vae_mse, train.vae_kl
@@ -57,6 +59,7 @@ def initialise(vae: AutoencoderKL, seed: int) -> None:
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
+    """The autoencoder of `weights=`, or a new one, with its loss and inputs."""
     vae = load_or_create("vae", config, train, device)
     if not config.weights or "vae" in checkpoint.missing_parts(config.weights):
         initialise(vae, train.seed)
