@@ -1,10 +1,10 @@
-"""Steer a clip by drawings of its edges: a small adapter trained beside the model, which stays as it is.
+"""Control a clip with edge drawings: train a small adapter while the model stays frozen.
 
     python examples/control.py outputs/control steps=400
 
-Trains on clips of the procedural world, whose captions are left out half of the time, so that the edges have
-to say what moves. Writes OUT/adapter.safetensors, and of a clip that was never trained on the edges that were
-given (OUT/edges.gif), what the model makes of them (OUT/with.gif) and what without (OUT/without.gif).
+Trains on clips of the procedural world and drops half of the captions, so that the adapter learns to convey
+the motion. Writes OUT/adapter.safetensors, and for a clip not used in training the given edges
+(OUT/edges.gif) and what the model makes with them (OUT/with.gif) and without (OUT/without.gif).
 """
 
 import argparse
@@ -21,13 +21,13 @@ import i2vgen
 from i2vgen.adapt.taps import controlled
 from i2vgen.files import video
 from i2vgen.model.unet import Residuals
-from i2vgen.training.beside import train_beside
+from i2vgen.training.frozen_model import train_on_frozen_model
 from i2vgen.training.settings import Train
 from i2vgen.world import drawing
 
 
 class EdgeAdapter(nn.Module):
-    """Edges of all frames -> residuals behind every block of the way down; nothing to begin with."""
+    """Edges of all frames -> residuals added after every down block; initially zero."""
 
     def __init__(self, config, width=48):
         super().__init__()
@@ -41,7 +41,7 @@ class EdgeAdapter(nn.Module):
         for head in self.heads:
             nn.init.zeros_(head.weight)
             nn.init.zeros_(head.bias)
-        self.edges = None  # [b f H W], set before the network is called
+        self.edges = None  # [b f H W]; set this before each network call
 
     def forward(self, x, t):
         b, down = len(self.edges), []
@@ -53,7 +53,7 @@ class EdgeAdapter(nn.Module):
 
 
 def edges(clips):
-    """[b 3 f H W] in [-1, 1] -> [b f H W] in [0, 1]: how far a pixel is from the next, right and below"""
+    """[b 3 f H W] in [-1, 1] -> [b f H W] in [0, 1]: difference to the next pixel, right and below"""
     right = F.pad((clips[..., 1:] - clips[..., :-1]).abs(), (0, 1))
     below = F.pad((clips[..., 1:, :] - clips[..., :-1, :]).abs(), (0, 0, 0, 1))
     return (right + below).mean(1).clamp(0, 1)
@@ -65,7 +65,7 @@ def train(model, adapter, steps):
         return controlled(model.unet, adapter)
 
     settings = Train(steps=steps, batch=4, learning_rate=2e-3, timestep_power=2.0, text_dropout=0.5)
-    for step, loss in train_beside(model, adapter, attached, settings):
+    for step, loss in train_on_frozen_model(model, adapter, attached, settings):
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 
@@ -87,7 +87,7 @@ def main():
     clip = drawing.batch(
         [seed], width=sample.width, height=sample.height, frames=sample.frames, kind="single"
     )
-    drawn, prompt = edges(clip.clips), "a " + clip.facts[0].things[0].shape  # no word of what it does
+    drawn, prompt = edges(clip.clips), "a " + clip.facts[0].things[0].shape  # does not mention the motion
     first = Image.fromarray(((clip.clips[0, :, 0] + 1) * 127.5).byte().permute(1, 2, 0).numpy())
     adapter.edges = drawn.to(model.device)
     grey = (255 * drawn[0]).byte()[..., None].expand(-1, -1, -1, 3)

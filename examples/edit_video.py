@@ -1,10 +1,10 @@
-"""Edit a clip by editing its first frame: DDIM inversion, then sampling with the clip's own motion injected.
+"""Edit a clip through its first frame: DDIM inversion, then sampling with the clip's own motion injected.
 
     python examples/edit_video.py clip.gif edited_first_frame.png "a red star grows" edited.gif
 
-As AnyV2V (arXiv 2403.14468) does with this model: the clip is turned into the noise that gives it back; while
-it is given back, queries and keys of the temporal attentions are kept; the edited picture is then sampled
-from the same noise with these in place, for the first part of the steps.
+As AnyV2V (arXiv 2403.14468) does with this model: DDIM inversion finds the noise that reproduces the clip.
+While the clip is sampled from it, queries and keys of temporal attention are recorded. The edited picture is
+then sampled from the same noise, with these injected during the first part of the steps.
 """
 
 import argparse
@@ -21,7 +21,7 @@ MOTION = ("up.*.temporal.attention*.to_q", "up.*.temporal.attention*.to_k")
 
 
 def edit(model, frames, picture, prompt, *, share=0.6):
-    """uint8 frames [f h w 3] of the model's size and an edited first frame -> the edited clip."""
+    """uint8 frames [f h w 3] of the model's size, and an edited first frame -> the edited clip"""
     first, steps = Image.fromarray(frames[0]), model.config.sample.steps
     plain = with_guidance(model, 1.0)
     noise = pipeline.invert(plain, frames, first, prompt)
@@ -29,14 +29,14 @@ def edit(model, frames, picture, prompt, *, share=0.6):
     kept = {}
     with taps(model.unet, dict.fromkeys(MOTION, lambda path, x: kept.setdefault(path, []).append(x))):
         plain.generate([first], [prompt], [0], noise=noise)
-    # One call per step was kept; under guidance a step makes two, one per branch.
+    # Recorded: one call per step. With guidance a step makes two, one per branch.
     calls = 1 if model.config.sample.guidance == 1.0 else 2
-    told = {path: iter([x for x in xs for _ in range(calls)]) for path, xs in kept.items()}
+    recorded = {path: iter([x for x in xs for _ in range(calls)]) for path, xs in kept.items()}
     left = dict.fromkeys(kept, round(share * steps) * calls)
 
     def inject(path, x):
         left[path] -= 1
-        return next(told[path]) if left[path] >= 0 else None
+        return next(recorded[path]) if left[path] >= 0 else None
 
     with taps(model.unet, dict.fromkeys(MOTION, inject)):
         return model.generate([picture], [prompt], [0], noise=noise)[0]
@@ -54,13 +54,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name in ("clip", "picture", "prompt", "output"):
         parser.add_argument(name)
-    parser.add_argument("settings", nargs="*", help="settings as everywhere, for example steps=50")
+    parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
-    # Each projection is called by itself, so that a tap can stand behind it.
+    # A tap needs each projection to be called as a separate module.
     model = i2vgen.load(overrides=["fuse_projections=false", *given.settings])
     frames = video.load(given.clip)[0][: model.config.sample.frames]
     n, rest = divmod(frames.shape[1], model.config.sample.height)
-    if not rest:  # as saved with save.enlarge=n: every pixel n times
+    if not rest:  # saved with save.enlarge=n: every pixel repeated n times
         frames = frames[:, ::n, ::n]
     print(edit(model, frames, given.picture, given.prompt).save(given.output))
 

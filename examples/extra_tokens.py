@@ -1,13 +1,14 @@
-"""Say by four numbers instead of words what moves how: context tokens from a small trained projection.
+"""Control the motion with four numbers instead of words, through a small projection to context tokens.
 
     python examples/extra_tokens.py outputs/tokens steps=200
 
-Trains dx, dy, growth and turn -> two tokens, and the keys and values by which cross-attention reads them, on
-clips of the procedural world with one object and without captions; the model itself stays as it is. Writes
-OUT/tokens.safetensors, and of one picture OUT/still.gif, right.gif, up.gif, grow.gif and between.gif.
+Trains a projection from dx, dy, growth and rotation to two tokens, and the keys and values with which
+cross-attention reads them, on clips of the procedural world with one object and no caption. The model itself
+stays frozen. Writes OUT/tokens.safetensors, and still.gif, right.gif, up.gif, grow.gif and between.gif of one
+picture to OUT.
 
-A third of a second of one CPU core for each step. After 160 of them the ways and the growth were heard, while
-"still" drifted yet.
+A step takes a third of a second on one CPU core. After 160 steps, direction and growth were followed, while
+"still" still drifted.
 """
 
 import argparse
@@ -21,16 +22,16 @@ from torch import nn
 
 import i2vgen
 from i2vgen.adapt.extra_tokens import Beside, extra_tokens
-from i2vgen.training.beside import train_beside
+from i2vgen.training.frozen_model import train_on_frozen_model
 from i2vgen.training.settings import Train
 from i2vgen.world import drawing
 
-TOLD = {"still": (0, 0, 0, 0), "right": (0.5, 0, 0, 0), "up": (0, -0.5, 0, 0), "grow": (0, 0, 0.4, 0)}
-TOLD["between"] = (0.4, 0, 0.4, 0)  # to the right and growing, which the world never does at once
+MOTIONS = {"still": (0, 0, 0, 0), "right": (0.5, 0, 0, 0), "up": (0, -0.5, 0, 0), "grow": (0, 0, 0.4, 0)}
+MOTIONS["between"] = (0.4, 0, 0.4, 0)  # right and growing, which the world never combines
 
 
 class MotionTokens(nn.Module):
-    """Four numbers [b 4] -> tokens [b k d], and how they are read"""
+    """Four numbers [b 4] -> tokens [b k d], and the keys and values that read them"""
 
     def __init__(self, unet, width=64, count=2):
         super().__init__()
@@ -40,20 +41,20 @@ class MotionTokens(nn.Module):
 
 
 def numbers(facts):
-    """An object's way in half pictures, the logarithm of its growth, its turn in radians -> [4]"""
+    """An object's shift in half pictures, log of its growth, rotation in radians -> [4]"""
     x, y, radius, angle = drawing.track(facts.things[0], facts.moves[0], facts.camera, np.array([0.0, 1.0]))
-    told = (x[1] - x[0], y[1] - y[0], np.log(radius[1] / radius[0]), np.radians(angle[1] - angle[0]))
-    return torch.tensor(told, dtype=torch.float32)
+    four = (x[1] - x[0], y[1] - y[0], np.log(radius[1] / radius[0]), np.radians(angle[1] - angle[0]))
+    return torch.tensor(four, dtype=torch.float32)
 
 
 def train(model, tokens, steps):
     def attached(clips):
-        told = torch.stack([numbers(facts) for facts in clips.facts]).to(model.device)
-        return extra_tokens(model.unet, tokens.project(told), through=tokens.beside)
+        given = torch.stack([numbers(facts) for facts in clips.facts]).to(model.device)
+        return extra_tokens(model.unet, tokens.project(given), through=tokens.beside)
 
-    # No caption, so the numbers alone can tell; mostly noisy timesteps, where the motion is decided.
+    # No captions, so only the numbers convey the motion; mostly noisy timesteps, which decide it.
     settings = Train(steps=steps, batch=4, learning_rate=1e-2, timestep_power=4.0, text_dropout=1.0)
-    for step, loss in train_beside(model, tokens, attached, settings):
+    for step, loss in train_on_frozen_model(model, tokens, attached, settings):
         if step % 50 == 0 or step == steps - 1:
             print(f"step {step + 1} of {steps}: loss {loss:.4f}", flush=True)
 
@@ -74,10 +75,10 @@ def main():
     seed = next(s for s in range(99) if drawing.sample_facts(s, kind="basic").moves[0].kind == "still")
     sample = model.config.sample
     clip = drawing.clip(seed, width=sample.width, height=sample.height, frames=1, kind="basic")
-    for name, four in TOLD.items():
+    for name, four in MOTIONS.items():
         with torch.no_grad():
-            told = tokens.project(torch.tensor([four], dtype=torch.float32, device=model.device))
-        with extra_tokens(model.unet, told, through=tokens.beside):
+            projected = tokens.project(torch.tensor([four], dtype=torch.float32, device=model.device))
+        with extra_tokens(model.unet, projected, through=tokens.beside):
             print(model(Image.fromarray(clip.frames[0]), "", seed=1).save(given.output / f"{name}.gif"))
 
 

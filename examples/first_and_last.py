@@ -1,9 +1,9 @@
-"""A clip between two pictures: the first frame conditions the model as ever, the last is put into every step.
+"""A clip between two pictures: the first conditions the model as usual, the last is inserted in every step.
 
     python examples/first_and_last.py first.png last.png "a yellow star moves to the right" between.gif
 
-No training: whatever the network predicts, its estimate of the last latent frame is replaced by the given
-picture's latent, so that the frames before it are sampled to meet it. The pull comes in over the last frames.
+Needs no training. In every step, the network's estimate of the last latent frame is replaced by the latent of
+the given picture, so that the other frames lead up to it. The last few frames are also pulled towards it.
 """
 
 import argparse
@@ -15,19 +15,19 @@ from i2vgen import pipeline
 
 
 def meeting(last, reach):
-    """-> a sampler for `generate`: `last` [c h w] is the latent to meet, `reach` how many frames feel it."""
+    """-> a sampler for `generate`; `last` [c h w] is the target latent, `reach` the frames affected."""
 
     def sampler(predict, x, schedule, *, steps, noise, on_step):
         f = x.shape[2]
         pull = torch.clamp((torch.arange(f) - (f - 1 - reach)) / reach, 0, 1).to(x)[None, None, :, None, None]
-        pull = torch.where(pull < 1, 0.25 * pull, pull)  # neighbours lean, the last frame is given
+        pull = torch.where(pull < 1, 0.25 * pull, pull)  # neighbours are pulled, the last frame is fixed
 
         def predict_meeting(x, t):
             v = predict(x, t)
             a, s = (level.to(x) for level in signal_and_noise(schedule, t))
             x0, eps = a * x - s * v, s * x + a * v
             x0 = torch.lerp(x0, last[None, :, None].to(x), pull)
-            # What is left of x is noise; at the noisiest step, where nothing else is, eps stays.
+            # The rest of x is noise; at the noisiest step x is nothing else, so eps stays.
             eps = torch.where(s > 0.999, eps, (x - a * x0) / s.clamp(min=1e-3))
             return a * eps - s * x0
 
@@ -44,7 +44,7 @@ def signal_and_noise(schedule, t):
 def between(model, first, last, prompt, *, seed=0, reach=3):
     config = model.config
     if config.schedule.prediction != "v":
-        raise ValueError(f"schedule.prediction is {config.schedule.prediction}; this example is for v")
+        raise ValueError(f"schedule.prediction is {config.schedule.prediction}; this example needs v")
     views = pipeline.prepare_views(pipeline.open_picture(last, config), config)
     latent = model.vae.encode(views.pixels[None].to(model.device), None, chunk=1)[0]
     return model.generate([first], [prompt], [seed], sampler=meeting(latent, reach))[0]
@@ -54,7 +54,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name in ("first", "last", "prompt", "output"):
         parser.add_argument(name)
-    parser.add_argument("settings", nargs="*", help="settings as everywhere, for example steps=50")
+    parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
     model = i2vgen.load(overrides=given.settings)
     print(between(model, given.first, given.last, given.prompt).save(given.output))

@@ -2,9 +2,9 @@
 
     python examples/long_clip.py picture.png "a yellow star moves to the right" long.gif windows=3
 
-First each window goes on from the last frame of the one before. That leaves a seam where two windows meet; so
-the whole is noised to half way and denoised again in overlapping windows, whose predictions are blended at
-every step where they overlap.
+First, each window continues from the last frame of the previous one. This leaves a seam between windows, so
+the whole clip is then noised half way and denoised again in overlapping windows, whose predictions are
+blended at every step.
 """
 
 import argparse
@@ -73,7 +73,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     for name in ("picture", "prompt", "output"):
         parser.add_argument(name)
-    parser.add_argument("settings", nargs="*", help="windows=3, and settings as everywhere")
+    parser.add_argument("settings", nargs="*", help="windows=3, and any settings")
     given = parser.parse_args()
     windows = next((int(s[8:]) for s in given.settings if s.startswith("windows=")), 3)
     model = i2vgen.load(overrides=[s for s in given.settings if not s.startswith("windows=")])

@@ -1,9 +1,9 @@
-"""Teach the model one motion with a low-rank adapter: clips of it in a folder, a short training, a sample.
+"""Fine-tune the model on one motion with LoRA: a folder of clips, a short training run, a sample.
 
     python examples/lora_one_motion.py outputs/lora motion=rotate steps=200
 
-Writes OUT/clips (gifs with captions.csv: what a folder of your own would look like), trains OUT/run/adapter,
-and samples OUT/before.gif and OUT/after.gif with the same seed. The adapter is a few hundred kB, peft's kind.
+Writes OUT/clips (GIFs and captions.csv, in the form your own folder would have), trains OUT/run/adapter, and
+samples OUT/before.gif and OUT/after.gif with the same seed. The adapter (peft's format) has a few hundred kB.
 """
 
 import argparse
@@ -24,7 +24,7 @@ TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
 
 
 def clips_of(motion):
-    """Seed, facts and caption of the world's clips of one motion, from seed 10 million on."""
+    """Seed, facts and caption of the world's clips with this motion, from seed 10 million up."""
     for seed in itertools.count(10_000_001):
         facts = drawing.sample_facts(seed, kind="basic")
         if facts.moves[0].kind == motion:
@@ -32,7 +32,7 @@ def clips_of(motion):
 
 
 def write_clips(folder, clips, sample):
-    """A gif for each clip, and their captions."""
+    """Write one GIF per clip, and their captions."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [("file", "caption")]
     for seed, facts, caption in clips:

@@ -1,4 +1,4 @@
-"""What the scripts share: reading a command line, checking outputs, and reporting mistakes in one line."""
+"""Shared by the scripts: parsing command lines of settings, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from i2vgen.files import whole
 
 
 def run(main: Callable[[], int | None]) -> int:
-    """Exit status of `main`; the user's mistakes and the machine's refusals become one line."""
+    """Run `main` -> exit status. User errors and lack of memory are reported in one line, with status 2."""
     warnings.showwarning = _note
     try:
         return main() or 0
@@ -28,7 +28,7 @@ def run(main: Callable[[], int | None]) -> int:
         return 2
     except RuntimeError as error:
         if "DefaultCPUAllocator" not in str(error):
-            raise  # a bug of ours keeps its traceback
+            raise  # our own bugs keep their traceback
         sys.stderr.write("error: out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1\n")
         return 2
     except KeyboardInterrupt:
@@ -68,7 +68,7 @@ def split(
 def take(
     words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[dict[str, int | str], list[str]]:
-    """name=value words -> those of a script's own, by name; the rest, which are settings"""
+    """Split name=value words -> the script's own arguments by name, and the rest, which are settings."""
     own, rest = {}, []
     for word in words:
         name, _, value = word.partition("=")
@@ -126,5 +126,5 @@ def _note(message, category, filename, lineno, file=None, line=None) -> None:
 
 
 def is_setting(word: str) -> bool:
-    """`section.name=value`, as against a path or a name."""
+    """Whether a word is `section.name=value` rather than a path or a name."""
     return bool(re.fullmatch(r"[a-z_0-9.]+=.*", word, re.S))

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2vgen.adapt import lora
+from i2vgen.diffusion.noise import SampleNoise, draw_all
 from i2vgen.diffusion.sampler import (
     Noise,
     OnStep,
@@ -31,18 +32,18 @@ from i2vgen.diffusion.sampler import (
     between,
     ddim,
     ddim_invert,
-    guided,
     guided_pair,
 )
 from i2vgen.diffusion.schedule import Schedule, timesteps
 from i2vgen.diffusion.solvers import SOLVERS
-from i2vgen.fast import compiled, deep_cache, machine, runtime
+from i2vgen.fast import compiled, deep_cache, machine, runtime, savings
+from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
 from i2vgen.files import checkpoint, images, records, video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import Guest
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.conditioning import Conditions, Prepared, Unconditional, join
+from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, SHIPPED, Config
@@ -180,21 +181,21 @@ def generate(
     `noise` [b c f h w] replaces the initial noise that the seeds would draw, `sampler` the settings' own.
     """
     config, sample = model.config, model.config.sample
-    noises = [runtime.SampleNoise(seed) for seed in seeds]
+    noises = [SampleNoise(seed) for seed in seeds]
     latent = (config.vae.embed_dim, *config.latent_size)
 
     # A network that never sees the first-frame latent draws nothing for it, as v1 does not.
-    posterior = runtime.draw_all(noises, latent) if sees_latent(config) else None
+    posterior = draw_all(noises, latent) if sees_latent(config) else None
     cond, uncond = encode(model, pictures, prompts, posterior)
-    drawn = runtime.draw_all(noises, (latent[0], sample.frames, *latent[1:]))
+    drawn = draw_all(noises, (latent[0], sample.frames, *latent[1:]))
     if sample.noise_offset:
-        drawn = drawn + sample.noise_offset * runtime.draw_all(noises, (latent[0], sample.frames, 1, 1))
+        drawn = drawn + sample.noise_offset * draw_all(noises, (latent[0], sample.frames, 1, 1))
     start = (drawn if noise is None else noise).to(model.device)
     if start.shape != drawn.shape:
         raise ValueError(f"noise has shape {tuple(start.shape)}; this job needs {tuple(drawn.shape)}")
 
     def step_noise(x: Tensor) -> Tensor:
-        return runtime.draw_all(noises, tuple(x.shape[1:])).to(x)
+        return draw_all(noises, tuple(x.shape[1:])).to(x)
 
     with plans.here(model.waiting, "unet"):
         latents = (sampler or named_sampler(config))(
@@ -228,38 +229,35 @@ def named_sampler(config: Config) -> Sampler:
 def network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
     """The UNet under guidance as the samplers want it; its conditions are prepared here, once."""
     predict = guided_network(model, cond, uncond)
-    return compiled.Recorded(predict) if model.config.runtime.cuda_graph else predict
+    return compiled.Recorded(predict, model.unet) if model.config.runtime.cuda_graph else predict
 
 
 def guided_network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Predict:
-    sample = model.config.sample
-    under = reader(model)
-    positive = model.unet.prepare(cond, sample.frames)
+    """The UNet under classifier-free guidance in the timesteps of `sample.guidance_interval`"""
+    sample, unet, under = model.config.sample, model.unet, reader(model)
+    positive = fast_unet.projected(unet, unet.prepare(cond, sample.frames))
     if sample.guidance == 1.0:
-        return under(positive)
-    negative = model.unet.prepare(uncond, sample.frames)
-    both = None  # a network of one's own may prepare something else: it is called once for each branch
-    if model.config.runtime.share_prefix and isinstance(positive, Prepared):
-        both = join([positive, negative])
-    how = {"precision": sample.guidance_precision, "rescale": sample.guidance_rescale}
-    if both is not None:
-        predict = guided_pair(under(both), sample.guidance, **how)
-    else:
-        predict = guided(under(positive), under(negative), sample.guidance, **how)
+        return under(unet, positive)
+    negative = fast_unet.projected(unet, unet.prepare(uncond, sample.frames))
+    predict = guided_pair(
+        fast_unet.both_branches(unet, positive, negative, under),
+        sample.guidance,
+        precision=sample.guidance_precision,
+        rescale=sample.guidance_rescale,
+    )
     low, high = (part * model.schedule.num_timesteps for part in sample.guidance_interval)
     if low <= 0 and high >= model.schedule.num_timesteps - 1:
         return predict
-    return between(low, high, predict, under(positive))
+    return between(low, high, predict, under(unet, positive))
 
 
-def reader(model: I2VGenXL) -> Callable[[Prepared], Predict]:
-    """-> prepared conditions to the UNet under them, with a cache of its deep part if the settings ask."""
-    sample, unet = model.config.sample, model.unet
-    if sample.deep_cache > 1:
-        deep_cache.check(unet)
-        cache = DeepCache(sample.deep_cache, sample.deep_cache_blocks)
-        return lambda prepared: cache.over(unet, prepared)
-    return lambda prepared: lambda x, t: unet(x, t.to(x.device), prepared)
+def reader(model: I2VGenXL) -> Callable[[nn.Module, Prepared], Predict]:
+    """-> a function of UNet and prepared conditions: the network under them, with DeepCache if it is on."""
+    sample = model.config.sample
+    if sample.deep_cache <= 1:
+        return fast_unet.under
+    deep_cache.check(model.unet)
+    return DeepCache(sample.deep_cache, sample.deep_cache_blocks).over
 
 
 @torch.no_grad()
@@ -282,7 +280,7 @@ def invert(
             f"the clip has shape {frames.shape}; the settings say frames, height, width = "
             f"{sample.frames}, {sample.height}, {sample.width}"
         )
-    draws = runtime.SampleNoise(seed)
+    draws = SampleNoise(seed)
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
     cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
     pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
@@ -438,8 +436,8 @@ def assemble(
 
     A plan for little memory must have been settled (`plans.choose`).
     """
-    compiled.make_ready(unet, config, device)
-    vae.set_tile(config.runtime.vae_tile)
+    plans.prepare_unet(unet, config, device)
+    savings.apply(vae, config.runtime, device)
     model = I2VGenXL(config, unet, vae, clip, device)
     model.waiting = plans.guests(model.parts, config, device)
     return model

@@ -1,4 +1,4 @@
-"""Run an ablation study: its variants side by side, and the answer as a table.
+"""Run an ablation study and print its variants side by side in a table.
 
     python scripts/ablate.py configs/ablations/STUDY.yaml [budget=smoke|quick|full] output=FOLDER
 
@@ -6,13 +6,13 @@
     python scripts/ablate.py configs/ablations/concat_gain.yaml output=outputs/concat_gain
     python scripts/ablate.py configs/ablations/temporal.yaml measures=cost,untrained output=outputs/temporal
 
-    budget=    smoke: does it run; quick: within an hour on two cores (default); full: enough to believe
-    output=    a folder per run with settings, log, scores, clips; table.md, results.csv, plots, index.html
-    workers=   runs at once: one per GPU, else one per core
-    measures=  only these of what the study measures: cost,untrained takes minutes
+    budget=    smoke (a quick check), quick (default; an hour on two cores at most) or full (reliable)
+    output=    folder for table.md, results.csv, plots, index.html, and settings, log, scores, clips per run
+    workers=   parallel runs; default: one per GPU, without a GPU one per core
+    measures=  run only these of the study's measures; cost,untrained takes minutes
 
-A study that was killed goes on where it was; what is there is not made again. How a study is written stands
-in i2vgen/lab/study.py.
+An interrupted study continues where it stopped; finished runs are not repeated. i2vgen/lab/study.py explains
+how to write a study.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def main() -> int:
 
 
 def chosen(study: studies.Study, names: str | None) -> studies.Study:
-    """The study with these of its measures alone."""
+    """The study, restricted to these measures."""
     if names is None:
         return study
     measures = tuple(names.split(","))
     if wrong := [m for m in measures if m not in study.measures]:
         raise ValueError(
-            f"measures={names}: this study does not measure {wrong[0]!r}, it measures "
+            f"measures={names}: this study does not measure {wrong[0]!r}; it measures "
             f"{', '.join(study.measures)}"
         )
     return dataclasses.replace(study, measures=measures)
@@ -86,7 +86,7 @@ def places(given: dict, runs: int) -> list[str]:
 
 
 def perform(study, runs, budget, devices: list[str]) -> None:
-    """Every worker takes the next run when it has finished one; the first failure ends the study."""
+    """Workers take runs from a queue; the first failure ends the study."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     for run in runs:
         waiting.put(run)
@@ -105,7 +105,7 @@ def perform(study, runs, budget, devices: list[str]) -> None:
                     return
                 try:
                     pool.submit(measure.work, study, run, budget, device).result()
-                except BaseException as error:  # handed on below
+                except BaseException as error:  # raised again below
                     failed.append(error)
                     return
                 bar.set_description(f"{run.variant}, {run.measure}", refresh=False)

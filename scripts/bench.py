@@ -1,4 +1,4 @@
-"""What a guidance step costs here and in diffusers, both with the same settings and the same random weights.
+"""Compare the cost of a guidance step with diffusers, using the same settings and the same random weights.
 
 python scripts/bench.py case=NAME [mode=infer|train] [full=true] [parts=A,B] [dry=true] [json=OUT.json]
 
@@ -6,19 +6,19 @@ python scripts/bench.py case=count json=outputs/count.json
 python scripts/bench.py case=cpu-small json=outputs/small.json
 python scripts/bench.py case=gpu-704p parts=ceilings,step,loop full=true json=outputs/gpu.json
 
-case=count      FLOPs, bytes, operations and activation peak at the official size, counted without weights
-case=memory     what every memory plan takes on a GPU at the official size, counted part by part
-case=cpu-small  timed on one thread of a CPU: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
+case=count      FLOPs, bytes, operations, peak activation memory at the official size, counted without weights
+case=memory     GPU memory used by each memory plan at the official size, counted part by part
+case=cpu-small  timed on one CPU thread: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
 case=cpu-mid    half the official widths, 8x16x16
-case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16: 10 GB of memory
-case=gpu-256p   on one GPU, bfloat16, 448 x 256 pixels, 16 frames; in parts, ten minutes at most
+case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16; needs 10 GB of memory
+case=gpu-256p   on one GPU, bfloat16, 448 x 256 pixels, 16 frames; in parts, at most ten minutes
 case=gpu-704p   the same at 1280 x 704
-parts=          of a gpu case, some of ceilings,micro,exactness,step,loop,vae,plans,compiled,graph,trace
-dry=true        a gpu case small and on the CPU: shows that every part runs
-mode=train      forward, backward and optimiser step instead, with and without gradient checkpointing
-full=true       whole 50-step loops, and both sides compiled: minutes more
-against=        the other side, diffusers
-json=           all figures; its top level holds the ratios
+parts=          for GPU cases, some of ceilings,micro,exactness,step,loop,vae,plans,compiled,graph,trace
+dry=true        run a GPU case small and on the CPU, to check that every part works
+mode=train      time forward, backward and optimiser step, with and without gradient checkpointing
+full=true       also whole 50-step loops and both sides compiled; takes minutes longer
+against=        the implementation to compare with: diffusers
+json=           file for all figures; its top level holds the ratios
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def main() -> int:
 
 
 def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
-    """What a case cannot do is refused before any work."""
+    """Rejects options that the case does not support, before any work."""
     options = Options(
         mode=cli.choose("mode", given.get("mode", "infer"), MODES),
         full=cli.choose("full", given.get("full", "false"), SWITCH) == "true",
@@ -69,7 +69,7 @@ def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
         dry=cli.choose("dry", given.get("dry", "false"), SWITCH) == "true",
     )
     check(case, options)
-    # After every part: a run that is cut off leaves what it found.
+    # Saved after every part, so that an interrupted run keeps its results.
     keep = None if out is None else (lambda found: Report(found, ()).write(out))
     return dataclasses.replace(options, save=keep)
 

@@ -1,10 +1,10 @@
-"""Draw the example pictures of the README. Deterministic, no input.
+"""Draw the example pictures of the README; deterministic, needs no input.
 
 python scripts/draw_example.py output=i2vgen/assets/boat.png          a red sailing boat on a lake at dusk
 python scripts/draw_example.py seed=17 output=i2vgen/assets/star.png  first frame of the world's clip 17
 
-seed=       a clip of the procedural world with one object; its caption is printed. No seed: the boat
-size=       pixels of the world's square picture, 256 unless told
+seed=       draw a clip of the procedural world with one object and print its caption; without seed, the boat
+size=       width and height of the world's picture in pixels, 256 by default
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Score a model on clips of the procedural world that no training draws.
+"""Score a model on clips of the procedural world that are never used in training.
 
     python scripts/evaluate.py [config.yaml] [weights=FOLDER] [clips=N] [first_seed=S] [json=OUT.json]
     [output=FOLDER] [sweep=NAME] [setting=value ...]
@@ -8,16 +8,16 @@
     python scripts/evaluate.py sweep=conditions output=outputs/conditions
     python scripts/evaluate.py clips=8 sweep=quality output=outputs/quality
 
-    weights=        a native weights folder; without it the shipped small model. Sizes are its own
-    clips=          seeds, 64; each gives three clips, see docs/evaluation.md
-    first_seed=     the first of them, 0
-    json=           all scores with intervals and settings
-    output=         a folder for index.html (one page with clips to look at), scores.json, table.md
-    sweep=          guidance, steps, eta: score several values too; conditions: leave out one at a time;
+    weights=        native weights folder (default: the shipped small model); it determines the sizes
+    clips=          number of seeds, default 64; each gives three clips, see docs/evaluation.md
+    first_seed=     the first seed, default 0
+    json=           file for all scores, with intervals and settings
+    output=         folder for index.html (one page with the clips), scores.json, table.md
+    sweep=          guidance, steps, eta: also score other values; conditions: remove one at a time;
                     quality, samplers: presets, or solvers x network calls, against a 200-step reference
-    batch=          clips sampled at once, 8; memory and speed only
+    batch=          batch size, default 8; affects memory and speed only
 
-All settings with their defaults stand in i2vgen/settings/config.py.
+All settings and their defaults are in i2vgen/settings/config.py.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main() -> int:
     plan = Plan(**{name: own[name] for name in ("clips", "first_seed", "sweep") if name in own})
     config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
-        raise ValueError(f"{job[0]}= has no effect here: pictures and prompts are those of the world's clips")
+        raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
     rows = evaluate.check(config, plan)
     json_path = cli.check_file("json", own["json"]) if "json" in own else None
     folder = whole.check_folder("output=", config.output) if config.output else None
@@ -66,17 +66,17 @@ def main() -> int:
 
 
 def take(overrides: list[str]) -> tuple[dict, list[str]]:
-    """name=value words -> this script's own, by name; the rest, which are settings"""
+    """name=value words -> this script's own options by name, and the rest, which are settings"""
     for word in overrides:
         if word.startswith(("seed=", "sample.seed=")):
             raise ValueError(
-                f"{word} has no effect here: a clip's noise has the clip's own seed; use first_seed="
+                f"{word} has no effect here: the noise of a clip uses the clip's own seed; use first_seed="
             )
     return cli.take(overrides, numbers=NUMBERS, texts=TEXTS)
 
 
 def batched(config: Config, overrides: list[str]) -> Config:
-    """One clip at a time is generate's habit; here there are many."""
+    """generate.py defaults to one clip at a time; here there are many."""
     if config.runtime.batch > 1 or any(w.startswith(("batch=", "runtime.batch=")) for w in overrides):
         return config
     return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=BATCH))

@@ -1,26 +1,26 @@
-"""One picture and a sentence in, a video out.
+"""Generate a video from one picture and a sentence.
 
     python scripts/generate.py [config.yaml] image=PATH prompt="..." output=clip.mp4 [weights=FOLDER]
     [setting=value ...]
 
-    image=, prompt=     may be repeated: pairs item by item, one of either serves all
-    items=FILE.jsonl    one {"image": ..., "prompt": ..., "seed": ..., "output": ...} per line instead
-    refine_weights=FOLDER   a second stage refines every clip, as refine.width=, refine.steps=, ... say
-    refine_prompt=      what the second stage is told; none given: the prompt
-    video=FILE          no first stage: the second one refines this clip, of any size and length
-    seed=[1,2,3]        every pair once per seed
-    output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON with all
-                        settings lands beside it
-    weights=FOLDER      a native weights folder; none given: the small model that comes with the package
-    adapter=FOLDER      low-rank adapters on top (`train.lora_rank`, or peft's); adapter_scale=1
-    quality=            exact (the default), fast or draft: fewer and cheaper network calls, docs/sampling.md
-    weights=random      seeded random weights: the output is noise, but the whole road is driven
-    memory=low          or balanced, full: how much device memory to take; auto, the default, takes the
-                        fastest plan that fits. The plan and what it takes are printed before the start
+    image=, prompt=     may be repeated and are then paired in order; a single one is used for all
+    items=FILE.jsonl    instead: one {"image": ..., "prompt": ..., "seed": ..., "output": ...} per line
+    refine_weights=FOLDER   refine every clip with a second stage; set refine.width=, refine.steps=, ...
+    refine_prompt=      prompt of the second stage (default: the prompt)
+    video=FILE          skip the first stage and refine this clip, of any size and length
+    seed=[1,2,3]        generate every pair once per seed
+    output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON file
+                        with all settings is written beside it
+    weights=FOLDER      native weights folder (default: the shipped small model)
+    adapter=FOLDER      add low-rank adapters (from `train.lora_rank`, or peft's); adapter_scale=1
+    quality=            exact (default), fast or draft: fewer and cheaper network calls, docs/sampling.md
+    weights=random      seeded random weights: the output is noise, but the whole pipeline runs
+    memory=low          or balanced, full: limits device memory; auto, the default, selects the fastest
+                        plan that fits. The plan and its memory use are printed at the start
     --print-config      print the merged settings as YAML and stop
-    --resume            leave out clips that are already there, whole and made with the same settings
+    --resume            skip clips that already exist, complete and made with the same settings
 
-All settings with their defaults stand in i2vgen/settings/config.py; sizes are width= and height= in pixels.
+All settings and their defaults are in i2vgen/settings/config.py; width= and height= are in pixels.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> int:
             return 0
     runtime.apply(config.runtime)
     source = read_clip(config) if config.video else None
-    if config.refine_weights:  # what could stop the second stage stops the first one too
+    if config.refine_weights:  # errors of the second stage show before the first one runs
         size, frames = (config.sample.width, config.sample.height), config.sample.frames
         if source is not None:
             frames, height, width, _ = source[0].shape
@@ -70,7 +70,7 @@ def main() -> int:
     else:
         clips = ((job, pipeline.Video(source[0], "", "", job.seed, config, source[1])) for job in todo)
     if config.refine_weights:
-        clips = second_stage(config, list(clips))  # the first stage's memory is free by now
+        clips = second_stage(config, list(clips))  # frees the first stage's memory
     for job, clip in clips:
         path = clip.save(job.output)
         record = records.path_of(path)
@@ -82,14 +82,14 @@ def read_clip(config: Config) -> tuple[np.ndarray, float | None]:
     """The clip of video= and its frame rate."""
     frames, fps = video.load(config.video, alpha=config.preprocess.alpha)
     if len(frames) == 1:
-        warnings.warn(f"video {config.video} has one frame; it is refined as a picture", stacklevel=1)
+        warnings.warn(f"video {config.video} has one frame; it is refined as a single picture", stacklevel=1)
     return frames, fps
 
 
 def first_stage(config: Config, todo: list[jobs.Job]) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
     """Pictures to clips, a batch at a time."""
     if config.use.text and any(not job.prompt.strip() for job in todo):
-        warnings.warn("the prompt is empty; the picture alone decides what moves", stacklevel=1)
+        warnings.warn("the prompt is empty; only the picture determines the motion", stacklevel=1)
     batch_size = min(config.runtime.batch, len(todo))
     config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=batch_size))
     model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
@@ -110,14 +110,14 @@ def second_stage(
     config: Config, clips: list[tuple[jobs.Job, pipeline.Video]]
 ) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
     """Clips to refined clips, one at a time."""
-    count, height, width, _ = clips[0][1].frames.shape  # they are all of one size
+    count, height, width, _ = clips[0][1].frames.shape  # all have the same size
     refiner = refine.load(
         config, (width, height), count, tell=lambda estimate: print(f"memory of the second stage: {estimate}")
     )
-    told = config.refine
+    stage = config.refine
     print(
-        f"second stage: inside {told.width} x {told.height} pixels, noise level {told.noise_level}, "
-        f"{told.steps} steps of {told.solver}, guidance {told.guidance:g}, on {refiner.device}"
+        f"second stage: at most {stage.width} x {stage.height} pixels, noise level {stage.noise_level}, "
+        f"{stage.steps} steps of {stage.solver}, guidance {stage.guidance:g}, on {refiner.device}"
     )
     for number, (job, clip) in enumerate(clips, start=1):
         with tqdm(desc=f"refining {number} of {len(clips)}", unit="step", mininterval=0.5) as bar:
@@ -140,7 +140,7 @@ def describe(config, model) -> str:
 
 
 def advance(bar: tqdm, info) -> None:
-    if info.index == 0:  # an inversion and the sampling after it count by themselves
+    if info.index == 0:  # an inversion and the sampling after it each count from 0
         bar.reset(total=info.num_steps)
     bar.update()
 

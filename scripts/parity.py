@@ -1,9 +1,9 @@
-"""Run our implementation on golden files of the official one and print what agrees how closely.
+"""Compare our implementation with golden files of the official one, and print how closely they agree.
 
     python scripts/parity.py tests/goldens/*.safetensors --dtype float64
     python scripts/parity.py tests/goldens/*.safetensors --summary
 
-Every file says by its metadata what it holds. Exit status 0 only if every row passes.
+The metadata of each file says what it holds. The exit status is 0 only if every row passes.
 """
 
 from __future__ import annotations
@@ -31,19 +31,17 @@ def main() -> int:
     )
     parser.add_argument("files", nargs="+", metavar="FILE", help="golden files (.safetensors)")
     parser.add_argument("--dtype", choices=list(runtime.DTYPES), default="float32")
-    parser.add_argument(
-        "--device", default="cpu", help="cpu, cuda, cuda:1; auto takes cuda where there is one"
-    )
-    parser.add_argument("--json", metavar="OUT", help="write the table as JSON too")
-    parser.add_argument("--summary", action="store_true", help="print one Markdown line per kind instead")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1; auto uses cuda if available")
+    parser.add_argument("--json", metavar="OUT", help="also write the table as JSON")
+    parser.add_argument("--summary", action="store_true", help="print one Markdown line per kind of file")
     parser.add_argument("--failures", action="store_true", help="print only rows that fail")
     arguments = parser.parse_args()
 
     where = runtime.device(config.Runtime(device=arguments.device))
-    runtime.apply(config.Runtime())  # TF32 off: it would drown everything below 1e-3
+    runtime.apply(config.Runtime())  # TF32 off: its error would hide everything below 1e-3
     settings = Settings(dtype=runtime.DTYPES[arguments.dtype], device=str(where))
     tables: dict[str, list[Row]] = {}
-    unread: list[str] = []  # a file that cannot be read must not hide what the others say
+    unread: list[str] = []  # a file that cannot be read must not hide the results of the others
     for file in tqdm(arguments.files, unit="file", disable=None, leave=False):
         try:
             tables[file] = kinds.run(file, settings)
@@ -77,7 +75,7 @@ def print_table(file: str, rows: list[Row], *, failures_only: bool) -> None:
 
 
 def print_summary(tables: dict[str, list[Row]]) -> None:
-    """One line per kind of golden: how many rows, and the worst figure among those bounded by it."""
+    """One line per kind of golden file: number of rows, and the worst of the figures that have a bound."""
     kinds_found: dict[str, list[Row]] = {}
     for file, rows in tables.items():
         kinds_found.setdefault(Golden(file).kind, []).extend(rows)

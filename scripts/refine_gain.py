@@ -1,4 +1,4 @@
-"""What a second stage gains over plain upscaling of the same clips, measured on the procedural world.
+"""Measure the gain of a second stage over plain upscaling, on the procedural world.
 
     python scripts/refine_gain.py [refine_weights=FOLDER] [weights=FOLDER] [clips=N] [first_seed=S]
     [sources=NAME,NAME] [json=OUT.json] [output=STRIP.png] [setting=value ...]
@@ -6,16 +6,17 @@
     python scripts/refine_gain.py clips=64 json=outputs/gain.json
     python scripts/refine_gain.py refine_weights=outputs/train/small_refiner/weights refine.steps=4 clips=16
 
-    refine_weights= the second stage; none given: the small refiner that comes with the package
-    weights=        the first stage; none given: the small model that comes with the package
-    clips=          seeds of the world, 32; first_seed= the first of them, 0
-    sources=        kinds of small clips: drawn (the world's), decoded (those through the first stage's
-                    autoencoder), made (by the first stage, from first frame and caption); none given: all
-    json=           all scores, per clip
-    output=         a picture: truth, bilinear, bicubic, refined of the first clips, in lines
+    refine_weights= the second stage (default: the shipped small refiner)
+    weights=        the first stage (default: the shipped small model)
+    clips=          number of seeds, default 32; first_seed= is the first of them, default 0
+    sources=        kinds of small clips (default: all): drawn (the world's), decoded (the same after the
+                    first stage's autoencoder), made (by the first stage, from first frame and caption)
+    json=           file for all scores, per clip
+    output=         picture of the first clips, in rows: true clip, bilinear, bicubic, refined
 
-PSNR and SSIM are against the world's clip of the same seed at the large size; sharpness and flicker are parts
-of that clip's; still is the change from frame to frame, in levels of 255, where that clip stands still.
+PSNR and SSIM compare with the world's clip of the same seed at the large size. Sharpness and flicker are
+fractions of that clip's. "Still" is the change from frame to frame, in levels of 255, where that clip does
+not move.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ import sys
 from tqdm import tqdm
 
 from i2vgen import cli
-from i2vgen.evaluation import gain
-from i2vgen.evaluation.gain import Plan
+from i2vgen.evaluation import refiner_gain
+from i2vgen.evaluation.refiner_gain import Plan
 from i2vgen.fast import runtime
 from i2vgen.files import whole
 from i2vgen.files.tables import Table
@@ -47,19 +48,19 @@ def main() -> int:
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
-    gain.check(config)
+    refiner_gain.check(config)
     path = cli.check_file("json", out) if out else None
     picture = cli.check_file("output", config.output) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
-        found = gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
-    print(Table("", gain.HEAD, tuple(gain.rows(found)), words=(0, 1)))
+        found = refiner_gain.measure(config, plan, shown=SHOWN if picture else 0, on_clip=bar.update)
+    print(Table("", refiner_gain.HEAD, tuple(refiner_gain.rows(found)), words=(0, 1)))
     if path is not None:
         whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")
     if picture is not None:
-        gain.strip(found, plan.sources[-1], frame=-1).save(picture)
+        refiner_gain.strip(found, plan.sources[-1], frame=-1).save(picture)
         print(f"\npicture in {picture}")
     return 0
 

@@ -1,4 +1,4 @@
-"""Score videos of your own, by any model: how true to the picture, how steady, how much they move.
+"""Score your own videos, from any model: fidelity to the picture, steadiness, motion.
 
     python scripts/score.py videos=FOLDER [against=FOLDER] [reference=FOLDER] [metrics=NAME,NAME]
     [json=OUT.json] [setting=value ...]
@@ -7,20 +7,20 @@
     python scripts/score.py videos=outputs/mine against=outputs/theirs metrics=flicker,motion
     python scripts/score.py videos=clips.jsonl reference=true clip_weights=weights/xl json=outputs/scores.json
 
-    videos=         a folder of videos, one video, or a list (.jsonl, .csv) of file, image, prompt; clips of
-                    generate.py have beside them what they were made from, so their folder is enough
-    against=        another model's, paired by name: differences with intervals
-    reference=      true videos by the same names; fit=crop prepares those of another size as pictures are
-    metrics=        names, see --list; without it all whose needs are met
-    frames=         the first so many frames of every clip
-    clip_weights=   a native weights folder, whose CLIP judges
-    clip_model=, clip_checkpoint=   another judge: an open_clip model's name and the file of its weights
+    videos=         a folder of videos, one video, or a list (.jsonl, .csv) of file, image, prompt; for clips
+                    of generate.py the folder is enough, since each has a record beside it
+    against=        videos of another model, paired by name: prints differences with intervals
+    reference=      true videos with the same names; fit=crop prepares those of another size like pictures
+    metrics=        names, see --list (default: all whose requirements are met)
+    frames=         use only the first so many frames of every clip
+    clip_weights=   native weights folder whose CLIP is the judge
+    clip_model=, clip_checkpoint=   another judge: name of an open_clip model, and the file of its weights
     lpips_network=, fvd_network=    FILE.py:NAME, MODULE:NAME or a TorchScript file
     device=         auto, cpu, cuda
-    json=           everything, per clip and in all
-    --list          every metric with its definition, and stop
+    json=           file for all results, per clip and overall
+    --list          print every metric with its definition, and stop
 
-A network for LPIPS or FVD is a program: name your own or one you trust. docs/evaluation.md tells more.
+A network for LPIPS or FVD is a program: use only your own or one you trust. See docs/evaluation.md.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main() -> int:
 def describe(found: list[scores.Found]) -> str:
     if len(found) == 1:
         return f"{found[0].place}: {len(found[0].rows)} clips"
-    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips of the same names"
+    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips with the same names"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What every module of the model holds and costs, at any size, without weights and in seconds.
+"""List parameters and cost of every module at any size, within seconds and without weights.
 
     python scripts/summary.py [config.yaml] [part=unet] [depth=2] [json=OUT.json] [setting=value ...]
 
@@ -7,12 +7,12 @@
     python scripts/summary.py weights=FOLDER depth=4 use.local_tokens=false
 
     part=       unet (one branch of one step), vae (all frames decoded) or clip (one prompt, one picture)
-    depth=      how many names deep; each row holds all that is inside it
-    json=       the rows as numbers
-    weights=    a native weights folder, whose settings are taken; its weights are not read
+    depth=      how many module levels to list; each row includes everything inside it
+    json=       file for the rows as numbers
+    weights=    native weights folder, used for its settings only; the weights are not read
 
-A row without an output was not called as a whole and shows the sum of its inside; one without FLOPs was not
-called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights itself.
+A row without an output was not called as a whole, and shows the sum of its parts. One without FLOPs was not
+called at all: a faster form (`runtime`, i2vgen/fast/speed.py) read its weights directly.
 """
 
 from __future__ import annotations

@@ -1,21 +1,21 @@
-"""Follow a run module by module, and find where two runs part.
+"""Record a run module by module, and find where two runs first differ.
 
     python scripts/trace.py [config.yaml] [weights=FOLDER] [output=FILE.jsonl] [against=FILE.jsonl]
     [setting=value ...]
 
-    python scripts/trace.py output=outputs/before.jsonl       change something, then
-    python scripts/trace.py against=outputs/before.jsonl      the first module that gives other numbers
+    python scripts/trace.py output=outputs/before.jsonl       change something, then:
+    python scripts/trace.py against=outputs/before.jsonl      prints the first module whose output differs
 
     python scripts/trace.py configs/tiny.yaml weights=random unet.image_vector_width=64 clip.embed_dim=64 \\
-        against=diffusers                                      ours beside diffusers' class, same weights
+        against=diffusers                                      ours against diffusers' class, same weights
 
-    output=     mean, deviation, lowest and highest value of every module's output, one line per call
+    output=     file for mean, deviation, minimum and maximum of every module's output, one line per call
     against=    such a file, or `diffusers`
-    tolerance=  how far these figures may lie apart, relative to the largest value; 1e-5
-    calls=      UNet calls, at evenly spaced timesteps from the noisiest on; 1
+    tolerance=  largest allowed difference of these figures, relative to the largest value; default 1e-5
+    calls=      number of UNet calls, at evenly spaced timesteps, noisiest first; default 1
 
-The UNet runs on a fixed random latent and random conditions; its modules take their plain forms, so that each
-is called. Without weights= the shipped model is followed. Exit status 1: the runs part.
+The UNet runs on a fixed random latent and random conditions. Its modules use their plain forms, so that each
+is called. Without weights= the shipped model is used. The exit status is 1 if the runs differ.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> int:
         return 0
     parting, compared = trace.compare(found, other, tolerance=tolerance, names=names)
     print(f"{compared} calls compared")
-    if against != DIFFUSERS:  # whose modules are cut in other places
+    if against != DIFFUSERS:  # its modules are divided differently
         for side, here, there in (("this run", found, other), (against, other, found)):
             if only := trace.missing(here, there):
                 print(f"{len(only)} modules in {side} only, the first: {only[0]}")
@@ -85,7 +85,7 @@ def above_zero(given: dict[str, str], name: str, default: float) -> float:
 
 
 def of_diffusers(unet, config: Config, calls: int):
-    """The trace of diffusers' class with our weights, and whose module there is which of ours."""
+    """The trace of diffusers' class with our weights, and the map from its module names to ours."""
     from i2vgen.bench.count import their_unet
     from weights_conversion import rules, unet_diffusers
 
@@ -100,8 +100,8 @@ def of_diffusers(unet, config: Config, calls: int):
     for name, value in fixed.items():
         if getattr(config.unet, name) != value:
             raise ValueError(
-                f"unet.{name} is {getattr(config.unet, name)}; diffusers' class knows only {value}. Follow a "
-                f"model of its shape, for example configs/tiny.yaml weights={RANDOM}"
+                f"unet.{name} is {getattr(config.unet, name)}; diffusers' class supports only {value}. Use a "
+                f"model of that shape, for example configs/tiny.yaml weights={RANDOM}"
             )
     with torch.device("meta"):
         theirs = their_unet(I2VGenXLUNet, config)

@@ -8,13 +8,13 @@
     python scripts/train.py configs/train/tiny_diffusion.yaml train.data=FOLDER_OF_VIDEOS output=outputs/mine
     torchrun --nproc-per-node 2 scripts/train.py configs/train/tiny_diffusion.yaml
 
-    train.NAME=         how to train; all names with their defaults stand in i2vgen/training/settings.py
-    weights=FOLDER      parts to go on from: those not trained are copied, diffusion needs vae and clip
+    train.NAME=         training settings; names and defaults are in i2vgen/training/settings.py
+    weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
     output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
     --print-config      print the merged settings as YAML and stop
-    --resume            demand a checkpoint, and allow it other training settings (never another model)
+    --resume            require a checkpoint, and allow changed training settings (never another model)
 
-A run whose output folder holds its checkpoints goes on from the newest by itself.
+A run whose output folder already holds its checkpoints continues from the newest one automatically.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
         return 0
     if not config.output:
         raise ValueError("no output given; name a folder with output=")
-    loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # refuses another run's
+    loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
     rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     config, device = place(config, ranks, local)
@@ -86,7 +86,7 @@ def main() -> int:
 
 
 def place(config, ranks: int, local: int):
-    """-> settings with the process's own device, the device"""
+    """-> settings with this process's device, and the device"""
     device = runtime.device(config.runtime)
     if ranks > 1 and device.type == "cuda":
         device = torch.device("cuda", local)

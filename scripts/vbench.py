@@ -1,4 +1,4 @@
-"""Make the samples that the public benchmark VBench-I2V scores, under the names by which it finds them.
+"""Generate the samples for the public benchmark VBench-I2V, with the file names it expects.
 
     python scripts/vbench.py [config.yaml] info=vbench2_i2v_full_info.json images=CROP_FOLDER output=FOLDER
     [dimensions=NAME,NAME] [samples=5] [ratio=16-9] [share=1/4] [setting=value ...]
@@ -7,15 +7,15 @@
     python scripts/vbench.py ... dimensions=i2v_subject,i2v_background share=2/4
 
     info=         the benchmark's own list of prompts and pictures
-    images=       its folder `crop`: of 1-1, 8-5, 7-4, 16-9 the shape nearest to the clips' is taken
-    output=       videos/ is for the benchmark, clips/ holds the same files with their records
-    dimensions=   only the prompts of these
-    ratio=        another shape than the nearest
+    images=       its folder `crop`; of 1-1, 8-5, 7-4, 16-9 the aspect ratio nearest to the clips' is used
+    output=       folder: videos/ is for the benchmark, clips/ holds the same files with their records
+    dimensions=   use only the prompts of these dimensions
+    ratio=        another aspect ratio than the nearest
     samples=      clips per prompt; the benchmark reads 5
-    share=        1/4 to 4/4: every fourth clip, for four machines or devices that write to one folder
-    seed=         the first clip's; every other one counts on from it by its place in the list
+    share=        1/4 to 4/4: every fourth clip, to split the work over four machines writing to one folder
+    seed=         seed of the first clip; later clips in the list count up from it
 
-A run that was stopped goes on where it was. All settings and their defaults: i2vgen/settings/config.py.
+An interrupted run continues where it stopped. All settings and their defaults: i2vgen/settings/config.py.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
     print(f"{len(todo)} clips, of which {len(todo) - len(left)} are done")
     if left:
         make(config, left)
-    folder = vbench.lay_out(samples, Path(config.output))
+    folder = vbench.link_samples(samples, Path(config.output))
     there = sum((folder / sample.name).exists() for sample in samples)
     print(f"{there} of {len(samples)} samples in {folder}; the benchmark's call for each dimension:")
     print(f"python evaluate_i2v.py --videos_path {folder} --ratio {ratio} --dimension NAME")
@@ -71,10 +71,10 @@ def plan(own: dict, config: Config) -> tuple[list[vbench.Sample], str]:
         own["images"], config.sample.width, config.sample.height, own.get("ratio", "")
     )
     output = Path(config.output)
-    if odd := vbench.strangers(output / "videos"):
+    if odd := vbench.other_files(output / "videos"):
         raise ValueError(
-            f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark takes the ending of any "
-            "file there for that of all: move it away"
+            f"{output / 'videos'} holds {odd[0]}, which is no sample; the benchmark assumes one "
+            "file extension for the whole folder: move it away"
         )
     return vbench.plan(entries, pictures, output, config, samples), ratio
 

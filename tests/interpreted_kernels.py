@@ -6,7 +6,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from i2vgen.fast import kernels, speed, triton_kernels
+from i2vgen.fast import kernels, savings, triton_kernels
 from i2vgen.settings import config
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -162,7 +162,7 @@ def test_a_unet_by_kernels_gives_the_plain_numbers(make_unet, make_inputs):
     unet = make_unet()
     x, t, conditions = make_inputs(1, 3, 2, 2)
     plain = unet(x, t, unet.prepare(conditions, 3))
-    speed.apply(unet, config.Runtime(kernels="triton"))
+    savings.apply(unet, config.Runtime(savings=tuple(config.SAVINGS)))
     fast = unet(x, t, unet.prepare(conditions, 3))
     assert not torch.equal(fast, plain)
     torch.testing.assert_close(fast, plain, **EXACT)

@@ -70,7 +70,7 @@ def test_the_paper_s_central_study_is_there():
         (("use.concat=false", "use.text=false, use.global_tokens=false, use.local_tokens=false"), "all off"),
         (("  without: [use.concat=false]\n", ""), "at least one variant"),
         (("use.concat=false", "train.steeps=3"), r"did you mean train\.steps"),
-        (("[use.concat=false]", "use.concat=false"), "give a list of texts"),
+        (("[use.concat=false]", "use.concat=false"), "give a list of strings"),
     ],
     ids=lambda v: v[1] if isinstance(v, tuple) else "",
 )

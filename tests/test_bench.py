@@ -371,7 +371,7 @@ def test_plans_reach_the_unet(small):
     )
     moved = [found[name].memory_bound_bytes for name in ("fused", "fast", "plain")]
     assert moved == sorted(moved) and moved[0] < 0.75 * moved[2]
-    chunked = count.count_ours({"feed_forward_chunk": 8}, cfg)
+    chunked = count.count_ours({"token_chunk": 8}, cfg)
     assert chunked.flops == found["fast"].flops and chunked.operations > found["fast"].operations
 
 

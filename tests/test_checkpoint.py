@@ -1,7 +1,6 @@
 """checkpoint.py: weights folders that hold exactly the model, and loading that accepts nothing else."""
 
 import dataclasses
-import fnmatch
 import json
 import os
 
@@ -11,7 +10,7 @@ from safetensors.torch import load_file
 
 from i2vgen.files import checkpoint
 from i2vgen.files.safefile import write_safetensors
-from i2vgen.model.unet import UNet, declared_drops
+from i2vgen.model.unet import UNet
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import STRUCTURAL_SWITCHES, Config, Use
 
@@ -154,8 +153,7 @@ def test_weights_of_other_settings_do_not_fit(folder, settings):
 
 
 def test_a_full_checkpoint_has_no_leftovers_for_a_full_model(settings):
-    drops = declared_drops(settings.unet, Use())
-    assert drops == checkpoint.NO_DROPS
+    assert checkpoint.ablation(settings.unet, Use()) == checkpoint.NO_CHANGE
 
 
 def test_missing_parts_are_named(folder, settings, tmp_path):
@@ -299,14 +297,12 @@ def without(name):
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_an_ablated_model_loads_full_weights_minus_what_it_declares(folder, settings, state, name):
+def test_an_ablated_model_loads_full_weights_minus_what_it_drops(folder, settings, state, name):
     loaded = load_unet(folder, dataclasses.replace(settings, use=without(name))).state_dict()
-    drops = declared_drops(settings.unet, without(name))
-    expected = {}
-    for key, tensor in state.items():
-        if not any(fnmatch.fnmatchcase(key, pattern) for pattern in drops.patterns):
-            expected[key] = tensor[:, : drops.slices[key]] if key in drops.slices else tensor
-    assert same_bits(loaded, expected)
+    built = checkpoint.build("unet", dataclasses.replace(settings, use=without(name))).state_dict()
+    expected = {key: state[key][tuple(slice(n) for n in t.shape)] for key, t in built.items()}
+    assert same_bits(loaded, expected) and len(expected) <= len(state)
+    assert name == "text" or sum(map(torch.numel, expected.values())) < sum(map(torch.numel, state.values()))
 
 
 @pytest.mark.parametrize("name", STRUCTURAL_SWITCHES)
@@ -342,11 +338,6 @@ def test_a_full_model_does_not_load_ablated_weights(tmp_path, settings):
     folder = checkpoint.save(tmp_path / "w", {"unet": state}, ablated)
     with pytest.raises(ValueError, match=r"in 4 tensors: missing stem\.fps"):
         load_unet(folder, settings)
-
-
-def test_full_use_switches_everything_on_and_keeps_the_conventions():
-    use = Use(text=False, fps=False, concat_gain=1.0, sinusoid="exp")
-    assert checkpoint.full_use(use) == Use(concat_gain=1.0, sinusoid="exp")
 
 
 # --- meta and random

@@ -1,4 +1,4 @@
-"""CLIP under open_clip's and transformers' names: complete at full size, exact, and the same network."""
+"""CLIP in open_clip's and transformers' layouts: complete at full size, exact, the same outputs."""
 
 import dataclasses
 import json
@@ -58,7 +58,7 @@ def towers(exported):
 # ------------------------------------------------------------------------------------- the full size
 
 
-def test_every_released_tensor_has_its_place():
+def test_every_released_tensor_is_mapped():
     ours = {n: torch.empty(s, device="meta") for n, s in manifest("open_clip_vit_h14_keys").items()}
     kept = {name: tensor for name, tensor in ours.items() if name not in clip.ABSENT}
     assert len(ours) == 686 and len(kept) == 684
@@ -93,24 +93,24 @@ def test_full_size_configs_build_the_published_towers():
 
 
 @pytest.mark.parametrize("name", ["ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-L-14", "ViT-B-32"])
-def test_open_clip_models_are_told_by_their_shapes(name):
+def test_open_clip_settings_follow_from_shapes(name):
     wanted = load_config(overrides=[f"clip.model={name}", "use.text=false", "use.global_tokens=false"]).clip
     with torch.device("meta"):
         state = ClipEncoders(wanted).model.state_dict()
-    told = clip.settings_from_open_clip({n: tuple(t.shape) for n, t in state.items()})
+    found = clip.settings_from_open_clip({n: tuple(t.shape) for n, t in state.items()})
     with torch.device("meta"):
-        again = ClipEncoders(told).model.state_dict()
+        again = ClipEncoders(found).model.state_dict()
     assert {n: t.shape for n, t in again.items()} == {n: t.shape for n, t in state.items()}
     for part in ("vision", "text"):
-        have, want = getattr(told, part), getattr(wanted, part)
+        have, want = getattr(found, part), getattr(wanted, part)
         assert all(have[key] == want[key] for key in have if key != "mlp_ratio")
 
 
-# -------------------------------------------------------------------------------------- there and back
+# ------------------------------------------------------------------------------------------ round trip
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_there_and_back(changes):
+def test_round_trip(changes):
     settings = dataclasses.replace(TINY, **changes)
     ours = native(settings)
     rows = clip.transformers_rows(settings)
@@ -126,12 +126,12 @@ def test_there_and_back(changes):
     assert equal(imported, kept)
     with torch.device("meta"):
         model = ClipEncoders(settings)
-    checkpoint.fill(model, state)  # complete: the two that were made fit as well
+    checkpoint.fill(model, state)  # complete, including the two substitutes
 
     assert clip.settings_from_transformers(*clip.transformers_configs(settings)) == settings
 
 
-def test_a_full_model_keeps_everything():
+def test_a_full_model_keeps_all_tensors():
     ours = native(TINY)
     rows = clip.full_rows(TINY)
     exported = rules.to_ours(rows, ours)
@@ -141,7 +141,7 @@ def test_a_full_model_keeps_everything():
         assert not notes and equal(dict(state), ours)
 
 
-def test_old_and_new_names_are_the_same():
+def test_old_and_new_names_are_equivalent():
     exported = rules.to_ours(
         clip.transformers_rows(TINY), {n: t for n, t in native(TINY).items() if n not in clip.ABSENT}
     )
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_listed():
         clip.from_transformers(towers(exported), TINY)
 
 
-# ------------------------------------------------------------------------------------ the same network
+# --------------------------------------------------------------------------------- the same outputs
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
@@ -200,13 +200,13 @@ def assert_near(got, want):
     assert (got - want).norm() <= 1e-12 * want.norm()
 
 
-def test_a_live_clip_model_comes_in_whole():
+def test_a_full_transformers_model_is_imported_completely():
     text, image = clip.transformers_configs(TINY)
     for part in (text, image):
         part.pop("architectures")
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=image, projection_dim=10))
-    told = clip.settings_from_transformers(*[json.loads(json.dumps(model.config.to_dict()))] * 2)
-    assert told == TINY
+    found = clip.settings_from_transformers(*[json.loads(json.dumps(model.config.to_dict()))] * 2)
+    assert found == TINY
     state, notes = clip.from_transformers({"text": model.state_dict()}, TINY)
     assert not notes
     assert torch.equal(state["text_projection"], model.text_projection.weight.t())
@@ -220,13 +220,13 @@ def shapes(settings):
         return {n: tuple(t.shape) for n, t in ClipEncoders(settings).model.state_dict().items()}
 
 
-def test_heads_are_asked_for_where_64_cannot_be():
+def test_the_number_of_heads_is_requested_if_64_does_not_fit():
     with pytest.raises(ValueError, match=r"width 24 has no heads of 64; give clip\.vision\.head_width"):
         clip.settings_from_open_clip(shapes(TINY))
     with pytest.raises(ValueError, match=r"width 16 has no heads of 64; give clip\.text\.heads"):
         clip.settings_from_open_clip(shapes(TINY), vision_head_width=8)
-    told = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2)
-    assert told == TINY
+    found = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2)
+    assert found == TINY
     quick = clip.settings_from_open_clip(shapes(TINY), vision_head_width=8, text_heads=2, quick_gelu=True)
     assert quick == dataclasses.replace(TINY, quick_gelu=True)
 
@@ -235,24 +235,24 @@ def test_heads_are_asked_for_where_64_cannot_be():
     ("change", "message"),
     [
         ({"text.token_embedding.weight": (1, 1)}, "CustomTextCLIP"),
-        ({"visual.trunk.x": (1,)}, "no plain ViT"),
+        ({"visual.trunk.x": (1,)}, "not a plain ViT"),
         ({"visual.positional_embedding": (6, 24)}, "6 rows"),
         ({"visual.proj": None}, r"visual\.proj is missing"),
     ],
 )
 def test_foreign_open_clip_models_are_refused(change, message):
-    told = {name: shape for name, shape in (shapes(TINY) | change).items() if shape}
+    found = {name: shape for name, shape in (shapes(TINY) | change).items() if shape}
     with pytest.raises(ValueError, match=message):
-        clip.settings_from_open_clip(told, vision_head_width=8, text_heads=2)
+        clip.settings_from_open_clip(found, vision_head_width=8, text_heads=2)
 
 
 @pytest.mark.parametrize(
     ("tower", "change", "message"),
     [
         (0, {"hidden_act": "gelu_new"}, "gelu_new in the text tower"),
-        (1, {"hidden_act": "quick_gelu"}, "one for both"),
+        (1, {"hidden_act": "quick_gelu"}, "the same for both"),
         (1, {"num_channels": 4}, "num_channels is 4"),
-        (0, {"num_attention_heads": 3}, r"text tower is 16, no multiple"),
+        (0, {"num_attention_heads": 3}, r"text tower is 16, not a multiple"),
     ],
 )
 def test_what_open_clip_cannot_express_is_refused(tower, change, message):
@@ -278,6 +278,6 @@ def test_what_transformers_cannot_express_is_refused(change, message):
         clip.transformers_rows(dataclasses.replace(TINY, **change))
 
 
-def test_a_harmless_setting_of_open_clip_is_no_obstacle():
+def test_an_irrelevant_open_clip_setting_is_accepted():
     settings = dataclasses.replace(TINY, text=TEXT | {"pool_type": "argmax"})
     assert clip.transformers_configs(settings) == clip.transformers_configs(TINY)

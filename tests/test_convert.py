@@ -1,4 +1,4 @@
-"""The converter through its command line: every source, exact inverses, refusals that leave nothing."""
+"""The converter's command line: all sources, exact inverses, errors that leave no files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEADS = ["unet.head_width=16"]
 
 @pytest.fixture(scope="session")
 def states():
-    """Random weights of every part under our names."""
+    """Random weights of every part, under our names."""
     return {
         part: dict(checkpoint.random_state(checkpoint.build(part, CONFIG), seed=3))
         for part in checkpoint.PARTS
@@ -51,7 +51,7 @@ def states():
 
 @pytest.fixture(scope="session")
 def official(states, tmp_path_factory):
-    """The three official files with small weights."""
+    """The three official files, with small weights."""
     folder = tmp_path_factory.mktemp("official")
     unet = rules.to_theirs(unet_vgen.rows(CONFIG.unet, CONFIG.use), states["unet"])
     vae = rules.to_theirs(vae_tables.rows(CONFIG.vae), states["vae"])
@@ -76,7 +76,7 @@ def native(official, tmp_path):
 
 
 def run(*words) -> int:
-    """The command as a user types it: exit status, refusals as one line."""
+    """Run the command as from a shell -> exit status."""
     from i2vgen import cli
 
     return cli.run(lambda: command.main([str(word) for word in words]))
@@ -103,13 +103,13 @@ def test_official_files_become_a_model(official, states, tmp_path, capsys):
     assert any("non-commercial" in note for note in origin["licence"])
 
 
-def test_one_part_alone_is_legal_and_the_report_says_what_is_missing(official, tmp_path, capsys):
+def test_a_single_part_converts_and_the_report_lists_the_missing_ones(official, tmp_path, capsys):
     assert run("convert", official / "unet.pth", tmp_path / "out", *HEADS) == 0
     assert "missing for generation: vae, clip" in capsys.readouterr().out
     assert checkpoint.missing_parts(tmp_path / "out") == ["vae", "clip"]
 
 
-def test_vgen_and_back_is_the_identity(native, official, tmp_path):
+def test_vgen_round_trip_is_the_identity(native, official, tmp_path):
     assert run("export", native, tmp_path / "vgen", "--layout", "vgen") == 0
     for name, original in (
         ("i2vgen_xl_00854500.pth", "unet.pth"),
@@ -122,14 +122,14 @@ def test_vgen_and_back_is_the_identity(native, official, tmp_path):
     vae = torch.load(tmp_path / "vgen" / "v2-1_512-ema-pruned.ckpt", weights_only=True)["state_dict"]
     want = torch.load(official / "sd.ckpt", weights_only=True)["state_dict"]
     assert same(vae, {k: v for k, v in want.items() if k.startswith(vae_tables.PREFIX)})
-    # torch.save writes whole storages: a view into a mapped file must not drag the file along
+    # torch.save writes whole storages; a view of a mapped file must not include the whole file
     assert (tmp_path / "vgen" / "i2vgen_xl_00854500.pth").stat().st_size < 1.2 * (
         official / "unet.pth"
     ).stat().st_size
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-fold"]], ids=["folded", "plain"])
-def test_diffusers_and_back_is_the_identity(native, states, tmp_path, flags):
+def test_diffusers_round_trip_is_the_identity(native, states, tmp_path, flags):
     assert run("export", native, tmp_path / "diffusers", "--layout", "diffusers", *flags) == 0
     assert run("convert", tmp_path / "diffusers", tmp_path / "again") == 0
     for part in ("unet", "vae"):
@@ -150,8 +150,8 @@ def test_sharded_and_cast(native, states, tmp_path):
     assert verify(tmp_path / "out", tmp_path / "out").passed
 
 
-def test_a_native_source_hands_its_record_on(native, tmp_path):
-    """Its shapes do not tell whose weights they are: a model of one's own is under no terms of others."""
+def test_a_native_source_passes_on_its_record(native, tmp_path):
+    """Shapes do not show the origin: a model trained from scratch has no foreign licence terms."""
     assert run("convert", native, tmp_path / "again", "--dtype", "bfloat16") == 0
     again = json.loads((tmp_path / "again" / "origin.json").read_text())
     assert again["before"] == [json.loads((native / "origin.json").read_text())]
@@ -192,7 +192,7 @@ def test_spatial_initialisation_from_stable_diffusion(states, tmp_path, capsys):
     assert all(name in meta for row in rows for name in row.ours)
 
 
-def test_spatial_initialisation_is_asked_for(official):
+def test_spatial_initialisation_must_be_requested(official):
     with pytest.raises(ValueError, match="spatial-init"):
         convert([_sd_unet(official.parent)], official.parent / "never")
 
@@ -203,7 +203,7 @@ def _sd_unet(folder):
     return path
 
 
-# --- refusals: exit status 2, one line, nothing written, the old result untouched
+# --- errors: exit status 2, one line, nothing written, the old result unchanged
 
 MISTAKES = {
     "a tensor is missing": (lambda s: s.pop("out.2.bias"), "missing"),
@@ -218,7 +218,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_refusals_leave_nothing_behind(official, tmp_path, capsys, name):
+def test_errors_leave_no_files(official, tmp_path, capsys, name):
     spoil, words = MISTAKES[name]
     content = torch.load(official / "unet.pth", weights_only=True)
     spoil(content["state_dict"])
@@ -237,7 +237,7 @@ def test_refusals_leave_nothing_behind(official, tmp_path, capsys, name):
     assert not (tmp_path / "new").exists()
 
 
-def test_nonfinite_and_partial_when_asked_for(official, tmp_path, capsys):
+def test_nonfinite_and_partial_if_requested(official, tmp_path, capsys):
     content = torch.load(official / "unet.pth", weights_only=True)
     content["state_dict"]["out.0.weight"].fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pth")
@@ -273,7 +273,7 @@ def test_a_full_disk_leaves_the_old_result(official, tmp_path, monkeypatch):
 
 
 def test_verify_names_the_first_difference(native, official, tmp_path, capsys):
-    assert run("verify", native, official / "unet.pth", *HEADS) == 1  # one side lacks the other parts
+    assert run("verify", native, official / "unet.pth", *HEADS) == 1  # one side lacks parts of the other
     state = load_file(native / "unet.safetensors")
     state["mid1.res.conv1.weight"][0, 0, 0, 0] += 1e-3
     other = tmp_path / "other"
@@ -286,7 +286,7 @@ def test_verify_names_the_first_difference(native, official, tmp_path, capsys):
 
 
 @pytest.mark.reference
-def test_verify_runs_diffusers_beside_ours(native, tmp_path, capsys):
+def test_verify_compares_with_diffusers(native, tmp_path, capsys):
     pytest.importorskip("diffusers")
     assert run("export", native, tmp_path / "d", "--layout", "diffusers", "--no-fold") == 0
     assert run("verify", native, tmp_path / "d", "--reference", "diffusers") == 0
@@ -299,7 +299,7 @@ def test_verify_runs_diffusers_beside_ours(native, tmp_path, capsys):
     assert "first divergence at mid1.res.conv1" in capsys.readouterr().out
 
 
-def test_inspect_tells_what_it_is(official, native, capsys):
+def test_inspect_names_the_contents(official, native, capsys):
     assert run("inspect", official / "unet.pth") == 0
     assert "UNet in vgen layout" in (said := capsys.readouterr().out) and "854500" in said
     assert run("inspect", native) == 0
@@ -314,7 +314,7 @@ def test_diffusers_rows_and_vgen_rows_agree_on_ours():
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-fold"]], ids=["folded", "plain"])
-def test_a_component_folder_brings_its_own_settings(native, states, tmp_path, flags):
+def test_a_component_folder_provides_its_settings(native, states, tmp_path, flags):
     assert run("export", native, tmp_path / "d", "--layout", "diffusers", *flags) == 0
     for part, folders in (("unet", ["unet"]), ("vae", ["vae"]), ("clip", ["text_encoder", "image_encoder"])):
         assert run("convert", *(tmp_path / "d" / name for name in folders), tmp_path / part) == 0
@@ -339,7 +339,7 @@ def test_a_full_transformers_clip_keeps_its_projection(states, tmp_path):
 
 
 SR600 = dataclasses.replace(config.REFINER_USE, skip_filter="sr600")
-LINEAGES = {  # what tells them, and the settings that no tensor shows
+LINEAGES = {  # their switches, and the settings that no tensor shows
     "v1": (config.V1_USE, {"schedule.kind": "linear_sd", "sample.width": 448, "sample.noise_offset": 0.1}),
     "refiner": (config.REFINER_USE, {"schedule.kind": "logsnr_cosine", "refine.noise_level": 600}),
     "sr600": (SR600, {"schedule.kind": "logsnr_cosine", "refine.noise_level": 700, "refine.guidance": 9.0}),
@@ -348,7 +348,7 @@ LINEAGES = {  # what tells them, and the settings that no tensor shows
 
 @pytest.mark.parametrize("name", LINEAGES)
 def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
-    use, told = LINEAGES[name]
+    use, expected = LINEAGES[name]
     shape = {"sample": dataclasses.replace(CONFIG.sample, height=80)} if name != "v1" else {}
     cfg = dataclasses.replace(CONFIG, use=use, **shape)
     state = dict(checkpoint.random_state(checkpoint.build("unet", cfg), seed=5))
@@ -362,7 +362,7 @@ def test_earlier_lineages_convert_and_invert(name, tmp_path, capsys):
     assert any("never redistribute" in note for note in origin["licence"])
     stored = merge.from_dict(merge.read_stored_settings(tmp_path / "out"))
     assert stored.use == cfg.use
-    for setting, value in told.items():
+    for setting, value in expected.items():
         section, field = setting.split(".")
         assert getattr(getattr(stored, section), field) == value
     assert ("no blur" in stored.refine_suffix) == (name == "sr600")
@@ -396,9 +396,7 @@ def test_flags_without_effect_are_refused(native, official, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
-    official, tmp_path, monkeypatch, capsys
-):
+def test_an_unwritable_output_fails_before_anything_is_read(official, tmp_path, monkeypatch, capsys):
     from weights_conversion import readers
 
     monkeypatch.setattr(readers, "open_file", lambda *_, **__: pytest.fail("a source was read"))
@@ -418,11 +416,11 @@ def test_verify_compares_settings_too(native, tmp_path, capsys):
 
 
 @pytest.mark.reference
-def test_verify_runs_diffusers_as_its_file_stands(native, tmp_path, capsys):
+def test_verify_runs_diffusers_with_the_weights_as_stored(native, tmp_path, capsys):
     pytest.importorskip("diffusers")
     assert run("export", native, tmp_path / "folded", "--layout", "diffusers") == 0
     assert run("verify", native, tmp_path / "folded", "--reference", "diffusers") == 0
     assert "note: the first side" not in capsys.readouterr().out
     assert run("export", native, tmp_path / "plain", "--layout", "diffusers", "--no-fold") == 0
     assert run("verify", native, tmp_path / "plain", "--reference", "diffusers") == 0
-    assert "use.concat_gain=2.0, but diffusers computes 1.0" in capsys.readouterr().out
+    assert "use.concat_gain=2.0, but diffusers uses 1.0" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Hostile and broken sources through the command: one line, exit status 2, nothing run, nothing left."""
+"""Malicious and broken sources: one line, exit status 2, no code executed, no files left."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def test_broken_sources_are_refused_in_one_line(tmp_path, capsys, name, what):
     words = ["convert", str(source), str(out)] if what == "convert" else ["inspect", str(source)]
     status = cli.run(lambda: command.main(words))
     said = capsys.readouterr()
-    # `inspect` lists names and shapes without reading the tensors, so these two it can describe.
+    # `inspect` lists names and shapes without reading the tensors, so it can describe these two.
     if not (what == "inspect" and name in ("nothing known", "a corrupt zip entry")):
         assert status == 2 and said.err.count("error:") == 1 and "Traceback" not in said.err
     assert not mark.exists() and not out.exists()
     assert [p.name for p in tmp_path.iterdir()] == ["model.bin"]
 
 
-def test_the_hub_is_asked_only_when_named(tmp_path, monkeypatch):
+def test_the_hub_is_used_only_if_named(tmp_path, monkeypatch):
     asked = []
 
     def snapshot(repo, *, revision=None, allow_patterns=None):
@@ -117,7 +117,7 @@ def test_a_revision_is_recorded(tmp_path, monkeypatch):
     assert part.part == "vae" and part.notes == ("downloaded as hf:owner/name, revision 0123abcd",)
 
 
-def test_a_download_that_fails_is_one_line(monkeypatch, capsys, tmp_path):
+def test_a_failed_download_is_reported_in_one_line(monkeypatch, capsys, tmp_path):
     import huggingface_hub
 
     def offline(*_, **__):

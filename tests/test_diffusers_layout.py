@@ -1,4 +1,4 @@
-"""The diffusers folder: written, loaded by the real pipeline without a network, and read back bit for bit."""
+"""The diffusers folder: written, loaded by the real pipeline offline, and read back bit for bit."""
 
 import dataclasses
 import json
@@ -17,8 +17,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from i2vgen import pipeline
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.diffusion.schedule import timesteps
-from i2vgen.fast import runtime
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
@@ -58,7 +58,7 @@ def equal(a, b):
 
 
 def to_native(folder, cfg):
-    """What a reader makes of a folder: our parts."""
+    """Read a folder -> our parts."""
     held = {name: part.tensors for name, part in folder.parts.items()}
     both, _ = clip.from_transformers({"text": held["text_encoder"], "image": held["image_encoder"]}, cfg.clip)
     return {
@@ -104,7 +104,7 @@ def load_pipeline(folder, **how):
     return pipe
 
 
-# ------------------------------------------------------------------------------------ there and back
+# ---------------------------------------------------------------------------------------- round trip
 
 CASES = {
     "released topology": (
@@ -123,7 +123,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("overrides", "how"), CASES.values(), ids=CASES)
-def test_there_and_back(overrides, how, tmp_path):
+def test_round_trip(overrides, how, tmp_path):
     cfg = load_config(TINY, [*SMALL, *overrides], weights="random")
     ours = native(cfg)
     layout.write_folder(cfg, ours, tmp_path / "a", **how)
@@ -145,7 +145,7 @@ def test_there_and_back(overrides, how, tmp_path):
         assert any("-of-" in f.name for f in files) and any(".index" in f.name for f in files)
 
 
-def test_the_fold_doubles_the_concat_columns_and_says_so(cfg, parts, exported):
+def test_folding_doubles_the_concat_columns_and_records_it(cfg, parts, exported):
     held = load_file(exported / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     ours = parts["unet"]["conv_in.weight"]
     assert torch.equal(held[:, :4], ours[:, :4]) and torch.equal(held[:, 4:], 2 * ours[:, 4:])
@@ -154,7 +154,7 @@ def test_the_fold_doubles_the_concat_columns_and_says_so(cfg, parts, exported):
     assert torch.equal(folder.parts["unet"].tensors["conv_in.weight"], ours)
 
 
-def test_a_fold_that_rounds_is_refused(cfg, parts, tmp_path):
+def test_an_inexact_fold_is_refused(cfg, parts, tmp_path):
     odd = dataclasses.replace(cfg, use=dataclasses.replace(cfg.use, concat_gain=1.7))
     with pytest.raises(ValueError, match=r"cannot be folded into conv_in\.weight without rounding"):
         layout.write_folder(odd, parts, tmp_path / "out")
@@ -185,7 +185,7 @@ def test_full_size_settings():
         "down_block_types": ["CrossAttnDownBlock3D"] * 3 + ["DownBlock3D"],
         "up_block_types": ["UpBlock3D"] + ["CrossAttnUpBlock3D"] * 3,
     }  # fmt: skip
-    for name in ("num_attention_heads", "attention_head_dim"):  # the same number under its old and new name
+    for name in ("num_attention_heads", "attention_head_dim"):  # the old and the new name of the head width
         section = layout.unet_settings({**published, name: 64})
         assert merge.from_dict({"unet": section}).unet == config.UNet()
     both = layout.unet_settings({**published, "num_attention_heads": 64, "attention_head_dim": 32})
@@ -231,7 +231,7 @@ def relative(got, want):
 
 
 def call_both(cfg, state, theirs, use):
-    """One call of our network with `state` and of diffusers', in float64."""
+    """One call of our network with `state` and of diffusers', in float64 -> relative distance."""
     with torch.device("meta"):
         ours = UNet(cfg.unet, use)
     checkpoint.fill(ours, state, dtype=torch.float64)
@@ -260,7 +260,7 @@ def test_the_folded_unet_computes_what_ours_does(cfg, parts, exported):
     assert call_both(cfg, parts["unet"], theirs, dataclasses.replace(same, concat_gain=1.0)) > 1e-2
 
 
-def test_the_plain_unet_is_ours_with_gain_one(cfg, parts, tmp_path):
+def test_the_unfolded_unet_is_ours_with_gain_one(cfg, parts, tmp_path):
     layout.write_folder(cfg, parts, tmp_path / "plain", fold=False)
     theirs = diffusers.I2VGenXLUNet.from_pretrained(tmp_path / "plain" / "unet")
     settings, _ = layout.settings_from_folder(layout.read_folder(tmp_path / "plain"), compat="diffusers")
@@ -278,7 +278,7 @@ PICTURE = Image.fromarray(NOISE).resize((96, 80))
 def road(cfg):
     """Our model, the draws of seed 3, and our final latents."""
     ours = pipeline.load_parts(dataclasses.replace(cfg, negative_prompt=NEGATIVE))
-    draws = runtime.SampleNoise(3)
+    draws = SampleNoise(3)
     rows, columns = cfg.latent_size
     posterior, start = draws.draw((4, rows, columns)), draws.draw((4, 3, rows, columns))
     steps = []
@@ -288,7 +288,7 @@ def road(cfg):
 
 
 def theirs_of(folder, road, monkeypatch):
-    """-> diffusers' pipeline and its final latents, from the same noise"""
+    """-> diffusers' pipeline and its final latents, from the same noise."""
     _, posterior, start, _ = road
     pipe = load_pipeline(folder)
     monkeypatch.setattr(diffusers.models.autoencoders.vae, "randn_tensor", lambda *a, **k: posterior)
@@ -298,8 +298,8 @@ def theirs_of(folder, road, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_network")
-def test_the_whole_road_end_to_end(exported, road, monkeypatch):
-    """Same picture, prompts, noise: the folded folder in diffusers' pipeline gives our latents and frames."""
+def test_the_whole_pipeline_end_to_end(exported, road, monkeypatch):
+    """With the same picture, prompts and noise, diffusers' pipeline gives our latents and frames."""
     ours, _, _, latents = road
     pipe, theirs = theirs_of(exported, road, monkeypatch)
     assert relative(latents, theirs) <= 1e-4
@@ -318,7 +318,7 @@ def test_the_whole_road_end_to_end(exported, road, monkeypatch):
         ("tokenizer/tokenizer_config.json", {"split_special_tokens": False}),  # `wow!` loses its `!`
     ],
 )
-def test_every_choice_shows_end_to_end(copy, road, monkeypatch, file, values):
+def test_every_choice_matters_end_to_end(copy, road, monkeypatch, file, values):
     changed(copy / file, **values)
     assert relative(road[-1], theirs_of(copy, road, monkeypatch)[1]) > 1e-3
 
@@ -360,11 +360,11 @@ def test_the_tokenizer_survives_being_saved_again(exported, tiny_clip, tmp_path)
 
 
 def test_a_folder_that_diffusers_saved_is_read(exported, parts, cfg, tmp_path):
-    """Saved again by the libraries of today: sharded, other tokenizer files, the fold still known."""
+    """Saved again by current libraries: sharded, other tokenizer files, the fold still recorded."""
     load_pipeline(exported).save_pretrained(tmp_path / "again", max_shard_size="500KB")
     assert list((tmp_path / "again" / "unet").glob("*index.json"))
     folder = layout.read_folder(tmp_path / "again")
-    for compat in (None, "diffusers"):  # either way our network computes what the folder's does
+    for compat in (None, "diffusers"):  # in both cases our network computes what the folder's does
         settings, _ = layout.settings_from_folder(folder, compat=compat)
         again = merge.from_dict(settings | {"sample": {"width": 64, "height": 64}})
         assert (again.vae, again.clip, again.use.concat_gain) == (cfg.vae, cfg.clip, 2.0)
@@ -379,7 +379,7 @@ def copy(exported, tmp_path):
     return tmp_path / "copy"
 
 
-def test_older_files_are_found(copy, parts, cfg):
+def test_older_file_names_are_found(copy, parts, cfg):
     for name in layout.MODELS:
         (file,) = (copy / name).glob("*.safetensors")
         stem = "pytorch_model" if "encoder" in name else "diffusion_pytorch_model"
@@ -410,7 +410,7 @@ def test_safetensors_come_before_bin_and_plain_before_index(copy):
         layout.find_weights(unet)
 
 
-def test_a_part_alone_is_a_legal_folder(copy):
+def test_a_single_part_is_a_valid_folder(copy):
     for name in [*layout.COMPONENTS, layout.INDEX]:
         if name != "unet":
             shutil.rmtree(copy / name) if (copy / name).is_dir() else (copy / name).unlink()
@@ -424,10 +424,10 @@ def test_a_part_alone_is_a_legal_folder(copy):
     ("damage", "message"),
     [
         (lambda f: (f / "unet" / "config.json").unlink(), "unet lacks its config.json"),
-        (lambda f: (f / "vae" / "config.json").write_text("<html>"), "vae/config.json is no readable JSON"),
+        (lambda f: (f / "vae" / "config.json").write_text("<html>"), "vae/config.json is not readable JSON"),
         (lambda f: (f / "vae" / "config.json").write_text("[]"), "holds a list"),
         (lambda f: next((f / "vae").glob("*.safetensors")).unlink(), "vae holds no weights"),
-        (lambda f: shutil.rmtree(f), "is no diffusers folder"),
+        (lambda f: shutil.rmtree(f), "is not a diffusers folder"),
     ],
 )
 def test_damage_is_named(copy, damage, message):
@@ -439,7 +439,7 @@ def test_damage_is_named(copy, damage, message):
 @pytest.mark.parametrize(
     "record", [2.0, {}, {"concat_gain": 2.0, "folded": 0}, {"concat_gain": "2", "folded": 2}]
 )
-def test_a_fold_that_is_no_number_is_refused(copy, record):
+def test_a_recorded_fold_that_is_not_a_number_is_refused(copy, record):
     changed(copy / "unet" / "config.json", **{layout.RECORD: record})
     with pytest.raises(ValueError, match="expected the numbers concat_gain and folded"):
         layout.read_folder(copy)
@@ -450,7 +450,7 @@ def test_a_fold_that_is_no_number_is_refused(copy, record):
 
 @pytest.fixture
 def published(copy):
-    """The folder with what the published copy is reported to say."""
+    """The folder with the values of the published copy."""
     changed(copy / "vae" / "config.json", scaling_factor=0.18125)
     changed(copy / "scheduler" / "scheduler_config.json", set_alpha_to_one=True)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
@@ -472,7 +472,11 @@ def test_trained_values_are_the_default(published):
     assert (cfg.use.sinusoid, cfg.sample.spacing) == ("pow", "official")
     assert cfg.negative_prompt == config.NEGATIVE_PROMPT
     text = "\n".join(notes)
-    assert "0.18125, a known slip" in text and "pads with <|endoftext|>; token 0" in text and "twice" in text
+    assert (
+        "0.18125, a known typo" in text
+        and "pads with <|endoftext|>; using token 0" in text
+        and "twice" in text
+    )
 
 
 def test_diffusers_values_are_a_named_choice(published):
@@ -487,30 +491,34 @@ def test_diffusers_values_are_a_named_choice(published):
         layout.settings_from_folder(published, compat="comfy")
 
 
-def test_another_scale_is_no_slip(copy):
+def test_another_scale_is_kept_without_a_note(copy):
     changed(copy / "vae" / "config.json", scaling_factor=0.3)
     settings, notes = layout.settings_from_folder(layout.read_folder(copy))
-    assert settings["vae"]["scale"] == 0.3 and not any("slip" in note for note in notes)
+    assert settings["vae"]["scale"] == 0.3 and not any("typo" in note for note in notes)
 
 
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("unet", {"_class_name": "UNet3DConditionModel"}, "of a UNet3DConditionModel; expected I2VGenXLUNet"),
+        (
+            "unet",
+            {"_class_name": "UNet3DConditionModel"},
+            "of the class UNet3DConditionModel; expected I2VGenXLUNet",
+        ),
         ("unet", {"block_out_channels": [32, 48]}, "multiple of the first"),
         ("unet", {"down_block_types": ["DownBlock3D", "DownBlock2D"]}, "DownBlock2D; known are"),
         ("unet", {"up_block_types": ["UpBlock3D", "UpBlock3D"]}, "mirrors the down half"),
         ("unet", {"attention_head_dim": [8, 16]}, "share one head width"),
-        ("unet", {"norm_num_groups": None}, "always normalises"),
+        ("unet", {"norm_num_groups": None}, "always has group norms"),
         ("vae", {"act_fn": "relu"}, "act_fn is relu"),
         ("vae", {"down_block_types": ["AttnDownEncoderBlock2D", "DownEncoderBlock2D"]}, "ours are all"),
-        ("vae", {"out_channels": 1}, "one number for both"),
+        ("vae", {"out_channels": 1}, "requires them to be equal"),
         ("scheduler", {"beta_schedule": "sigmoid"}, "beta_schedule sigmoid"),
         ("scheduler", {"trained_betas": [0.1]}, "trained_betas"),
         ("feature_extractor", {"crop_size": 224}, "crops to 224; the image encoder reads 56"),
     ],
 )
-def test_configs_that_are_none_of_ours_are_refused(copy, name, values, message):
+def test_configs_of_other_models_are_refused(copy, name, values, message):
     changed(copy / name / layout.COMPONENTS[name][2], **values)
     with pytest.raises(ValueError, match=message):
         layout.settings_from_folder(layout.read_folder(copy))
@@ -528,9 +536,9 @@ def test_configs_that_are_none_of_ours_are_refused(copy, name, values, message):
             if getattr(config.Use(), switch)
         ),
         ("use", {"frame_positions": True}, r"use\.frame_positions is true; .* never has this part"),
-        ("use", {"later_frames": "picture"}, r"use\.later_frames is picture; .* only have position"),
-        ("unet", {"concat_layers": 2}, r"unet\.concat_layers is 2; .* only have 1"),
-        ("unet", {"num_global_tokens": 5}, r"unet\.num_global_tokens is 5; .* only have 4"),
+        ("use", {"later_frames": "picture"}, r"use\.later_frames is picture; .* only supports position"),
+        ("unet", {"concat_layers": 2}, r"unet\.concat_layers is 2; .* only supports 1"),
+        ("unet", {"num_global_tokens": 5}, r"unet\.num_global_tokens is 5; .* only supports 4"),
         ("unet", {"image_vector_width": 32}, r"unet\.image_vector_width is 32"),
         ("unet", {"local_widths": (16, 64)}, r"unet\.local_widths is \(16, 64\)"),
         ("unet", {"first_temporal_heads": 4}, r"unet\.first_temporal_heads is 4"),
@@ -542,7 +550,7 @@ def test_configs_that_are_none_of_ours_are_refused(copy, name, values, message):
     ],
 )  # fmt: skip
 def test_settings_that_diffusers_cannot_express_are_refused(cfg, parts, section, values, message, tmp_path):
-    odd = object.__new__(config.Config)  # past the checks that bind sections to each other
+    odd = object.__new__(config.Config)  # bypasses the checks across sections
     for field in dataclasses.fields(config.Config):
         value = getattr(cfg, field.name)
         changed_value = dataclasses.replace(value, **values) if field.name == section else value
@@ -554,9 +562,9 @@ def test_settings_that_diffusers_cannot_express_are_refused(cfg, parts, section,
 
 def test_tensors_that_do_not_fit_are_refused(cfg, parts, tmp_path):
     less = {**parts, "unet": {n: t for n, t in parts["unet"].items() if n != "conv_out.bias"}}
-    with pytest.raises(ValueError, match=r"1 are missing, 0 unknown, 0 .* first conv_out\.bias"):
+    with pytest.raises(ValueError, match=r"1 are missing, 0 unknown, 0 .* such as conv_out\.bias"):
         layout.write_folder(cfg, less, tmp_path / "out")
-    with pytest.raises(ValueError, match="needs every part; vae is not there"):
+    with pytest.raises(ValueError, match="needs every part; vae is missing"):
         layout.write_folder(cfg, {n: p for n, p in parts.items() if n != "vae"}, tmp_path / "out")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").touch()
@@ -565,7 +573,7 @@ def test_tensors_that_do_not_fit_are_refused(cfg, parts, tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "precious"]
 
 
-def test_nothing_half_written_stays(cfg, parts, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_files(cfg, parts, tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
@@ -576,7 +584,7 @@ def test_nothing_half_written_stays(cfg, parts, tmp_path, monkeypatch):
 
 
 def test_tensors_are_read_one_at_a_time(cfg, parts, tmp_path):
-    """Of a part that reads lazily, hardly more than one tensor lives at any time."""
+    """If a part is read lazily, little more than one tensor is in memory at any time."""
     alive, most = [0], [0]
 
     class Lazy(dict):
@@ -593,7 +601,7 @@ def test_tensors_are_read_one_at_a_time(cfg, parts, tmp_path):
 
 @pytest.mark.parametrize("kind", ["cosine", "linear", "linear_sd", "quadratic"])
 @pytest.mark.parametrize("snr", [True, False])
-def test_schedules_make_the_same_noise_levels(kind, snr):
+def test_schedules_have_the_same_noise_levels(kind, snr):
     betas = {"init_beta": 0.00085, "last_beta": 0.012} if kind == "linear_sd" else {}
     schedule = config.Schedule(kind=kind, zero_terminal_snr=snr, **betas)
     written = layout.scheduler_config(schedule, config.Sample())

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py, as a user meets it: scores of models whose worth is known, and how it says no."""
+"""scripts/evaluate.py from the user's side: scores of models of known quality, error messages."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ def run(script_at):
 
 @pytest.fixture
 def loads(monkeypatch, road):
-    """Loading takes the parts that are there; the list tells how often it was asked."""
+    """Replace loading by the parts of `road`; the list records every call."""
     asked = []
 
     def load_parts(settings):
@@ -40,7 +40,7 @@ def loads(monkeypatch, road):
 
 
 class Mirror:
-    """An autoencoder that loses nothing."""
+    """A lossless autoencoder."""
 
     dtype = torch.float32
 
@@ -53,7 +53,7 @@ class Mirror:
 
 @pytest.fixture
 def oracle(monkeypatch, road):
-    """oracle(spoil): sampling gives the true clip of caption and seed, spoiled."""
+    """oracle(spoil): sampling returns spoil(the true clip of this caption and seed)."""
 
     def load_parts(settings):
         return pipeline.I2VGenXL(settings, road.unet, Mirror(), road.clip, road.device)
@@ -85,7 +85,7 @@ def written(path):
 SIZE = ["width=32", "height=32", "frames=8"]
 
 
-# --- models whose worth is known
+# --- models of known quality
 
 
 def test_a_perfect_model(run, quick, oracle):
@@ -119,7 +119,7 @@ def test_a_model_that_repeats_the_picture(run, quick, oracle):
 
 
 def test_a_model_that_ignores_the_caption(run, quick, oracle, monkeypatch):
-    """The motion of "basic" whatever is asked: only the score made for it tells."""
+    """It always makes the motion of "basic", which only `other_motion_accuracy` reveals."""
     oracle()
     perfect = pipeline.generate
     basic = {item.seed: item.caption for item in evaluate.items(Plan(clips=8)) if item.set == "basic"}
@@ -148,7 +148,7 @@ def test_objects_that_fade_lose_their_identity(run, quick, oracle):
     assert written("out.json")["identity"] < 0.6
 
 
-# --- a real road
+# --- a real model
 
 
 def test_the_report(run, quick, loads):
@@ -211,12 +211,12 @@ def test_a_sweep_over_presets(run, quick, loads, short):
     assert [row["name"] for row in found["sweep"]] == [
         "reference, 4 steps", "exact", "fast", "draft", "fast, deep_cache=2", "fast, deep_cache=3"
     ]  # fmt: skip
-    # As set is the reference: not made again, and no distance to itself.
+    # The given settings equal the reference: not sampled again, distance zero.
     assert reference["drift_relative"] == found["drift_relative"] == 0 and reference["drift_psnr"] == 99.0
     assert found["calls"] == reference["calls"] == 8 and found["outer_calls"] == 0
-    assert exact["calls"] == 8  # three asked for are four in the official spacing
+    assert exact["calls"] == 8  # the official spacing gives four steps for three
     assert all(row["drift_relative"] > 0 and row["drift_psnr"] < 99 for row in (exact, fast, draft, cached))
-    # Visited are 999, 666 and 332; the last of them is within the interval of one preset only.
+    # Timesteps are 999, 666 and 332; only one preset's guidance interval contains the last.
     assert (fast["calls"], draft["calls"]) == (6, 5) and fast["outer_calls"] == 0
     assert cached["outer_calls"] > 0 and cached["calls"] + cached["outer_calls"] == fast["calls"]
     table = Path("page/table.md").read_text()
@@ -246,8 +246,8 @@ def test_a_row_equal_to_the_settings_is_not_sampled_again(run, quick, loads, mon
     ]
 
 
-def test_a_missing_condition_is_gone_and_nothing_else(road, picture):
-    """Each removal changes what the UNet reads in its own place only, in both branches of guidance."""
+def test_removing_a_condition_changes_nothing_else(road, picture):
+    """Each removal changes only its own part of the UNet's input, in both branches of guidance."""
     config = road.config
     noise = torch.zeros(1, config.vae.embed_dim, *config.latent_size)
     conds = pipeline.encode(road, [picture], ["a red square moves left"], noise)
@@ -258,8 +258,8 @@ def test_a_missing_condition_is_gone_and_nothing_else(road, picture):
     assert {*rows} == {"", *places}
     before = {name: tensor.clone() for name, tensor in road.unet.state_dict().items()}
     for missing, place in places.items():
-        deaf = evaluate.varied(road, rows[missing]).unet
-        whole, less = (unet.prepare(conds[0], 3) for unet in (road.unet, deaf))
+        ablated = evaluate.model_for(road, rows[missing]).unet
+        whole, less = (unet.prepare(conds[0], 3) for unet in (road.unet, ablated))
         changed = (whole.context != less.context).any(dim=(0, 2))
         expected = torch.zeros_like(changed)
         if place is not None:
@@ -287,7 +287,7 @@ def test_weights_from_a_folder_at_their_own_size(run, road, tmp_path):
     found = written("out.json")["settings"]
     assert (found["width"], found["frames"], found["fps"], found["world_speed"]) == (16, 3, 8, 1.0)
     assert {*found["weights_sha256"]} == {"unet.safetensors", "vae.safetensors", "clip.safetensors"}
-    # Twice the rate in as many frames is half of the time: true clips show half of the motion.
+    # The same frames at twice the rate last half as long, so true clips show half the motion.
     assert run(*words, "fps=16")[0] == 0 and written("out.json")["settings"]["world_speed"] == 0.5
     status, _, err = run(*words, "frames=9")
     assert status == 2 and "4.0 times the motion" in err and "sample.frames = 9" in err
@@ -331,7 +331,7 @@ def test_refusals_before_any_work(run, quick, loads, words, message):
     assert sorted(path.name for path in Path().iterdir()) == ["file", "here"]
 
 
-def test_a_file_is_whole_or_as_it_was(run, quick, loads, monkeypatch):
+def test_a_failed_write_leaves_the_old_file(run, quick, loads, monkeypatch):
     Path("out.json").write_text("before")
 
     def fails(*_):
@@ -348,14 +348,14 @@ def test_a_file_is_whole_or_as_it_was(run, quick, loads, monkeypatch):
 
 
 def test_wilson_intervals():
-    # Brown, Cai and DasGupta 2001, and by hand at the ends.
+    # Brown, Cai and DasGupta 2001; the ends by hand.
     assert scores.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
     assert scores.wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
     assert scores.wilson(15, 20) == pytest.approx((0.5313, 0.8881), abs=1e-4)
     assert scores.wilson(0, 0) is None
 
 
-def test_means_and_what_is_not_there():
+def test_means_and_missing_values():
     assert scores.mean_interval([1.0, 3.0]) == pytest.approx((2 - 12.706, 2 + 12.706))
     assert scores.mean_interval([1.0]) is None
     low, high = scores.share_interval([1.0, 1.0, 0.6])
@@ -369,7 +369,7 @@ def test_means_and_what_is_not_there():
     assert {row[1:] for row in pages.score_table(empty).rows} == {("-", "-", "0")}
 
 
-def test_still_clips_are_not_compared_by_pixel():
+def test_still_clips_are_not_compared_by_pixels():
     still, left = (
         drawing.Facts(None, (), (drawing.Move(kind),), drawing.STILL) for kind in ("still", "left")
     )

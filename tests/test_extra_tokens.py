@@ -8,12 +8,15 @@ import torch
 from torch import nn
 
 from i2vgen import pipeline
+from i2vgen.adapt import context as contexts
+from i2vgen.adapt.context import Context, Keys
 from i2vgen.adapt.extra_tokens import Beside, extra_tokens
-from i2vgen.evaluation.evaluate import Without
-from i2vgen.fast import speed
-from i2vgen.model.attention import Attention, Keys
-from i2vgen.model.conditioning import Unconditional, join
-from i2vgen.model.unet import Deep
+from i2vgen.evaluation.evaluate import without
+from i2vgen.fast import savings
+from i2vgen.fast.checkpointing import set_checkpointing
+from i2vgen.fast.unet import Deep, projected, shared
+from i2vgen.model.attention import Attention
+from i2vgen.model.conditioning import Unconditional
 from i2vgen.settings.config import Runtime
 
 EXACT = {"rtol": 0, "atol": 1e-12}
@@ -103,12 +106,12 @@ def test_unused_it_costs_and_leaves_nothing(unet, inputs):
     with extra_tokens(unet, tokens(), through=beside):
         assert list(unet.state_dict()) == names
         assert not predict(unet, inputs).equal(before)
-    assert unet.extra is None and predict(unet, inputs).equal(before)
-    after = unet.prepare(inputs[2], 4)
-    assert after.keys is None and after.context.equal(prepared.context)
+    assert "prepare" not in vars(unet) and predict(unet, inputs).equal(before)
+    assert unet.prepare(inputs[2], 4).context.equal(prepared.context)
+    assert type(unet.mid1.spatial.cross_attention) is Attention
     with contextlib.suppress(RuntimeError), extra_tokens(unet, tokens()):
         raise RuntimeError
-    assert unet.extra is None
+    assert "prepare" not in vars(unet)
 
 
 @torch.no_grad()
@@ -136,28 +139,25 @@ def test_one_inside_another_adds_up(unet, inputs):
     one, two, beside, other = tokens(2), tokens(2, k=2), trained(unet), trained(unet, "mid1.*")
     with extra_tokens(unet, torch.cat([one, two], dim=1)), extra_tokens(unet, one, through=beside):
         wanted = predict(unet, inputs)
-    for project_once in (False, True):
-        unet.project_once = project_once
+    for fast in (False, True):
+        if fast:
+            savings.apply(unet, Runtime())
         with (
             extra_tokens(unet, one),
             extra_tokens(unet, one, through=beside),
             extra_tokens(unet, two),
         ):
             torch.testing.assert_close(predict(unet, inputs), wanted, **EXACT)
-    # Two of them beside: what each adds to one attention's sum is the other's without it.
+    # Two sets of extra keys in one attention: each has a softmax of its own.
     q = torch.randn(1, 2, 6, 8, dtype=torch.float64)
     keys = [Keys(*torch.randn(2, 1, 2, 3, 8, dtype=torch.float64)) for _ in range(3)]
-    reader = Attention(16, 16, 2, 8, backend="math").double()
-    reader.to_q = nn.Identity()
-    chain = keys[0]._replace(beside=keys[1]._replace(beside=keys[2]))
-    x = q.movedim(1, 2).flatten(2)
-    torch.testing.assert_close(reader.inside(x, chain), sum(reader.inside(x, one) for one in keys), **EXACT)
+    sums = [contexts.sum_of_attentions(q, listed, "math") for listed in (keys, *([one] for one in keys))]
+    torch.testing.assert_close(sums[0], sum(sums[1:]), **EXACT)
     with extra_tokens(unet, one, through=beside), extra_tokens(unet, two, through=other):
-        both = unet.prepare(inputs[2], 4).keys
+        both = unet.prepare(inputs[2], 4).context.extra
     with extra_tokens(unet, two, through=other):
-        alone = unet.prepare(inputs[2], 4).keys
-    assert [one.beside.beside is not None for one in both] == [one.beside is not None for one in alone]
-    assert sum(one.beside is not None for one in alone) == 1
+        alone = unet.prepare(inputs[2], 4).context.extra
+    assert len(alone) == 1 and {reader for reader, listed in both.items() if len(listed) == 2} == {*alone}
 
 
 # --- through the fast forms
@@ -168,37 +168,35 @@ FORMS = [{"through": False}, {"through": True}, {"through": True, "pattern": "up
 
 @torch.no_grad()
 @pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("saving", [False, True])
-def test_guidance_with_everything_shared_gives_the_same(make_unet, make_inputs, form, together, saving):
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("names", [("share_prefix",), ("all",)], ids=str)
+def test_guidance_with_everything_shared_gives_the_same(make_unet, make_inputs, form, batched, names):
     unet = make_unet(blocks_per_level=2)
     x, t, cond = make_inputs(batch=2)
     beside = trained(unet, form.get("pattern", "*.cross_attention")) if form["through"] else None
     away = Unconditional(*cond._replace(text=-cond.text))
     with extra_tokens(unet, tokens(2), through=beside):
         plain = torch.cat([unet(x, t, unet.prepare(c, 4)) for c in (cond, away)])
-        if saving:
-            speed.apply(unet, Runtime())
-        unet.together = together
-        both, deep = join([unet.prepare(c, 4) for c in (cond, away)]), Deep(1, [])
-    assert both is not None and (both.keys is not None) == (saving or form["through"])
-    torch.testing.assert_close(unet(x, t, both), plain, **EXACT)  # also outside: they are prepared
-    for _ in range(2):  # filling, using
-        torch.testing.assert_close(unet(x, t, both, deep), plain, **EXACT)
+        savings.apply(unet, Runtime(savings=names, batch_guidance=batched))
+        both = shared(unet, [projected(unet, unet.prepare(c, 4)) for c in (cond, away)])
+        assert bool(both.context.extra) == form["through"]
+        torch.testing.assert_close(unet(x, t, both), plain, **EXACT)
+        out, features = unet(x, t, both, deep=Deep(1))
+        torch.testing.assert_close(out, plain, **EXACT)
+        torch.testing.assert_close(unet(x, t, both, deep=Deep(1, features))[0], plain, **EXACT)
 
 
 @torch.no_grad()
 def test_tokens_that_are_lost_on_the_way_would_be_seen(unet, make_inputs, monkeypatch):
-    """The planted mistake of the test above: contexts parted without what stands beside them."""
+    """The planted mistake of the test above: contexts split without their extra keys."""
     x, t, cond = make_inputs(batch=2)
     beside, away = trained(unet), Unconditional(*cond)
+    savings.apply(unet, Runtime())
     with extra_tokens(unet, tokens(), through=beside, negative="same"):
         plain = unet(x, t, unet.prepare(cond, 4))
-        both = join([unet.prepare(c, 4) for c in (cond, away)])
+        both = shared(unet, [unet.prepare(c, 4) for c in (cond, away)])
     torch.testing.assert_close(unet(x, t, both)[:2], plain, **EXACT)
-    monkeypatch.setattr(
-        Keys, "split", lambda self, n: [Keys(*p) for p in zip(self.k.split(n), self.v.split(n), strict=True)]
-    )
+    monkeypatch.setattr(Context, "split", lambda self, b: [Context(p, {}, {}) for p in self.tokens.split(b)])
     assert not torch.allclose(unet(x, t, both)[:2], plain, atol=1e-6)
 
 
@@ -206,35 +204,30 @@ def test_tokens_that_are_lost_on_the_way_would_be_seen(unet, make_inputs, monkey
 def test_branches_that_differ_in_shape_share_nothing(unet, make_inputs):
     _, _, cond = make_inputs()
     away, beside = Unconditional(*cond), trained(unet)
+    savings.apply(unet, Runtime())
     for how in (
         {"negative": "none"},
         {"negative": tokens(k=5)},
         {"negative": tokens(k=5), "through": beside},
     ):
         with extra_tokens(unet, tokens(), **how):
-            assert join([unet.prepare(c, 4) for c in (cond, away)]) is None
+            assert shared(unet, [unet.prepare(c, 4) for c in (cond, away)]) is None
     with extra_tokens(unet, tokens(), through=beside):
         one = unet.prepare(cond, 4)
-    unet.project_once = True
-    assert join([one, unet.prepare(cond, 4)]) is None
+    assert shared(unet, [one, unet.prepare(cond, 4)]) is None
 
 
 @torch.no_grad()
-def test_an_ablated_condition_keeps_what_stands_beside(unet, inputs):
+def test_an_ablated_condition_keeps_extra_keys(unet, inputs):
     x, t, conditions = inputs
-    local = slice(7, 11)
-    for saving in (False, True):
-        unet.project_once = saving
-        with extra_tokens(unet, tokens(), through=trained(unet)):
-            prepared = unet.prepare(conditions, 4)
-            got = Without(unet, "local tokens", None, local).prepare(conditions, 4)
-        context = prepared.context.clone()
-        context[:, local] = 0
-        assert all(a.beside.k.equal(b.beside.k) for a, b in zip(got.keys, prepared.keys, strict=True))
-        keys = tuple(p.keys(context)._replace(beside=k.beside)
-                     for p, k in zip(unet.readers(), prepared.keys, strict=True))  # fmt: skip
-        wanted = unet(x, t, prepared._replace(context=context, keys=keys))
-        torch.testing.assert_close(unet(x, t, got), wanted, **EXACT)
+    with extra_tokens(unet, tokens(), through=trained(unet)):
+        prepared = unet.prepare(conditions, 4)
+        got = without(unet, "local tokens", None, slice(7, 11)).prepare(conditions, 4)
+        zeroed = prepared.context.tokens.clone()
+        zeroed[:, 7:11] = 0
+        assert all(a[0].k.equal(prepared.context.extra[r][0].k) for r, a in got.context.extra.items())
+        wanted = unet(x, t, prepared._replace(context=Context(zeroed, {}, prepared.context.extra)))
+        assert unet(x, t, got).equal(wanted)
 
 
 # --- guidance, and the whole road
@@ -261,8 +254,8 @@ def test_the_unconditional_branch_reads_what_was_asked_for(unet, road, with_conf
     read = {"zeros": 0 * given, "none": None, "same": given, "own": own}[negative]
     y, n = alone(cond, given), alone(away, read)
     with extra_tokens(model.unet, given, through=beside, negative=own if negative == "own" else negative):
-        predict = pipeline.network(model, cond, away)
-    torch.testing.assert_close(predict(x, t), n + 3.0 * (y - n), rtol=0, atol=1e-11)
+        got = pipeline.network(model, cond, away)(x, t)
+    torch.testing.assert_close(got, n + 3.0 * (y - n), rtol=0, atol=1e-11)
 
 
 def test_a_clip_under_tokens(road, with_config, picture):
@@ -295,7 +288,7 @@ def picture_of(size):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_gradients_reach_tokens_and_what_reads_them(make_unet, inputs, checkpointing):
     unet = make_unet().requires_grad_(False).train()
-    unet.set_checkpointing(checkpointing)
+    set_checkpointing(unet, checkpointing)
     project, beside = nn.Linear(3, WIDTH).double(), Beside(unet)
     for through in (None, beside):
         project.zero_grad()
@@ -349,7 +342,7 @@ def test_mistakes_are_told(unet, inputs, make_unet):
         entering(tokens(), through=other)
     with pytest.raises(ValueError, match="for 3 samples meet a batch of 2"), extra_tokens(unet, tokens(3)):
         predict(unet, inputs)
-    assert unet.extra is None
+    assert "prepare" not in vars(unet)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from i2vgen import pipeline
-from i2vgen.fast import compiled, kernels, machine, speed
+from i2vgen.fast import compiled, kernels, machine, savings
 from i2vgen.files import checkpoint
 from i2vgen.settings import config
 
@@ -15,14 +15,7 @@ pytestmark = pytest.mark.gpu
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Everything off that changes how a number is computed.
-PLAIN = [
-    f"{name}={value}"
-    for name, value in (
-        ("share_prefix", "false"), ("project_once", "false"), ("fuse_projections", "false"),
-        ("subpixel_upsampling", "false"), ("in_place", "false"), ("weight_layout", "false"),
-        ("sum_in_place", "false"), ("fold_products", "false"), ("kernels", "plain"), ("attention", "math"),
-    )
-]  # fmt: skip
+PLAIN = ["savings=none", "batch_guidance=false", "attention=math"]
 PROMPT, STEPS = "a yellow star moves to the right", 3
 
 
@@ -78,7 +71,7 @@ def test_a_gpu_gives_the_numbers_of_the_cpu(make_unet, make_inputs, small, dtype
         clip=config.Clip(embed_dim=12, text=dict(config.Clip().text) | {"width": 16, "heads": 2}),
         sample=config.Sample(width=64, height=64, frames=3),
     )
-    speed.apply(unet, cfg.runtime)
+    savings.apply(unet, cfg.runtime)
     machine.choose_attention(unet, cfg, torch.device("cuda"))
     x, t, *conditions = (value.to("cuda") for value in (x, t, *conditions))
     prepared = unet.prepare(pipeline.Conditions(*conditions), 3)
@@ -107,8 +100,8 @@ def on_the_cpu(root):
 
 SETTINGS = [
     PLAIN, [], ["batch_guidance=true"], ["cuda_graph=true"], ["compile=true"], ["memory=balanced"],
-    ["memory=low"], ["memory=low", "token_chunk=16", "vae_tile=3"], ["kernels=triton"], ["attention=sdpa"],
-    ["sampler=unipc"], ["sampler=dpmpp_2m"], ["feed_forward_chunk=7"],
+    ["memory=low"], ["memory=low", "token_chunk=16", "vae_tile=3"], ["savings=kernels"], ["attention=sdpa"],
+    ["sampler=unipc"], ["sampler=dpmpp_2m"],
 ]  # fmt: skip
 
 

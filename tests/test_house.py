@@ -46,7 +46,8 @@ def room(dotted):
 
 
 def room_of(path):
-    return room(".".join(path.relative_to(ROOT).with_suffix("").parts))
+    """A `__main__.py` is a command line, like cli.py."""
+    return "cli" if path.stem == "__main__" else room(".".join(path.relative_to(ROOT).with_suffix("").parts))
 
 
 # --- the import graph

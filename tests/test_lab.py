@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from i2vgen.adapt.taps import attention_by, attention_maps, controlled, taps
+from i2vgen.fast import savings
+from i2vgen.fast.unet import both_branches
 from i2vgen.lab import summary, trace
-from i2vgen.model.attention import FUNCTIONS, attend
-from i2vgen.model.conditioning import join
+from i2vgen.model.attention import attend
 from i2vgen.model.unet import Residuals
 from i2vgen.settings import config
 from i2vgen.settings.merge import load_config
@@ -69,7 +70,7 @@ def test_taps_that_cannot_work_say_so(network):
     ):
         call()
     with (
-        pytest.warns(UserWarning, match="changed and saw nothing"),
+        pytest.warns(UserWarning, match="had no effect"),
         taps(unet, {"mid1": lambda path, x: None}),
     ):
         pass
@@ -200,15 +201,11 @@ def test_an_attention_of_ones_own(network):
     with pytest.raises(ValueError, match="matches no attention"), attention_by(unet, "mid1.res", None):
         pass
     for uncalled in (attention_by(unet, "mid1.*", attend), attention_maps(unet, {"mid1.*": first_token})):
-        with pytest.warns(UserWarning, match=r"mid1\.\*' changed and saw nothing") as told, uncalled:
+        with pytest.warns(UserWarning, match=r"mid1\.\*' had no effect") as told, uncalled:
             pass
         assert told[0].filename == __file__
-    FUNCTIONS["first"] = lambda q, k, v: attend(q, k, v, "math")
-    try:
-        unet.mid1.temporal.attention1.backend = "first"
-        assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
-    finally:
-        del FUNCTIONS["first"]
+    unet.mid1.temporal.attention1.backend = lambda q, k, v: attend(q, k, v, "math")
+    assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -269,13 +266,12 @@ def test_residuals_reach_both_branches_of_guidance(network, make_inputs):
     unet, _ = network
     x, t, cond = make_inputs(2, 3)
     uncond = cond._replace(text=torch.randn_like(cond.text))
-    alone, both = [unet.prepare(c, 3) for c in (cond, uncond)], None
-    both = join(alone)
+    alone = [unet.prepare(c, 3) for c in (cond, uncond)]
     with controlled(unet, lambda x, t: Residuals(middle=torch.ones(len(x), 3, 2, 3, 64, dtype=x.dtype))):
         expected = torch.cat([unet(x, t, one) for one in alone])
-        for together in (False, True):
-            unet.together = together
-            assert torch.allclose(unet(x, t, both), expected, rtol=0, atol=1e-12)
+        for batched in (False, True):
+            savings.apply(unet, config.Runtime(batch_guidance=batched))
+            assert torch.allclose(both_branches(unet, *alone)(x, t), expected, rtol=0, atol=1e-12)
 
 
 def test_an_adapter_does_not_become_a_part(network):
@@ -287,7 +283,7 @@ def test_an_adapter_does_not_become_a_part(network):
     with pytest.warns(UserWarning, match="no residual was given"), controlled(unet, adapter):
         seen += [call(), *unet.state_dict()]
     assert seen[1:] == names
-    assert unet.control is None
+    assert not unet._forward_pre_hooks
 
 
 @torch.no_grad()
@@ -295,14 +291,14 @@ def test_an_adapter_for_another_network_is_refused(network):
     unet, call = network
     entrance = torch.ones(1, 3, 4, 6, 32, dtype=torch.float64)
     for given, message in (
-        (Residuals(down=[None] * 3), r"3 residuals to `down`, where this network has 2"),
-        (Residuals(skips=[None] * 3), r"3 residuals to `skips`, where this network has 4"),
-        (Residuals(up=[None]), r"1 residuals to `up`, where this network has 4"),
-        (Residuals(entrance=entrance[..., :16]), r"\[1, 3, 4, 6, 16\] meets \[1, 3, 4, 6, 32\]"),
+        (Residuals(down=[None] * 3), r"3 residuals to `down`, but this network has 2"),
+        (Residuals(skips=[None] * 3), r"3 residuals to `skips`, but this network has 4"),
+        (Residuals(up=[None]), r"1 residuals to `up`, but this network has 4"),
+        (Residuals(entrance=entrance[..., :16]), r"\[1, 3, 4, 6, 16\] is added to \[1, 3, 4, 6, 32\]"),
         (Residuals(entrance=entrance[:, :1]), "for another architecture or size"),
     ):
         with pytest.raises(ValueError, match=message), controlled(unet, lambda x, t, given=given: given):
             call()
     with pytest.warns(UserWarning, match="not called inside"), controlled(unet, lambda x, t: given):
         pass
-    assert unet.control is None
+    assert not unet._forward_pre_hooks

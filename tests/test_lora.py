@@ -9,7 +9,7 @@ import torch
 
 from i2vgen import pipeline
 from i2vgen.adapt import lora
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.settings import config
 from i2vgen.settings.config import SHIPPED
 
@@ -72,12 +72,8 @@ def test_the_formula(network):
 def test_the_fast_forms_see_the_adapted_weights(network):
     unet, call = network
     trained(lora.attach(unet, ["*attention*.to_*", "*feed_forward*", "*resample.conv"], rank=2))
-    off = config.Runtime(
-        project_once=False, fuse_projections=False, subpixel_upsampling=False, in_place=False
-    )
-    speed.apply(unet, off)
     plain = call()
-    speed.apply(unet, config.Runtime())
+    savings.apply(unet, config.Runtime())
     assert torch.allclose(call(), plain, rtol=0, atol=1e-12)
 
 

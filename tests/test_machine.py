@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from i2vgen import pipeline
-from i2vgen.bench.count import META, OFF, inputs
-from i2vgen.fast import compiled, machine, speed
+from i2vgen.bench.count import META, inputs
+from i2vgen.fast import compiled, machine, savings
+from i2vgen.fast.unet import shared
 from i2vgen.memory.meter import Meter
 from i2vgen.model import attention
 from i2vgen.model.attention import Attention, FrameAttention, attend
-from i2vgen.model.conditioning import join
 from i2vgen.model.unet import UNet
 from i2vgen.settings import config
 
@@ -46,7 +46,7 @@ def test_a_backend_that_is_not_there_is_refused_before_any_work(name):
 
 
 def test_each_refusal_says_what_is_needed():
-    assert set(attention.NEEDS) == set(attention.BACKENDS) - {"auto", "sdpa", "math"}
+    assert set(machine.NEEDS) == set(attention.BACKENDS) - {"auto", "sdpa", "math"}
     with pytest.raises(ValueError, match="the package flash_attn_interface"):
         machine.refuse_missing(with_runtime(attention="flash3"), CPU)
 
@@ -153,13 +153,13 @@ def test_more_sequences_than_a_kernel_counts(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("plan", [{}, {"kernels": "triton"}], ids=str)
+@pytest.mark.parametrize("plan", [{}, {"savings": tuple(config.SAVINGS)}], ids=["default", "kernels"])
 def test_the_whole_network_beyond_2_to_the_31(plan):
     """Three videos of 32 frames at 1280 x 704: a feed-forward alone has 5.5e9 values."""
     cfg = config.Config(sample=config.Sample(frames=32), runtime=config.Runtime(**plan))
     with META:
         unet = UNet(cfg.unet, cfg.use)
-    speed.apply(unet, cfg.runtime)
+    savings.apply(unet, cfg.runtime)
     unet.to(torch.bfloat16).eval()
     sizes = []
     unet.temporal_in.feed_forward.proj_in.register_forward_hook(lambda m, a, y: sizes.append(y.numel()))
@@ -240,7 +240,7 @@ def test_a_real_compiler(make_unet, make_inputs, compiling, recwarn):
     x, t, conditions = make_inputs(1, 3, dtype=torch.float32)
     prepared = unet.prepare(conditions, 3)
     plain = unet(x, t, prepared)
-    speed.apply(unet, config.Runtime())
+    savings.apply(unet, config.Runtime())
     compiling("inductor")
     compiled.compile_blocks(unet)
     torch.testing.assert_close(unet(x, t, prepared), plain, rtol=1e-4, atol=1e-4)
@@ -263,7 +263,7 @@ def test_a_recorded_step_hears_its_inputs(make_unet, make_inputs, recorder):
     unet = make_unet()
     x, t, conditions = make_inputs(1, 3)
     prepared = unet.prepare(conditions, 3)
-    play = compiled.Recorded(lambda x, t: unet(x, t, prepared))
+    play = compiled.Recorded(lambda x, t: unet(x, t, prepared), unet)
     outs = []
     for new_x, new_t in ((x, t), (x + 1, t - 5), (x, t)):
         outs.append(play(new_x, new_t))
@@ -281,7 +281,7 @@ def test_a_recording_that_fails_is_left_out_once(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(compiled, "record", record)
-    play = compiled.Recorded(lambda x, t: x + t)
+    play = compiled.Recorded(lambda x, t: x + t, torch.nn.Identity())
     x, t = torch.ones(2), torch.ones(1)
     with pytest.warns(UserWarning, match=r"cuda_graph does not work here.*capturing$") as warned:
         assert play(x, t).equal(x + t)
@@ -294,7 +294,7 @@ def test_running_out_of_memory_is_no_reason_to_go_on(monkeypatch):
 
     monkeypatch.setattr(compiled, "record", record)
     with pytest.raises(torch.OutOfMemoryError):
-        compiled.Recorded(lambda x, t: x)(torch.ones(1), torch.ones(1))
+        compiled.Recorded(lambda x, t: x, torch.nn.Identity())(torch.ones(1), torch.ones(1))
 
 
 def test_the_road_records_where_it_is_told(road, with_config, picture, recorder):
@@ -327,15 +327,15 @@ def test_what_changes_between_steps_is_heard(change, road, with_config, recorder
     steps = [(first, 9.0), (other, 3.0 if change == "guidance" else 9.0)]
     x, t = torch.randn(b, c, frames, h, w).double(), torch.tensor([500])
     outs = []
-    for settings in (OFF, {"cuda_graph": True}):
+    for settings in ({"savings": ("none",)}, {"cuda_graph": True}):
         outs.append([])
         for cond, guidance in steps:
             model = with_config(road, runtime=settings, sample={"guidance": guidance})
-            speed.apply(unet, model.config.runtime)
+            savings.apply(unet, model.config.runtime)
             uncond = cond._replace(text=torch.zeros_like(text))
             outs[-1].append(pipeline.network(model, cond, uncond)(x, t))
-    speed.apply(unet, runtime)
+    assert shared(unet, [unet.prepare(first, frames)] * 2) is not None  # the shared prefix was really taken
+    savings.apply(unet, runtime)
     for plain, fast in zip(*outs, strict=True):
         torch.testing.assert_close(fast, plain, **EXACT)
     assert not torch.allclose(*outs[0])
-    assert join([unet.prepare(first, frames)] * 2) is not None  # the cached path was really taken

@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from i2vgen import pipeline
-from i2vgen.fast import speed
+from i2vgen.fast import savings
+from i2vgen.fast.layers import in_chunks, norm_of_chunks
+from i2vgen.fast.unet import both_branches, projected
 from i2vgen.memory import offload, plans, storage
 from i2vgen.memory.meter import Meter
 from i2vgen.model.attention import Attention
-from i2vgen.model.conditioning import join
-from i2vgen.model.layers import FeedForward, GroupNorm, in_chunks
+from i2vgen.model.layers import FeedForward, GroupNorm
 from i2vgen.settings.config import Runtime
 
 
@@ -42,10 +43,9 @@ def test_chunks_give_the_plain_numbers(make_unet, make_inputs, batch, tokens):
     x, t, cond = make_inputs(batch)
     branches = [cond, cond._replace(text=cond.text + 1)]
     wanted = torch.cat([unet(x, t, unet.prepare(c, 4)) for c in branches])
-    speed.apply(unet, Runtime(token_chunk=tokens))
-    assert torch.allclose(
-        unet(x, t, join([unet.prepare(c, 4) for c in branches])), wanted, rtol=0, atol=1e-12
-    )
+    savings.apply(unet, Runtime(token_chunk=tokens))
+    together = both_branches(unet, *(unet.prepare(c, 4) for c in branches))(x, t)
+    assert torch.allclose(together, wanted, rtol=0, atol=1e-12)
     apart = torch.cat([unet(x, t, unet.prepare(c, 4)) for c in branches])
     assert torch.allclose(apart, wanted, rtol=0, atol=1e-12)
 
@@ -56,8 +56,8 @@ def test_statistics_of_a_chunk_alone_would_show(make_unet, make_inputs, monkeypa
     unet = make_unet()
     x, t, cond = make_inputs()
     wanted = unet(x, t, unet.prepare(cond, 4))
-    monkeypatch.setattr(GroupNorm, "of_parts", lambda self, x, size: self)
-    speed.apply(unet, Runtime(token_chunk=17))
+    monkeypatch.setattr("i2vgen.fast.temporal.norm_of_chunks", lambda norm, x, size: norm)
+    savings.apply(unet, Runtime(token_chunk=17))
     assert (unet(x, t, unet.prepare(cond, 4)) - wanted).abs().max() > 1e-3
 
 
@@ -67,13 +67,13 @@ def test_a_norm_of_parts_survives_a_large_mean():
     norm.weight.copy_(torch.randn(4))
     norm.bias.copy_(torch.randn(4))
     x = torch.randn(2, 3, 10, 4, dtype=torch.float64)
-    of_parts = norm.of_parts(x, 3)
+    of_parts = norm_of_chunks(norm, x, 3)
     parts = torch.cat([of_parts(part) for part in x.split(4, dim=2)], dim=2)
     assert torch.allclose(parts, norm(x), rtol=0, atol=1e-13)
     far = 1000 + x.float()  # far from zero float32 keeps three digits, which squares would lose
     wanted = norm(far.double()).float()
     norm.float()
-    assert torch.allclose(norm.of_parts(far, 3)(far), wanted, rtol=0, atol=1e-3)
+    assert torch.allclose(norm_of_chunks(norm, far, 3)(far), wanted, rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_chunks_take_less(make_unet, make_inputs, dtype):
     x, t, cond = make_inputs(1, 8, 32, 32, dtype=dtype)
     peaks = []
     for tokens in (0, 2048, 1024):
-        speed.apply(unet, Runtime(token_chunk=tokens))
+        savings.apply(unet, Runtime(token_chunk=tokens))
         with Meter() as meter:
             given = type(cond)(*(c.to("meta") for c in cond))
             unet(x.to("meta"), t.to("meta"), unet.prepare(given, 8))
@@ -109,7 +109,7 @@ def test_a_layer_of_ones_own_sees_all_frames_at_once(make_unet, make_inputs):
     unet.mid1.temporal_conv.stages[1].norm.__class__ = type("Own", (GroupNorm,), {})
     x, t, cond = make_inputs()
     wanted = unet(x, t, unet.prepare(cond, 4))
-    speed.apply(unet, Runtime(token_chunk=17))
+    savings.apply(unet, Runtime(token_chunk=17))
     assert torch.allclose(unet(x, t, unet.prepare(cond, 4)), wanted, rtol=0, atol=1e-12)
 
 
@@ -118,7 +118,7 @@ def test_training_is_not_cut(make_unet, make_inputs):
     x, t, cond = make_inputs()
     grads = []
     for tokens in (0, 17):
-        speed.apply(unet, Runtime(token_chunk=tokens))
+        savings.apply(unet, Runtime(token_chunk=tokens))
         unet.zero_grad()
         unet(x, t, unet.prepare(cond, 4)).square().mean().backward()
         grads.append([p.grad.clone() for p in unet.parameters()])
@@ -142,25 +142,25 @@ def stream(unet):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("project_once", [True, False])
-def test_blocks_that_take_turns_give_the_same_bits(make_unet, make_inputs, project_once):
+@pytest.mark.parametrize("names", [("all",), ("share_prefix",)], ids=str)
+def test_blocks_that_take_turns_give_the_same_bits(make_unet, make_inputs, names):
     unet = make_unet()
     last = unet.mid1.res.conv1.weight
     last.data = last.data.to(memory_format=torch.channels_last)
-    speed.apply(unet, Runtime(project_once=project_once))
+    savings.apply(unet, Runtime(savings=names))
     x, t, cond = make_inputs()
     branches = [cond, cond._replace(text=cond.text + 1)]
 
     def call():
-        return unet(x, t, join([unet.prepare(c, 4) for c in branches]))
+        return both_branches(unet, *(projected(unet, unet.prepare(c, 4)) for c in branches))(x, t)
 
     wanted, before = call(), {n: p.clone() for n, p in unet.named_parameters()}
     seen = []
     streamed = stream(unet)
     guest = offload.Guest(unet, torch.device("cpu"), streamed=streamed)
     for block in plans.streamable(unet).blocks:
-        block.res.register_forward_hook(
-            lambda module, inputs, out: seen.append(module.conv1.weight.untyped_storage().data_ptr())
+        block.register_forward_pre_hook(
+            lambda module, inputs: seen.append(module.res.conv1.weight.untyped_storage().data_ptr())
         )
     for _ in range(2):  # it can be entered again
         with guest:
@@ -220,7 +220,7 @@ def test_the_road_with_parts_that_come_and_go(road, picture, how):
     model = pipeline.I2VGenXL(settings, *copy.deepcopy([road.unet, road.vae, road.clip]), road.device)
     model.waiting = plans.guests(model.parts, settings, model.device)
     assert set(model.waiting) == {"unet", "vae", "clip"}
-    speed.apply(model.unet, settings.runtime)
+    savings.apply(model.unet, settings.runtime)
     for _ in range(2):
         assert np.abs(model(picture, "a boat").frames.astype(int) - wanted).max() <= 1
     noise = pipeline.invert(model, wanted, picture, "a boat")
@@ -255,7 +255,7 @@ def test_a_unet_in_eight_bits_drifts_little_and_takes_less(make_unet, make_input
     storage.store(eight, "int8")
     x, t, cond = make_inputs(dtype=torch.float32)
     for runtime_ in (Runtime(), Runtime(token_chunk=17)):
-        speed.apply(eight, runtime_)
+        savings.apply(eight, runtime_)
         out, wanted = (u(x, t, u.prepare(cond, 4)) for u in (eight, plain))
         assert 0 < (out - wanted).norm() / wanted.norm() < 0.03
     assert offload.flat_bytes(offload.tensors(eight)) < 0.6 * offload.flat_bytes(offload.tensors(plain))
@@ -389,12 +389,12 @@ def test_weights_are_counted_where_they_are(tiny, tiny_model, ledger):
     assert ledger.weights("unet", one_by_one, "cuda") == here < 0.6 * sizes["unet"]
 
 
-def test_a_part_that_meta_cannot_run_is_estimated_roughly():
-    with pytest.warns(UserWarning, match="estimated roughly: a part does not run on meta"):
-        assert plans.peak(lambda: float(torch.ones(1, device="meta")), 123) == 123
+def test_a_part_that_meta_cannot_run_is_not_counted():
+    with pytest.warns(UserWarning, match="of a part is not counted, since it does not run on meta"):
+        assert plans.peak(lambda: float(torch.ones(1, device="meta"))) == 0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert plans.peak(lambda: torch.ones(100, device="meta"), 123) == 400
+        assert plans.peak(lambda: torch.ones(100, device="meta")) == 400
 
 
 MEASURE = """

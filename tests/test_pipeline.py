@@ -12,6 +12,7 @@ from PIL import Image
 
 from i2vgen import load, pipeline
 from i2vgen.diffusion import schedule
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.fast import runtime
 from i2vgen.files import checkpoint, video
 from i2vgen.settings import config, merge
@@ -180,7 +181,7 @@ def test_the_road_without_a_condition(road, picture, name):
 
 
 def test_noise_may_be_given(road, picture):
-    draws = runtime.SampleNoise(5)
+    draws = SampleNoise(5)
     draws.draw((4, 8, 8))  # the posterior's
     noise = draws.draw((4, 3, 8, 8))
     expected = latents(road, [picture], ["a boat"], [5])[0]

@@ -11,10 +11,11 @@ from i2vgen import pipeline
 from i2vgen.diffusion.sampler import StepInfo, Watch, between, ddim, guided, guided_pair, rescaled
 from i2vgen.diffusion.schedule import Schedule, make_betas
 from i2vgen.diffusion.solvers import dpmpp_2m
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.model.conditioning import Conditions, join
-from i2vgen.model.unet import Deep, UNet
+from i2vgen.fast.unet import Deep, projected, shared
+from i2vgen.model.conditioning import Conditions
+from i2vgen.model.unet import UNet
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import QUALITIES, Sample
 from i2vgen.settings.merge import load_config
@@ -68,6 +69,7 @@ def counted(road, with_config):
 
     def run(picture, **sample):
         model, contexts = with_config(road, sample=sample), []
+        savings.apply(road.unet, config.Runtime())
         hook = road.unet.register_forward_pre_hook(
             lambda _, inputs: contexts.append(len(inputs[2].context) // len(inputs[0]))
         )
@@ -75,7 +77,8 @@ def counted(road, with_config):
         hook.remove()
         return frames, contexts
 
-    return run
+    yield run
+    savings.remove(road.unet)
 
 
 def test_outside_of_the_interval_there_is_one_branch(counted, picture):
@@ -118,33 +121,32 @@ def prepared(make_unet, make_inputs):
     unet = make_unet(blocks_per_level=2)
     x, t, conditions = make_inputs(batch=2)
     other = conditions._replace(text=-conditions.text)
-    speed.apply(unet, config.Runtime())
+    savings.apply(unet, config.Runtime())
     with torch.no_grad():
         return unet, x, t, unet.prepare(conditions, 4), unet.prepare(other, 4)
 
 
 @pytest.mark.parametrize("outer", [1, 2, 3])
-@pytest.mark.parametrize("together", [False, True])
-@pytest.mark.parametrize("saving", [False, True])
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("project_once", [False, True])
 @torch.no_grad()
-def test_what_was_kept_of_the_same_input_changes_nothing(prepared, outer, together, saving):
+def test_features_of_the_same_input_change_nothing(prepared, outer, batched, project_once):
     unet, x, t, *branches = prepared
-    unet.together = together
-    if not saving:
-        branches = [branch._replace(keys=None) for branch in branches]
-    both, deep = join(branches), Deep(outer, [])
+    savings.apply(unet, config.Runtime(batch_guidance=batched))
+    both = shared(unet, [projected(unet, branch) if project_once else branch for branch in branches])
     plain = unet(x, t, both)
-    assert torch.equal(unet(x, t, both, deep), plain)  # filling
-    assert len(deep.kept) == (1 if together else 2)
-    torch.testing.assert_close(unet(x, t, both, deep), plain, rtol=0, atol=1e-12)  # using
+    out, features = unet(x, t, both, deep=Deep(outer))
+    assert torch.equal(out, plain) and len(features) == (1 if batched else 2)
+    deep = Deep(outer, features)
+    torch.testing.assert_close(unet(x, t, both, deep=deep)[0], plain, rtol=0, atol=1e-12)
     # The entrance and the outer blocks are new at every step, the rest is old.
-    moved = unet(x + 0.1, t, both, deep)
+    moved = unet(x + 0.1, t, both, deep=deep)[0]
     assert not torch.allclose(moved, plain, atol=1e-3)
     assert not torch.allclose(moved, unet(x + 0.1, t, both), atol=1e-6)
-    # The planted mistake: what the other branch kept.
-    if not together:
-        deep.kept.reverse()
-        assert not torch.allclose(unet(x, t, both, deep), plain, atol=1e-4)
+    # The planted mistake: the other branch's features.
+    if not batched:
+        swapped = Deep(outer, features[::-1])
+        assert not torch.allclose(unet(x, t, both, deep=swapped)[0], plain, atol=1e-4)
 
 
 @torch.no_grad()
@@ -156,11 +158,10 @@ def test_only_the_outer_blocks_run(prepared):
         for name, part in unet.named_modules()
         if type(part).__name__ in ("Block", "Downsample", "Upsample")
     ]
-    deep = Deep(2, [])
-    unet(x, t, branch, deep)
+    _, features = unet(x, t, branch, deep=Deep(2))
     whole, expected = len(ran), ["down.0.blocks.0", "up.0.blocks.1", "up.0.blocks.2"]
     ran.clear()
-    unet(x, t, branch, deep)
+    unet(x, t, branch, deep=Deep(2, features))
     assert ran == expected and whole == len(hooks)
 
 
@@ -169,28 +170,28 @@ def test_what_an_outer_call_costs_of_a_whole_one_at_full_size():
     settings = config.Config()
     with torch.device("meta"):
         unet = UNet(settings.unet, settings.use).eval()
+        savings.apply(unet, settings.runtime)
         texts, vector = torch.empty(1, 77, 1024), torch.empty(1, 1024)
         conditions = Conditions(texts, vector, torch.empty(1, 4, 88, 160), torch.empty(1))
         x, t, prepared = torch.empty(1, 4, 16, 88, 160), torch.zeros(1), unet.prepare(conditions, 16)
         for outer, share in ((1, 0.12), (2, 0.30)):
-            deep, flops = Deep(outer, []), []
+            features, flops = None, []
             for _ in range(2):
                 with FlopCounterMode(display=False) as counter:
-                    unet(x, t, prepared, deep)
+                    _, features = unet(x, t, prepared, deep=Deep(outer, features))
                 flops.append(counter.get_total_flops())
             assert flops[1] / flops[0] == pytest.approx(share, abs=0.01)
 
 
 class Counting:
-    """Stands for the UNet: tells whether a call was whole, and leaves something behind."""
+    """Stands for the UNet: notes whether a call was whole, and returns some features."""
 
     def __init__(self):
         self.whole = []
 
     def __call__(self, x, t, prepared, deep):
-        self.whole.append(not deep.kept)
-        deep.kept.append(x)
-        return 0.5 * x
+        self.whole.append(deep.features is None)
+        return 0.5 * x, [x]
 
 
 def test_the_interval_of_the_cache():
@@ -214,11 +215,12 @@ def test_the_interval_of_the_cache():
 
 @torch.no_grad()
 def test_an_interval_of_one_is_the_network_itself(road, with_config, picture):
-    plain = pipeline.generate(with_config(road, sample={"steps": 3}), [picture], ["a"], [1])
     noises = torch.zeros(1, road.config.vae.embed_dim, *road.config.latent_size)
     conds = pipeline.encode(road, [picture], ["a"], noises)
     unet, x = road.unet, torch.randn(1, 4, 3, *road.config.latent_size, dtype=torch.float64)
-    both = join([unet.prepare(c, 3) for c in conds])
+    savings.apply(unet, config.Runtime())
+    plain = pipeline.generate(with_config(road, sample={"steps": 3}), [picture], ["a"], [1])
+    both = shared(unet, [unet.prepare(c, 3) for c in conds])
     t = torch.tensor([500])
     assert torch.equal(DeepCache(1, 1).over(unet, both)(x, t), unet(x, t, both))
     off = pipeline.generate(with_config(road, sample={"steps": 3, "deep_cache": 1}), [picture], ["a"], [1])
@@ -227,6 +229,9 @@ def test_an_interval_of_one_is_the_network_itself(road, with_config, picture):
     model = with_config(road, sample={"steps": 3, "deep_cache": 2, "deep_cache_blocks": 1})
     first, second = (pipeline.generate(model, [picture], ["a"], [1]) for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, plain)
+    savings.remove(unet)
+    with pytest.raises(ValueError, match=r"sample\.deep_cache needs .*runtime\.savings=none"):
+        pipeline.reader(model)
 
 
 def test_another_network_cannot_be_cached(road, with_config, picture):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from i2vgen import pipeline
-from i2vgen.fast import runtime, speed
+from i2vgen.diffusion.noise import SampleNoise
+from i2vgen.fast import runtime, savings
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
 from i2vgen.memory.meter import Meter
@@ -122,7 +123,7 @@ def test_what_the_autoencoder_loses_is_put_back(told):
     for restore in (0.0, 0.5, 1.0):
         model = told(restore=restore, posterior="mode")
         shape = refine.geometry(model.config, (16, 12))
-        given = refine.encode(model, frames, shape, runtime.SampleNoise(0))
+        given = refine.encode(model, frames, shape, SampleNoise(0))
         got = refine.decode(model, given, shape, frames, given)
         wanted = fitting.cropped(refine.prepared(model, frames, shape), shape)
         wanted = video.to_uint8(wanted.permute(1, 0, 2, 3)).numpy()
@@ -193,7 +194,7 @@ def test_the_full_size_network_needs_no_more_memory_than_the_first_stage():
     def peak(use, rows):
         with torch.device("meta"):
             unet = UNet(config.UNet(), use)
-        speed.apply(unet, config.Runtime())
+        savings.apply(unet, config.Runtime())
         with torch.no_grad(), torch.device("meta"), Meter() as meter:
             vector, latent, fps = torch.empty(1, 1024), torch.empty(1, 4, rows, 160), torch.empty(1)
             prepared = unet.prepare(Conditions(torch.empty(1, 77, 1024), vector, latent, fps), 32)
@@ -335,7 +336,7 @@ def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
 def test_the_plan_is_the_fastest_that_fits(job, monkeypatch):
     stage = merge.second_stage(job)
     # In a network this small it is the feed-forwards that decide; chunks of tokens would not pay.
-    monkeypatch.setitem(plans.PLANS, "low", {"feed_forward_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
+    monkeypatch.setitem(plans.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
 
     def asking(plan):
         return dataclasses.replace(stage, runtime=dataclasses.replace(stage.runtime, memory=plan))

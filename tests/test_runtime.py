@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from i2vgen.diffusion.noise import SampleNoise, draw_all
 from i2vgen.fast import runtime
 from i2vgen.files import checkpoint
+from i2vgen.memory.free import free_memory
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import Runtime
 
@@ -14,7 +16,7 @@ from i2vgen.settings.config import Runtime
 
 
 def test_noise_comes_in_the_official_order():
-    noise = runtime.SampleNoise(8888)
+    noise = SampleNoise(8888)
     drawn = [noise.draw(shape) for shape in ((4, 2, 2), (4, 3, 2, 2), (4, 3, 2, 2))]
     torch.manual_seed(8888)  # as the official script seeds; its draws have a leading axis of one
     for tensor in drawn:
@@ -23,8 +25,8 @@ def test_noise_comes_in_the_official_order():
 
 def test_samples_do_not_know_of_each_other():
     def draws(*seeds):
-        samples = [runtime.SampleNoise(seed) for seed in seeds]
-        return torch.stack([runtime.draw_all(samples, (2, 3)) for _ in range(2)], 1)
+        samples = [SampleNoise(seed) for seed in seeds]
+        return torch.stack([draw_all(samples, (2, 3)) for _ in range(2)], 1)
 
     three = draws(1, 2, 3)
     assert three.shape == (3, 2, 2, 3)
@@ -36,20 +38,20 @@ def test_samples_do_not_know_of_each_other():
 
 def test_noise_leaves_the_global_stream_alone_and_does_not_hear_it():
     before = torch.get_rng_state()
-    one = runtime.SampleNoise(1).draw((5,))
+    one = SampleNoise(1).draw((5,))
     assert torch.get_rng_state().equal(before)
     torch.manual_seed(77)
-    assert runtime.SampleNoise(1).draw((5,)).equal(one)
+    assert SampleNoise(1).draw((5,)).equal(one)
 
 
 def test_a_generator_may_stand_for_a_seed():
     generator = torch.Generator().manual_seed(3)
-    assert runtime.SampleNoise(generator).draw((5,)).equal(runtime.SampleNoise(3).draw((5,)))
+    assert SampleNoise(generator).draw((5,)).equal(SampleNoise(3).draw((5,)))
 
 
 @pytest.mark.parametrize("seed", [0, config.MAX_SEED])
 def test_seeds_at_the_ends(seed):
-    assert runtime.SampleNoise(seed).draw((5,)).isfinite().all()
+    assert SampleNoise(seed).draw((5,)).isfinite().all()
 
 
 # --- devices and precisions
@@ -166,4 +168,4 @@ def test_the_total_is_weights_and_the_larger_moment():
 
 
 def test_free_memory_is_told():
-    assert 0 < runtime.free_memory(torch.device("cpu")) <= 2**63
+    assert 0 < free_memory(torch.device("cpu")) <= 2**63

@@ -1,6 +1,6 @@
-"""scripts/score.py, as a user meets it: clips whose scores are known, networks of chance, and how it says no.
+"""scripts/score.py from the user's side: clips with known scores, random networks, error messages.
 
-LPIPS, FVD and open_clip judges run on tiny random networks here: that shows the road, no published number.
+LPIPS, FVD and open_clip run on tiny random networks, which tests the code path but no published value.
 """
 
 import dataclasses
@@ -51,13 +51,13 @@ def refused(run, *words):
 
 
 def texture(height=32, width=32, seed=0):
-    """uint8 [h w 3] of smooth colours, which optical flow can follow"""
+    """uint8 [h w 3] of smooth colours, which optical flow can follow."""
     rough = np.random.default_rng(seed).integers(0, 256, (height // 4, width // 4, 3), np.uint8)
     return np.asarray(Image.fromarray(rough).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def moving(step=2, frames=4, size=32, seed=0):
-    """uint8 [f size size 3]: a texture that moves `step` pixels to the right per frame"""
+    """uint8 [f size size 3]: a texture that moves `step` pixels to the right per frame."""
     wide = texture(size, size + step * frames, seed)
     return np.stack([wide[:, step * (frames - k) :][:, :size] for k in range(frames)])
 
@@ -68,7 +68,7 @@ def shipped():
 
 
 def write(folder, name, frames, picture=None, prompt="it moves"):
-    """A clip with the record that generation leaves beside it."""
+    """Write a clip and the record that generation would write with it."""
     folder.mkdir(parents=True, exist_ok=True)
     image = folder.parent / f"{name}-picture.png"
     Image.fromarray(frames[0] if picture is None else picture).save(image)
@@ -110,7 +110,7 @@ def test_pictures_agree_with_scikit_image():
         metrics.ssim(one[:, :8], one[:, :8])
 
 
-def test_flicker_leaves_even_change_alone():
+def test_flicker_ignores_uniform_change():
     even = np.stack([np.full((8, 8, 3), 10 * k, np.uint8) for k in range(5)])
     blinking = np.stack([np.full((8, 8, 3), 40 * (k % 2), np.uint8) for k in range(5)])
     assert metrics.flicker(even) == 0 and metrics.frame_change(even) == 10
@@ -119,18 +119,18 @@ def test_flicker_leaves_even_change_alone():
 
 
 def test_frechet_distance_of_gaussians_with_known_moments():
-    """Features laid out so that mean and covariance are exact: the distance is then a closed form."""
+    """Features constructed to have the given mean and covariance exactly, where the distance is known."""
 
     def cloud(mean, covariance):
         n = len(mean)
         root = np.linalg.cholesky(np.array(covariance)) * math.sqrt((2 * n - 1) / 2)
-        return np.array(mean) + np.concatenate([root.T, -root.T])  # covariance as asked, divided by 2n - 1
+        return np.array(mean) + np.concatenate([root.T, -root.T])  # np.cov divides by 2n - 1
 
-    # Diagonal covariances: sum of (a - b)^2 of means and of deviations.
+    # Diagonal covariances: sum of (a - b)^2 over means and standard deviations.
     one, other = cloud([1.0, 2.0], np.diag([4.0, 9.0])), cloud([0.0, 4.0], np.diag([1.0, 16.0]))
     assert np.cov(one, rowvar=False) == pytest.approx(np.diag([4.0, 9.0]))
     assert stats.frechet(one, other) == pytest.approx(1 + 4 + (2 - 1) ** 2 + (3 - 4) ** 2, abs=1e-10)
-    # Two that do not commute: tr (AB)^(1/2) of 2 x 2 is sqrt(tr AB + 2 sqrt(det AB)).
+    # Non-commuting covariances: tr (AB)^(1/2) of 2 x 2 matrices is sqrt(tr AB + 2 sqrt(det AB)).
     a, b = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([[1.0, -0.5], [-0.5, 4.0]])
     want = np.trace(a + b) - 2 * math.sqrt(np.trace(a @ b) + 2 * math.sqrt(np.linalg.det(a @ b)))
     assert stats.frechet(cloud([0, 0], a), cloud([0, 0], b)) == pytest.approx(want, abs=1e-10)
@@ -140,13 +140,13 @@ def test_frechet_distance_of_gaussians_with_known_moments():
 
 
 @pytest.mark.parametrize(
-    ("freedom", "want"), [(1, 12.7062), (4, 2.7764), (5, 2.5706), (9, 2.2622), (30, 2.0423), (1000, 1.9623)]
+    ("degrees", "want"), [(1, 12.7062), (4, 2.7764), (5, 2.5706), (9, 2.2622), (30, 2.0423), (1000, 1.9623)]
 )
-def test_students_t(freedom, want):  # of any printed table
-    assert stats.student(freedom) == pytest.approx(want, abs=5e-4)
+def test_students_t(degrees, want):  # from a printed table
+    assert stats.student(degrees) == pytest.approx(want, abs=5e-4)
 
 
-def test_interval_covers_the_mean_as_often_as_it_says():
+def test_95_percent_intervals_cover_the_mean_in_95_percent_of_cases():
     draw = np.random.default_rng(0)
     hit = [
         found.low <= 0 <= found.high for found in (stats.mean(list(draw.normal(size=5))) for _ in range(2000))
@@ -162,22 +162,22 @@ def test_flow_reads_a_known_motion(step):
     assert found.motion == pytest.approx(100 * step / 64, rel=0.1)
     noisy = moving(step, size=64)
     noisy[1] = np.clip(noisy[1].astype(int) + 20, 0, 255)
-    assert found.warp_error < 1 < flow.measure(noisy).warp_error  # following the motion leaves the blink
+    assert found.warp_error < 1 < flow.measure(noisy).warp_error  # motion compensation keeps the flash
 
 
-def test_pulling_back_is_exact_on_a_plane():
+def test_warping_a_linear_ramp_is_exact():
     rows, columns = np.mgrid[:20, :30].astype(float)
     plane = (3 * columns + 2 * rows)[..., None]
     shift = np.broadcast_to(np.array([1.25, -0.5]), (20, 30, 2))
-    inner = flow.in_sight(shift, -shift)
-    assert flow.pull(plane, shift)[inner] == pytest.approx((plane + 3 * 1.25 - 2 * 0.5)[inner], abs=1e-12)
-    assert inner.sum() == 28 * 19 and not flow.in_sight(shift, shift).any()  # back is not there again
+    inner = flow.visible(shift, -shift)
+    assert flow.warp(plane, shift)[inner] == pytest.approx((plane + 3 * 1.25 - 2 * 0.5)[inner], abs=1e-12)
+    assert inner.sum() == 28 * 19 and not flow.visible(shift, shift).any()  # the way back is wrong
 
 
 # --- the script
 
 
-def test_what_generation_writes_is_scored_without_another_word(run, tmp_path, monkeypatch, capsys):
+def test_generated_clips_are_scored_without_further_arguments(run, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
@@ -198,13 +198,13 @@ def test_what_generation_writes_is_scored_without_another_word(run, tmp_path, mo
     assert found["scores"]["first_frame_psnr"]["value"] > 15 and found["scores"]["flicker"]["clips"] == 2
     assert 0.5 < found["scores"]["clip_consistency"]["value"] <= 1
     assert "not scored: reference_psnr" in out and "dB" in out
-    # The same clips by the list that made them.
+    # The same clips, through the list they were generated from.
     again, _ = scored(run, "videos=list.jsonl", "metrics=first_frame_psnr")
     assert again["scores"]["first_frame_psnr"]["value"] == found["scores"]["first_frame_psnr"]["value"]
 
 
-def test_the_first_frame_is_compared_with_the_picture_as_prepared(run, tmp_path):
-    """A wide picture with a hidden crop: only the preparation of generation makes the two equal."""
+def test_the_first_frame_is_compared_with_the_prepared_picture(run, tmp_path):
+    """A wide picture equals the first frame only after the crop that generation applies."""
     wide = texture(64, 160)
     Image.fromarray(wide).save("wide.png")
     prepared = clips.picture(clips.Clip("a", Path("a"), image="wide.png"), 32, 32)
@@ -220,7 +220,7 @@ def test_the_first_frame_is_compared_with_the_picture_as_prepared(run, tmp_path)
     )
 
 
-def test_enlarged_pixels_are_taken_back(tmp_path):
+def test_enlargement_is_undone(tmp_path):
     frames = moving()
     folder = tmp_path / "made"
     write(folder, "a", frames)
@@ -249,7 +249,7 @@ def test_true_clips_by_name(run, tmp_path):
 
 
 def test_two_models_are_compared_clip_by_clip(run, tmp_path):
-    """Clips differ wildly, the models by little: only pairing tells. And equal models are told equal."""
+    """Clips differ much more than models: only pairing shows a difference, and none between equal models."""
     draw = np.random.default_rng(0)
     for n in range(6):
         frames = moving(seed=n)
@@ -264,7 +264,7 @@ def test_two_models_are_compared_clip_by_clip(run, tmp_path):
     first = found["differences"]["first_frame_psnr"]
     assert first["says"] == "videos is better" and first["low"] > 0 and first["clips"] == 6
     both = found["scores"]["first_frame_psnr"], found["against"]["scores"]["first_frame_psnr"]
-    assert both[0]["low"] < both[1]["value"]  # unpaired, the intervals hide it
+    assert both[0]["low"] < both[1]["value"]  # unpaired, the intervals overlap
     assert first["value"] == pytest.approx(both[0]["value"] - both[1]["value"])
     assert found["differences"]["frame_change"]["says"] == "videos has less"
     found, out = scored(run, "videos=mixed", "against=other", "metrics=first_frame_psnr")
@@ -273,7 +273,7 @@ def test_two_models_are_compared_clip_by_clip(run, tmp_path):
     assert found["differences"]["first_frame_psnr"]["says"] == "against is better"
 
 
-def test_clips_without_a_partner_are_left_out_and_told(run, tmp_path):
+def test_clips_without_a_partner_are_left_out_and_reported(run, tmp_path):
     for model, names in (("one", "abc"), ("two", "bcd")):
         for name in names:
             write(tmp_path / model, name, moving())
@@ -282,7 +282,7 @@ def test_clips_without_a_partner_are_left_out_and_told(run, tmp_path):
     assert "left out 2 clips" in out
 
 
-def test_a_damaged_clip_is_skipped_by_name(run, tmp_path):
+def test_a_damaged_clip_is_skipped_and_reported(run, tmp_path):
     write(tmp_path / "made", "whole", moving())
     (tmp_path / "made" / "broken.mp4").write_bytes(b"no video")
     found, out = scored(run, "videos=made", "metrics=flicker")
@@ -294,7 +294,7 @@ def test_a_damaged_clip_is_skipped_by_name(run, tmp_path):
 
 
 def test_networks_that_the_user_names(run, tmp_path, monkeypatch):
-    """Tiny networks of chance. The FVD of a set to itself is 0, LPIPS of a clip to itself too."""
+    """Tiny random networks: the FVD of a set to itself is 0, and so is the LPIPS of a clip to itself."""
     Path("mine.py").write_text(NETWORKS)
     for seed in range(5):
         for model in ("true", "same"):
@@ -308,18 +308,18 @@ def test_networks_that_the_user_names(run, tmp_path, monkeypatch):
     assert other["scores"]["fvd"]["value"] > 1e-3 and other["scores"]["reference_lpips"]["value"] > 0.01
     assert other["against"]["scores"]["fvd"]["value"] == pytest.approx(0, abs=1e-6)
     assert other["scores"]["fvd"]["low"] is None and "no interval" in out
-    # A module by name gives the same.
+    # The same network from a module.
     monkeypatch.syspath_prepend(str(tmp_path))
     named, _ = scored(
         run, "videos=other", "reference=true", "lpips_network=mine:distance", "metrics=reference_lpips"
     )
     assert named["scores"]["reference_lpips"] == other["scores"]["reference_lpips"]
     err = run("videos=same", "reference=true", "fvd_network=mine.py:wrong", "metrics=fvd")[2]
-    assert "gave int, expected a network" in err
+    assert "returned int, expected a network" in err
 
 
 class I3dAlike(torch.nn.Module):
-    """The three arguments of the usual TorchScript I3D; it fails unless called as that one is called."""
+    """Takes the three arguments of the usual TorchScript I3D and fails unless they have the right values."""
 
     def forward(
         self, x: torch.Tensor, rescale: bool = True, resize: bool = True, return_features: bool = False
@@ -338,8 +338,8 @@ def test_a_torchscript_network(tmp_path):
     assert vector == pytest.approx([1, 1, 1])
 
 
-def test_an_open_clip_checkpoint_of_the_users(run, tmp_path):
-    """Random weights of a tiny card; the same numbers as the towers give when called by hand."""
+def test_a_local_open_clip_checkpoint(run, tmp_path):
+    """Random weights of a tiny model give the scores computed directly with its towers."""
     from i2vgen.files import checkpoint
 
     card = {
@@ -386,7 +386,7 @@ def test_lists(run, tmp_path):
         and found["clips"][0]["prompt"] == "left, then right"
     )
     for text, told in (
-        ("{", "no JSON"),
+        ("{", "not JSON"),
         ("[1]", "expected an object"),
         ('{"image": "a"}', "names no file"),
         ("", "no videos"),
@@ -395,7 +395,7 @@ def test_lists(run, tmp_path):
         assert told in refused(run, "videos=list.jsonl")
 
 
-def test_needs_are_told_before_anything_is_read(run, tmp_path, monkeypatch):
+def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path, monkeypatch):
     monkeypatch.setattr(clips, "frames", lambda *_: pytest.fail("a clip was read"))
     monkeypatch.setattr(scores, "load_judges", lambda *_: pytest.fail("a network was loaded"))
     write(tmp_path / "made", "a", moving())
@@ -439,12 +439,12 @@ def test_needs_are_told_before_anything_is_read(run, tmp_path, monkeypatch):
         (["videos=made", "reference=strangers"], "no true video of their name"),
         (["videos=made", "reference=short", "metrics=reference_psnr"], "frames=3 to compare"),
         (["videos=made", "reference=small", "metrics=reference_psnr"], "fit=crop"),
-        (["videos=made", "reference=made", "metrics=flicker"], "read by none of the scores"),
+        (["videos=made", "reference=made", "metrics=flicker"], "used by none of the requested scores"),
         (["videos=made", "clip_model=ViT-B-32"], "belong together"),
         (["videos=made", "clip_model=RN50", "clip_checkpoint=x", "clip_weights=y"], "give one of them"),
-        (["videos=made", "fvd_network=notes.txt", "reference=made"], "is no TorchScript file"),
+        (["videos=made", "fvd_network=notes.txt", "reference=made"], "is not a TorchScript file"),
         (["videos=made", "lpips_network=no.py:net"], "no.py does not exist"),
-        (["videos=made", "lpips_network=a-b:net"], "no module's name"),
+        (["videos=made", "lpips_network=a-b:net"], "not a module name"),
         (["videos=made", "json=made"], "is a folder"),
     ],
 )
@@ -460,7 +460,7 @@ def test_refusals(run, tmp_path, words, told):
     assert status == 2 and told in err and "Traceback" not in err
 
 
-def test_ways_out_of_the_refusals(run, tmp_path):
+def test_the_fixes_that_the_messages_suggest_work(run, tmp_path):
     write(tmp_path / "made", "a", moving())
     write(tmp_path / "large", "a", moving(step=4, frames=6, size=64))
     found, _ = scored(run, "videos=made", "reference=large", "metrics=reference_psnr", "frames=3", "fit=crop")
@@ -468,7 +468,7 @@ def test_ways_out_of_the_refusals(run, tmp_path):
     assert found["scores"]["reference_psnr"]["value"] == metrics.psnr(moving()[:3], want)
 
 
-def test_every_metric_is_listed_with_its_needs(run):
+def test_every_metric_is_listed_with_its_requirements(run):
     status, out, _ = run("--list")
     lines = {line.split()[0]: line for line in out.splitlines()}
     assert status == 0 and lines.keys() == scores.METRICS.keys()

@@ -1,4 +1,4 @@
-"""Training: every part learns, a killed run goes on to the same numbers, nothing broken is ever taken."""
+"""Training: every part learns, a killed run resumes bit-identically, damaged files are never used."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from i2vgen import pipeline
 from i2vgen.files import checkpoint, video
 from i2vgen.model.conditioning import Conditions
 from i2vgen.training import clip, data, diffusion, loop, vae
-from i2vgen.training.beside import train_beside
+from i2vgen.training.frozen_model import train_on_frozen_model
 from i2vgen.training.settings import Bucket, Train, buckets, load_settings
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ MAKE = {"vae": vae.make, "clip": clip.make, "diffusion": diffusion.make}
 
 @pytest.fixture(scope="module")
 def stages(root, tmp_path_factory):
-    """The three stages, run by scripts/train.py for three steps each -> their output folders by part."""
+    """Run the three stages with scripts/train.py, three steps each -> the folder that holds their outputs."""
     out = tmp_path_factory.mktemp("stages")
     common = ["device=cpu", "train.steps=3", "train.warmup=1", "train.save_every=2"]
     run(root, "tiny_vae.yaml", f"output={out}/vae", *SMALLER, *common, "train.sample_every=3")
@@ -53,7 +53,7 @@ def stages(root, tmp_path_factory):
 
 
 def run(root, name, *words):
-    """scripts/train.py in this process -> its exit status, which is 0 unless `status` says otherwise."""
+    """Run scripts/train.py in this process and check that it exits with status 0."""
     before = sys.argv
     sys.argv = ["train.py", str(root / "configs" / "train" / name), *words]
     try:
@@ -65,7 +65,7 @@ def run(root, name, *words):
 
 
 def settings(root, stages, part, *words):
-    """Settings of a small run of this part, on the weights that it needs."""
+    """Settings of a small training run of one part, starting from the weights it needs."""
     words = ["device=cpu", "train.warmup=1", *words]
     if part == "vae":
         return load_settings(root / "configs/train/tiny_vae.yaml", [*SMALLER, *words])
@@ -99,13 +99,13 @@ def fit(config, train, folder, **how):
         (["train.frame_lengths=64", "train.sample_fps=4"], r"train\.sample_fps = 4 shows 16\.8 times"),
         (["train.bucket_batch=[1,2]"], r"train\.bucket_batch has 2 entries for 1 buckets"),
         (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
-        (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing is for the UNet"),
-        (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder is for the UNet"),
-        (["train.part=vae", "train.clip_unread=true"], r"clip_unread is for train\.part=clip"),
+        (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing needs train\.part=diffusion"),
+        (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder needs train\.part=diffusion"),
+        (["train.part=vae", "train.clip_unread=true"], r"clip_unread needs train\.part=clip"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
-        (["train.data=here", "train.workers=2"], r"train\.workers = 2 are for train\.data=world"),
+        (["train.data=here", "train.workers=2"], r"train\.workers = 2 need train\.data=world"),
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
-        (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is no multiple .* 8"),
+        (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is not a multiple .* 8"),
         (["sample.stepz=3"], r"no setting sample\.stepz"),
     ],
 )
@@ -162,13 +162,13 @@ def test_slow_parameters_are_those_inherited_from_the_image_unet(make_unet, smal
 
     unet = make_unet()
     targets = {name for row in sd_rows(small) for name in row.ours}
-    assert diffusion.spatial_names(unet) == targets
+    assert diffusion.inherited_parameters(unet) == targets
     assert 0 < len(targets) < len(unet.state_dict())
 
 
 @pytest.mark.parametrize(("mode", "ratio"), [("lr", 0.5), ("grad", 1.0)])
-def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
-    """Under Adam a halved gradient makes the same step: that is why the official form is not the default."""
+def test_lr_mode_scales_the_update_and_the_official_grad_mode_does_not(mode, ratio):
+    """Adam cancels a constant factor on the gradient, which is why the official method is not the default."""
     model = nn.ParameterDict({"fast": torch.zeros(4), "slow": torch.zeros(4)})
 
     class Step(nn.Module):
@@ -182,7 +182,7 @@ def test_groups_really_scale_the_rate_and_the_quirk_does_not(mode, ratio):
     part = loop.Part("unet", model, Step(), None, slow=frozenset({"slow"}))
     train = Train(spatial_scale_mode=mode, warmup=0, learning_rate=0.01, clip_norm=0)
     state = loop.start(part, train, CPU)
-    ready = loop.Ready(lambda index: (), in_advance=False)
+    ready = loop.Batches(lambda index: (), in_advance=False)
     figures = loop.update(part, part.step, state, train, ready, device=CPU, rank=0, ranks=1)
     assert figures["lr"] == 0.01 and model["fast"][0].item() == pytest.approx(0.01, rel=1e-4)
     assert (model["slow"] / model["fast"])[0].item() == pytest.approx(ratio, rel=1e-4)
@@ -199,16 +199,16 @@ def test_a_few_steps_on_one_batch_lower_the_loss(root, stages, tmp_path, part, s
     words = [f"train.steps={steps}", f"train.learning_rate={rate}", "train.batch=4", "train.num_clips=4"]
     words += ["train.log_every=1", "train.save_every=1000", "train.decay=constant", "train.word_dropout=0"]
     config, train = settings(root, stages, part, *words)
-    if part == "diffusion":  # the untrained autoencoder's latents are mostly noise, which nobody can learn
+    if part == "diffusion":  # the untrained autoencoder's latents are mostly noise, which cannot be learned
         config = dataclasses.replace(config, weights=str(tmp_path / "parts"))
-        quiet(stages / "clip" / "weights", config)
+        save_with_narrow_posterior(stages / "clip" / "weights", config)
     losses = [line["loss"] for line in fit(config, train, tmp_path / "run")]
     k = max(1, steps // 6)
     assert np.mean(losses[-k:]) < fall * np.mean(losses[:k])
 
 
-def quiet(folder, config):
-    """The same parts with an autoencoder whose posterior has next to no spread."""
+def save_with_narrow_posterior(folder, config):
+    """Save the same parts to `config.weights`, with an autoencoder whose posterior has almost no variance."""
     parts = {part: dict(checkpoint.read_part(folder, part)) for part in ("vae", "clip")}
     for kind, value in (("weight", 0.0), ("bias", -20.0)):
         parts["vae"][f"quant_conv.{kind}"][config.vae.embed_dim :] = value
@@ -227,7 +227,7 @@ def test_measured_scale_gives_latents_of_spread_one(root, stages):
 
 
 @pytest.mark.parametrize("how", ["train.precision=bf16", "train.precision=fp16", "train.checkpointing=true"])
-def test_cheaper_arithmetic_stays_near_and_checkpointing_is_exact(root, stages, tmp_path, how):
+def test_low_precision_stays_close_and_checkpointing_is_exact(root, stages, tmp_path, how):
     words = ["train.steps=2", "train.batch=1", "train.log_every=1", "train.spatial_scale_mode=grad"]
     runs = {}
     for name, extra in (("plain", []), ("other", [how])):
@@ -238,8 +238,8 @@ def test_cheaper_arithmetic_stays_near_and_checkpointing_is_exact(root, stages, 
     assert runs["other"] == pytest.approx(runs["plain"], **near)
 
 
-def test_the_text_tower_learns_along_and_nothing_else_of_clip(root, stages, tmp_path):
-    """Killed and resumed on the way: the tower's average and moments lie in the checkpoint, too."""
+def test_text_encoder_trains_the_text_tower_and_nothing_else_of_clip(root, stages, tmp_path):
+    """One run is killed and resumed: the checkpoint holds the tower's average and moments too."""
     words = ["train.steps=4", "train.save_every=2", "train.log_every=1", "train.text_encoder=true"]
     config, train = settings(root, stages, "diffusion", *words)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -254,11 +254,11 @@ def test_the_text_tower_learns_along_and_nothing_else_of_clip(root, stages, tmp_
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     read = {"ln_final.weight", "ln_final.bias", "positional_embedding", "token_embedding.weight"}
     assert changed == read | {name for name in before if name.startswith("transformer.resblocks.0.")}
-    assert config.clip.text["layers"] == 2  # the last block is not read, and so learns nothing
+    assert config.clip.text["layers"] == 2  # the UNet does not read the last block, so it is not trained
     pipeline.load_parts(dataclasses.replace(config, weights=str(whole / "weights")))
 
 
-def test_clip_can_learn_what_no_unet_reads_and_nothing_else(root, stages, tmp_path):
+def test_clip_unread_trains_only_what_the_unet_does_not_read(root, stages, tmp_path):
     words = [f"weights={stages}/diffusion/weights", "train.steps=2", "train.save_every=2", "train.batch=2"]
     config, train = settings(root, stages, "clip", *words, "train.clip_unread=true")
     fit(config, train, tmp_path / "run")
@@ -269,16 +269,16 @@ def test_clip_can_learn_what_no_unet_reads_and_nothing_else(root, stages, tmp_pa
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     last = {name for name in before if name.startswith("transformer.resblocks.1.")}
     assert changed == {"logit_scale", "text_projection", *last}
-    assert checkpoint.missing_parts(tmp_path / "run" / "weights") == []  # the UNet came along
+    assert checkpoint.missing_parts(tmp_path / "run" / "weights") == []  # the UNet is saved too
 
 
-def test_a_text_tower_that_nobody_reads_is_not_taught(root, stages):
+def test_training_an_unused_text_tower_is_refused(root, stages):
     config, train = settings(root, stages, "diffusion", "use.text=false", "train.text_encoder=true")
     with pytest.raises(ValueError, match=r"use\.text=false does not read"):
         diffusion.make(config, train, None, CPU)
 
 
-def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):
+def test_cached_latents_change_nothing(root, stages, tmp_path, monkeypatch):
     encoded = []
     encode = diffusion.Encoding.encode
     monkeypatch.setattr(
@@ -290,16 +290,16 @@ def test_kept_latents_change_nothing(root, stages, tmp_path, monkeypatch):
         for cache in ("false", "true")
     ]
     assert logs[0] == logs[1]
-    assert len(encoded) == 5 + 2  # five batches without, two different ones with
+    assert len(encoded) == 5 + 2  # without the cache five batches, with it two
 
 
-def test_a_batch_ahead_changes_nothing(root, stages, tmp_path, monkeypatch):
-    """As on a GPU, which computes one batch while the CPU makes the next."""
+def test_making_a_batch_in_advance_changes_nothing(root, stages, tmp_path, monkeypatch):
+    """On a GPU the CPU makes the next batch while the GPU computes the present one."""
     words = ["train.steps=3", "train.batch=2", "train.accumulate=2", "train.log_every=1"]
     plain = fit(*settings(root, stages, "diffusion", *words), tmp_path / "plain")
     made = []
 
-    class Ahead(loop.Ready):
+    class Ahead(loop.Batches):
         def __init__(self, make, *, in_advance):
             super().__init__(make, in_advance=not in_advance)
 
@@ -307,13 +307,13 @@ def test_a_batch_ahead_changes_nothing(root, stages, tmp_path, monkeypatch):
             super().ahead(index)
             made.extend(self.made)
 
-    monkeypatch.setattr(loop, "Ready", Ahead)
+    monkeypatch.setattr(loop, "Batches", Ahead)
     assert fit(*settings(root, stages, "diffusion", *words), tmp_path / "ahead") == plain
     assert made == [2, 4]  # the first batch of each of the other two steps
 
 
 @pytest.mark.slow  # a spawned process imports PyTorch first
-def test_clips_drawn_ahead_are_kept_too(root, stages, tmp_path):
+def test_prefetched_clips_are_cached_too(root, stages, tmp_path):
     words = ["train.steps=5", "train.batch=2", "train.num_clips=4", "train.log_every=1", "train.cache=true"]
     logs = [
         fit(*settings(root, stages, "diffusion", *words, f"train.workers={n}"), tmp_path / str(n))
@@ -333,7 +333,7 @@ def killed(step, _):
         raise KeyboardInterrupt
 
 
-def test_a_killed_run_goes_on_to_the_very_same_numbers(root, stages, tmp_path):
+def test_a_killed_run_resumes_bit_identically(root, stages, tmp_path):
     words = [*WORDS, "train.frame_lengths=[2,4]", "train.sample_fps=[2,4]"]
     config, train = settings(root, stages, "diffusion", *words)
     unet = dataclasses.replace(config.unet, dropout=0.1, temporal_conv_dropout=0.1)
@@ -350,7 +350,7 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(root, stages, tmp_path):
     same(whole, cut, "log.jsonl", "weights/unet.safetensors", "checkpoint-00000006/state.safetensors")
 
 
-def test_a_checkpoint_that_is_not_whole_is_never_taken(root, stages, tmp_path):
+def test_an_incomplete_checkpoint_is_never_used(root, stages, tmp_path):
     config, train = settings(root, stages, "vae", *WORDS)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     fit(config, train, whole)
@@ -465,7 +465,7 @@ def test_timesteps_cover_the_last_one(root, stages):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two good clips of 9 frames at 10 fps, a short one, a broken one, and both kinds of orphans."""
+    """Two good clips of 9 frames at 10 fps, a short, a broken one, and one orphan of each kind."""
     frames = (np.arange(9)[:, None, None, None] * 20 + np.zeros((1, 20, 24, 3))).astype(np.uint8)
     for name, count in (("a.gif", 9), ("sub/b.gif", 9), ("short.gif", 2), ("orphan.gif", 9)):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -484,7 +484,7 @@ def folder_settings(path, *words):
     return load_settings(None, [f"train.data={path}", "sample.width=64", "sample.height=64", *words])
 
 
-def test_a_folder_gives_its_good_clips_and_names_the_bad(folder, caplog):
+def test_a_folder_gives_its_good_clips_and_names_the_bad_ones(folder, caplog):
     config, train = folder_settings(folder, "train.frame_lengths=4", "train.sample_fps=5")
     source = data.open_source(config, train)
     clips = [source(Bucket(4, 5, 2), [2 * k, 2 * k + 1]) for k in range(6)]
@@ -492,7 +492,9 @@ def test_a_folder_gives_its_good_clips_and_names_the_bad(folder, caplog):
         f"what {n} shows" for n in ("a.gif", "sub/b.gif", "c.mp4")
     }
     assert clips[0].pixels.shape == (2, 3, 4, 64, 64) and clips[0].fps == 5
-    for batch in clips:  # grey levels rise by 20 per frame of the file: every second frame, none empty
+    for (
+        batch
+    ) in clips:  # grey levels rise by 20 per frame of the file; every second frame is used, none is empty
         levels = (batch.pixels.mean(dim=(1, 3, 4)) + 1) * 127.5
         assert ((levels.diff(dim=1) - 40).abs() < 4).all()
     again = source(Bucket(4, 5, 2), [0, 1])
@@ -501,22 +503,23 @@ def test_a_folder_gives_its_good_clips_and_names_the_bad(folder, caplog):
     assert "1 captions without a file" in caplog.text and "gone.gif" in caplog.text
     assert "1 files without a caption" in caplog.text and "orphan.gif" in caplog.text
     assert (
-        "broken.mp4 is skipped" in caplog.text
-        and "2 frames at 10 fps are too short for 4 at 5" in caplog.text
+        "skipping broken.mp4" in caplog.text and "2 frames at 10 fps are too short for 4 at 5" in caplog.text
     )
 
 
 def test_frame_numbers_never_leave_the_file():
     starts = {data.frame_numbers(9, 10, Bucket(4, 5, 1), data.generator(k)) for k in range(60)}
-    assert starts == {range(s, s + 7, 2) for s in range(3)}  # officially the last start is never drawn
-    assert data.frame_numbers(4, 3, Bucket(4, 16, 1), data.generator(0)) == range(0, 4)  # officially stride 0
+    assert starts == {range(s, s + 7, 2) for s in range(3)}  # the official code never draws the last start
+    assert data.frame_numbers(4, 3, Bucket(4, 16, 1), data.generator(0)) == range(
+        0, 4
+    )  # the official code computes stride 0
     assert data.frame_numbers(6, 10, Bucket(4, 5, 1), data.generator(0)) is None
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda p: shutil.rmtree(p), "is no folder"),
+        (lambda p: shutil.rmtree(p), "is not a folder"),
         (lambda p: (p / "captions.csv").unlink(), r"holds 0 of captions\.csv"),
         (lambda p: (p / "captions.csv").write_text("file,caption\n"), "no clip to train on: 0 captions"),
         (lambda p: (p / "captions.csv").write_text("name,text\na.gif,x\n"), "entry 1: it needs the columns"),
@@ -581,7 +584,7 @@ def test_curves_and_strips_reach_tensorboard(stages):
     assert [image.step for image in events.Images("samples")] == [3]
 
 
-def test_the_script_explains_itself_and_ends_when_done(root, stages, capsys, tmp_path):
+def test_script_help_and_rerunning_a_finished_run(root, stages, capsys, tmp_path):
     run(root, "tiny_vae.yaml", "--help")
     assert "python scripts/train.py configs/train/tiny_vae.yaml" in capsys.readouterr().out
     run(root, "tiny_vae.yaml", "--print-config", "train.steps=77")
@@ -596,7 +599,7 @@ def test_the_script_explains_itself_and_ends_when_done(root, stages, capsys, tmp
     assert (stages / "clip/log.jsonl").read_bytes() == before
 
 
-def test_two_processes_learn_what_one_does_in_two_batches(root, stages, tmp_path, monkeypatch):
+def test_two_processes_equal_one_with_two_accumulated_batches(root, stages, tmp_path, monkeypatch):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -621,19 +624,19 @@ def test_two_processes_learn_what_one_does_in_two_batches(root, stages, tmp_path
 
 
 @pytest.mark.slow  # a spawned process imports PyTorch first
-def test_drawing_ahead_gives_the_same_batches(root):
+def test_prefetching_gives_the_same_batches(root):
     config, train = load_settings(root / "configs/train/tiny_vae.yaml", SMALLER)
     source = data.open_source(config, train)
 
     def plan(index):
         return Bucket(2, 4, 2), [2 * index, 2 * index + 1]
 
-    with data.Ahead(source, plan, 1) as ahead:
+    with data.Prefetcher(source, plan, 1) as prefetched:
         for index in (5, 6, 7, 8, 9):
-            drawn, wanted = ahead(index), source(*plan(index))
+            drawn, wanted = prefetched(index), source(*plan(index))
             assert torch.equal(drawn.pixels, wanted.pixels) and drawn[1:] == wanted[1:]
 
 
-def test_a_module_beside_a_model_teaches_no_text_tower(tiny_model):
-    with pytest.raises(ValueError, match="text_encoder teaches the model's text tower"):
-        next(train_beside(tiny_model, nn.Linear(1, 1), None, Train(text_encoder=True)))
+def test_training_on_a_frozen_model_refuses_to_train_the_text_tower(tiny_model):
+    with pytest.raises(ValueError, match="text_encoder trains the model's text tower"):
+        next(train_on_frozen_model(tiny_model, nn.Linear(1, 1), None, Train(text_encoder=True)))

@@ -1,4 +1,4 @@
-"""scripts/vbench.py on a made-up list of two prompts: names, pictures, seeds, and going on where it was."""
+"""scripts/vbench.py on an invented list of two prompts: names, pictures, seeds, resuming."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from i2vgen.scoring import vbench
 
 ROOT = Path(__file__).parents[1]
 STAR = ROOT / "i2vgen" / "assets" / "star.png"
-# As the benchmark's first lists had it: the prompt with a camera names no picture.
+# As in the benchmark's first lists, the prompt with a camera move names no picture.
 INFO = [
     {"prompt_en": "a star", "dimension": ["i2v_subject"], "image_type": "other", "image_name": "a star.png"},
     {"prompt_en": "a star, camera pans left", "dimension": ["camera_motion"], "image_type": "other"},
@@ -22,7 +22,7 @@ INFO = [
 
 @pytest.fixture
 def run(script_at):
-    """run(*words): the script with a list and pictures of four shapes beside it."""
+    """run(*words): run the script in a folder with a list and pictures of four shapes."""
     called = script_at("vbench")
     Path("info.json").write_text(json.dumps(INFO))
     for ratio in vbench.RATIOS:
@@ -39,7 +39,7 @@ def run(script_at):
 
 @pytest.fixture
 def stub(monkeypatch):
-    """Loading gives a model that makes grey clips; the list tells of every prompt it was given."""
+    """Replace loading by a model that makes grey clips; the list records its prompts."""
     asked = []
 
     class Model:
@@ -60,10 +60,10 @@ def names(folder="out/videos"):
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-def test_samples_lie_as_the_benchmark_wants_them(run):
+def test_samples_are_laid_out_for_the_benchmark(run):
     status, out, err = run("samples=2", "seed=100")
     assert status == 0, err
-    # Every file there ends in .mp4: the benchmark takes the ending of any of them for that of all.
+    # Only .mp4 files: the benchmark assumes that all files have the suffix of the first.
     assert names() == [
         f"{prompt}-{i}.mp4" for prompt in ("a star, camera pans left", "a star") for i in (0, 1)
     ]
@@ -74,12 +74,12 @@ def test_samples_lie_as_the_benchmark_wants_them(run):
     }  # fmt: skip
     assert records["000001-0"]["settings"]["image"] == [
         "crop/1-1/a star.png"
-    ]  # of the prompt without a camera
+    ]  # the picture of the prompt without a camera move
     assert records["000001-0"]["settings"]["prompt"] == ["a star, camera pans left"]
     assert "--ratio 1-1" in out and "4 of 4 samples" in out
 
 
-def test_a_stopped_run_goes_on_where_it_was(run, stub):
+def test_a_stopped_run_resumes(run, stub):
     assert run("samples=1", "dimensions=i2v_subject")[0] == 0
     assert names() == ["a star-0.mp4"] and stub == ["a star"]
     status, out, _ = run("samples=1")
@@ -88,22 +88,22 @@ def test_a_stopped_run_goes_on_where_it_was(run, stub):
         and "2 clips, of which 1 are done" in out
         and stub == ["a star", "a star, camera pans left"]
     )
-    Path("out/videos/a star-0.mp4").unlink()  # only the link: nothing is made anew
+    Path("out/videos/a star-0.mp4").unlink()  # only the link; nothing is generated again
     assert run("samples=1")[0] == 0 and len(names()) == 2 == len(stub)
     Path("out/clips/000000-0.mp4").write_bytes(b"cut short")
     assert run("samples=1")[0] == 0 and len(stub) == 3
-    assert video.load("out/videos/a star-0.mp4")[0].shape[0] == 4  # the link follows
-    run("samples=1", "steps=2")  # other settings are other clips
+    assert video.load("out/videos/a star-0.mp4")[0].shape[0] == 4  # the link is restored
+    run("samples=1", "steps=2")  # other settings generate other clips
     assert len(stub) == 5
 
 
-def test_shares_are_disjoint_and_together_all(run, stub):
+def test_shares_are_disjoint_and_cover_all(run, stub):
     assert "2 of 4 samples" in run("samples=2", "share=1/2")[1]
     assert names() == ["a star, camera pans left-0.mp4", "a star-0.mp4"]
     assert "4 of 4 samples" in run("samples=2", "share=2/2")[1] and len(stub) == 4
 
 
-def test_the_nearest_shape_is_taken(tmp_path):
+def test_the_nearest_shape_is_chosen(tmp_path):
     for ratio in vbench.RATIOS:
         (tmp_path / ratio).mkdir()
     for size, ratio in (((1280, 704), "16-9"), ((512, 512), "1-1"), ((448, 256), "7-4"), ((512, 320), "8-5")):
@@ -117,18 +117,18 @@ def test_the_nearest_shape_is_taken(tmp_path):
 @pytest.mark.parametrize(
     ("info", "words", "told"),
     [
-        (INFO, ["info=nowhere.json"], "is no list of VBench-I2V"),
-        ({"prompt": 1}, [], "is no list of VBench-I2V"),
+        (INFO, ["info=nowhere.json"], "is not a VBench-I2V list"),
+        ({"prompt": 1}, [], "is not a VBench-I2V list"),
         ([{"prompt_en": "a", "dimension": ["x"]}], [], "names no picture"),
         ([*INFO, {**INFO[0], "image_name": "b.png"}], [], "one picture only"),
-        ([{**INFO[0], "prompt_en": "up/down"}], [], "cannot be a file's name"),
+        ([{**INFO[0], "prompt_en": "up/down"}], [], "cannot be a file name"),
         ([{**INFO[0], "prompt_en": "x" * 250}], [], "longer than"),
-        ([{**INFO[0], "image_name": "b.png"}], [], "1 of the pictures are not there"),
+        ([{**INFO[0], "image_name": "b.png"}], [], "1 pictures are missing"),
         (INFO, ["dimensions=beauty"], "has no dimension beauty"),
         (INFO, ["samples=none"], "samples is a whole number"),
         (INFO, ["share=3/2"], "write 1/4"),
-        (INFO, ["ratio=4-3"], "none of the benchmark's"),
-        (INFO, ["images=nowhere"], "is no folder"),
+        (INFO, ["ratio=4-3"], "not one of the benchmark's"),
+        (INFO, ["images=nowhere"], "is not a folder"),
         (INFO, ["seed=[1,2]"], "give one"),
         (INFO, ["seed=9223372036854775807"], "counts up to"),
         (INFO, ["prompt=a"], "has no effect here"),
@@ -142,7 +142,7 @@ def test_refusals(run, monkeypatch, info, words, told):
     assert status == 2 and told in err and "Traceback" not in err
 
 
-def test_a_stranger_among_the_samples_is_told(run):
+def test_other_files_among_the_samples_are_reported(run):
     Path("out/videos").mkdir(parents=True)
     Path("out/videos/notes.json").write_text("{}")
     assert "notes.json, which is no sample" in run()[2]

@@ -1,4 +1,4 @@
-"""training/world.py, training/reading.py: clips do what they say, and what they do can be read back."""
+"""The procedural world: clips show what their facts and captions say, and the reader recovers it."""
 
 import dataclasses
 import hashlib
@@ -27,8 +27,8 @@ def blurred(frames, sigma):
     return frames
 
 
-def spoiled(frames, seed):
-    """Blur of 0.7 pixels, another tone of each colour band, a slow drift of colour, noise of 8 / 255."""
+def degraded(frames, seed):
+    """Blur of 0.7 pixels, a different gain per colour channel, slow colour drift, noise of 8 / 255."""
     rng = np.random.default_rng(seed)
     pixels = blurred(frames.astype(np.float64), 0.7)
     pixels = pixels * rng.uniform(0.92, 1.08, 3) + rng.uniform(-8, 8, 3)
@@ -37,17 +37,17 @@ def spoiled(frames, seed):
     return np.clip(np.rint(pixels), 0, 255).astype(np.uint8)
 
 
-def accuracy(seeds, kind, side, frames, *, spoil=False):
+def accuracy(seeds, kind, side, frames, *, degrade=False):
     counts = Counter()
     for seed in seeds:
         clip = drawing.clip(seed, width=side, height=side, frames=frames, kind=kind)
-        pixels = spoiled(clip.frames, seed) if spoil else clip.frames
+        pixels = degraded(clip.frames, seed) if degrade else clip.frames
         counts.update(reading.score(pixels, clip.facts))
     return {name: count / len(seeds) for name, count in counts.items()}
 
 
 def one_thing(kind, *, shape="square", seed=0, speed="", **thing):
-    """Facts of one thing in the middle of a plain backdrop with this motion."""
+    """Facts of one object with this motion, at the centre of a plain backdrop."""
     middle = drawing.Thing(shape, "red", "medium", x=0.0, y=0.0, radius=0.31, angle=0.0)
     backdrop = drawing.Backdrop("plain", (0.5, 0.55, 0.6), (0.6, 0.65, 0.7), 0.3, 0.6, 3.0, 4.0, seed)
     return Facts(backdrop, (dataclasses.replace(middle, **thing),), (Move(kind, speed),), drawing.STILL)
@@ -71,7 +71,7 @@ def test_same_seed_same_bytes_and_other_seeds_other_clips():
 
 
 def test_seeds_keep_their_clips():
-    """The shipped model was trained on these clips: whoever changes the lots changes its data."""
+    """The shipped model was trained on these clips; a change of the sampling would change its data."""
     facts = "\n".join(repr(rounded(dataclasses.asdict(drawing.sample_facts(seed)))) for seed in range(200))
     captions = "\n".join(drawing.caption(drawing.sample_facts(seed), seed) for seed in range(200))
     assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "77b72bdd726cf885"
@@ -94,7 +94,7 @@ def test_any_size_and_frame_count(width, height, frames):
 
 
 def test_sizes_and_frame_counts_show_the_same_motion():
-    """A finer clip, averaged over its cells, is the coarse clip; every other frame is the shorter clip."""
+    """A large clip, downscaled, equals the small clip; every other frame equals the shorter clip."""
     for seed in range(12):
         fine = drawing.clip(seed, width=128, height=128, frames=9).frames
         coarse = drawing.clip(seed, frames=5).frames
@@ -102,7 +102,7 @@ def test_sizes_and_frame_counts_show_the_same_motion():
         assert np.abs(mean - coarse).mean() < 1.5
 
 
-def test_wide_pictures_hold_the_square_one():
+def test_wide_pictures_contain_the_square_one():
     square, wide = drawing.clip(3, width=32, height=32).frames, drawing.clip(3, width=64, height=32).frames
     assert np.array_equal(wide[:, :, 16:48], square)
 
@@ -133,7 +133,7 @@ def test_proportions():
     assert {m.speed for f in facts for m in f.moves} == set(drawing.SPEEDS)
 
 
-def test_nothing_round_rotates():
+def test_round_shapes_never_rotate():
     for kind in ("basic", "single", "pair"):
         for seed in range(400):
             facts = drawing.sample_facts(seed, kind=kind)
@@ -141,7 +141,7 @@ def test_nothing_round_rotates():
                 assert not (move.kind == "rotate" and thing.shape in drawing.ROUND)
 
 
-def test_things_stay_inside_apart_and_visible():
+def test_objects_stay_inside_apart_and_visible():
     time = np.linspace(0, 1, 5)
     wide = (np.arange(64) + 0.5 - 32) / 16  # the picture is the inner half of these pixels
     for seed in range(500):
@@ -172,18 +172,18 @@ def test_shapes_have_the_area_and_reach_of_their_outline(shape):
     area = inside.mean() * 3.2**2
     radius = np.hypot(line[None, :], line[:, None])[inside].max()
     assert radius == pytest.approx(drawing.REACH[shape], abs=0.02)
-    assert 1.7 < area < 3.2  # about as much as each other; a disc has pi
+    assert 1.7 < area < 3.2  # similar areas; a disc has pi
     outside = drawing.shape_distance(shape, np.array([3.0]), np.array([0.0]))
     assert 1.5 < outside < 2.6
 
 
 def redness(frames):
-    """Mask of the red thing of `one_thing`: much more red than green."""
+    """Mask of the red object of `one_thing`: much more red than green."""
     return frames[..., 0].astype(int) - frames[..., 1] > 60
 
 
 @pytest.mark.parametrize("kind", sorted(drawing.DIRECTIONS))
-def test_travel_happens(kind):
+def test_objects_travel(kind):
     mask = redness(draw(one_thing(kind)))
     y, x = np.mgrid[:64, :64]
     first, last = ((x[m].mean(), y[m].mean()) for m in (mask[0], mask[-1]))
@@ -192,7 +192,7 @@ def test_travel_happens(kind):
     assert np.hypot(*way) > 16  # a quarter of the picture
 
 
-def test_growth_happens():
+def test_objects_grow_and_shrink():
     for kind, factor in (("grow", 1.55**2), ("shrink", 1.55**-2)):
         mask = redness(draw(one_thing(kind), side=256, frames=8)).sum((1, 2))
         assert mask[-1] / mask[0] == pytest.approx(factor, rel=0.04)
@@ -211,8 +211,8 @@ def test_rotation_is_clockwise():
 
 
 @pytest.mark.parametrize("kind", drawing.CAMERA_MOVES)
-def test_camera_moves_happen(kind):
-    """The last frame is the first frame, shifted or magnified, where both show the same part of the world."""
+def test_the_camera_moves(kind):
+    """Where both show the same part of the world, the last frame is the first, shifted or magnified."""
     facts = dataclasses.replace(
         drawing.sample_facts(5, kind="camera"), camera=Move(kind), things=(), moves=()
     )
@@ -230,7 +230,7 @@ def test_camera_moves_happen(kind):
     assert np.abs(first - last).mean() > 3.0
 
 
-def test_speed_is_a_factor_on_time():
+def test_speed_scales_time():
     facts = one_thing("right", speed="slowly")
     assert np.array_equal(draw(facts, frames=9)[:5], draw(facts, frames=5, speed=0.5))
     frozen = draw(facts, speed=0.0)
@@ -288,7 +288,7 @@ def test_an_empty_batch_is_refused():
         drawing.batch([])
 
 
-# --- the captions: read by their words alone, without the tables that made them
+# --- captions, parsed by their words, without the tables that made them
 
 WAYS = {
     "up": "up upwards upper", "down": "down downwards lower",
@@ -329,7 +329,7 @@ def understood(text):
     return things, camera, pace
 
 
-def test_captions_tell_the_facts():
+def test_captions_state_the_facts():
     texts = set()
     for seed in range(1500):
         facts = drawing.sample_facts(seed)
@@ -343,7 +343,7 @@ def test_captions_tell_the_facts():
     assert len(texts) > 1400
 
 
-def test_captions_use_the_vocabulary_and_all_of_it():
+def test_captions_use_exactly_the_vocabulary():
     words = Counter()
     for seed in range(4000):
         words.update(re.findall(r"[^ ,]+", drawing.caption(drawing.sample_facts(seed), seed)))
@@ -359,20 +359,20 @@ def test_captions_are_varied_and_repeatable():
     assert not any(re.search(r"\ba [aeiou]|\ban [^aeiou]|  |,,", text) for text in texts)
 
 
-# --- reading back. Measured on seeds 0..999 of each kind (`pytest -m slow tests/test_world.py`), the worst
-# of the three scores. True clips of every kind, at 64 x 64 x 16 and at 32 x 32 x 8: 100 %. Spoiled clips at
+# --- reading back. Accuracy on seeds 0..999 of each kind (`pytest -m slow tests/test_world.py`), the worst
+# of the three scores. True clips of every kind, at 64 x 64 x 16 and at 32 x 32 x 8: 100 %. Degraded clips at
 # 64 x 64 x 16: 100 %; at 32 x 32 x 8: basic and pair 100 %, the whole world 99.6 %, camera moves 98.7 %.
 
 
 @pytest.mark.parametrize(("side", "frames"), SIZES)
 @pytest.mark.parametrize(("kind", "count"), [("basic", 60), (None, 90)])
-def test_true_clips_are_read_right(kind, count, side, frames):
+def test_true_clips_are_read_correctly(kind, count, side, frames):
     assert min(accuracy(range(count), kind, side, frames).values()) >= 0.99
 
 
 @pytest.mark.parametrize(("side", "frames"), SIZES)
-def test_spoiled_clips_are_read_right(side, frames):
-    assert min(accuracy(range(100, 150), None, side, frames, spoil=True).values()) >= 0.95
+def test_degraded_clips_are_read_correctly(side, frames):
+    assert min(accuracy(range(100, 150), None, side, frames, degrade=True).values()) >= 0.95
 
 
 @pytest.mark.slow
@@ -380,7 +380,7 @@ def test_spoiled_clips_are_read_right(side, frames):
 @pytest.mark.parametrize("kind", ["basic", None, "pair", "camera"])
 def test_reading_accuracy(kind, side, frames):
     assert min(accuracy(range(1000), kind, side, frames).values()) >= 0.99
-    assert min(accuracy(range(1000), kind, side, frames, spoil=True).values()) >= 0.95
+    assert min(accuracy(range(1000), kind, side, frames, degrade=True).values()) >= 0.95
 
 
 def motions(frames, things, **how):
@@ -413,7 +413,7 @@ def test_a_reversed_clip_reads_reversed():
 
 
 @pytest.mark.parametrize("kind", [None, "camera"])
-def test_a_frozen_clip_reads_still_and_scores_so(kind):
+def test_a_frozen_clip_reads_still(kind):
     for seed in range(40):
         clip = drawing.clip(seed, width=32, height=32, frames=8, kind=kind)
         frozen = np.repeat(clip.frames[:1], 8, axis=0)
@@ -425,7 +425,7 @@ def test_a_frozen_clip_reads_still_and_scores_so(kind):
             assert score["motion_right"] == all(move.kind == "still" for move in clip.facts.moves)
 
 
-def test_another_motion_is_not_taken_for_the_one_asked_for():
+def test_another_motion_is_not_read_as_the_requested_one():
     for seed in range(30):
         facts = drawing.sample_facts(seed, kind="basic")
         other = drawing.another_motion(facts, seed)
@@ -456,7 +456,7 @@ def test_other_speeds_and_shapes_of_picture_are_read(speed):
     assert good >= 29
 
 
-def test_lost_changed_and_swollen_things_are_noticed():
+def test_lost_changed_and_swollen_objects_are_detected():
     facts = one_thing("right", shape="circle")
     good = draw(facts)
     assert reading.score(good, facts)["object_right"]
@@ -473,7 +473,7 @@ def test_lost_changed_and_swollen_things_are_noticed():
     assert not reading.score(scattered, facts)["object_right"]
 
 
-def test_a_thing_that_stops_early_still_counts_as_moving():
+def test_an_object_that_stops_early_still_counts_as_moving():
     facts = one_thing("left")
     frames = draw(facts)
     frames[10:] = frames[10]

@@ -1,4 +1,5 @@
-"""Checkpoint layouts as data: leaf tables x places generated from the settings, invertible, audited.
+"""Conversion of checkpoints between layouts, described as data: block tables x places computed from the
+settings.
 
-Imports i2vgen's settings (and its models on `meta`); nothing on the road from picture to video imports this.
+Mappings are invertible and checked for completeness. Imports i2vgen; generation does not import this package.
 """

@@ -19,7 +19,7 @@ from i2vgen import cli
 from i2vgen.fast import runtime
 from weights_conversion.export import LAYOUTS, export
 from weights_conversion.inspect_file import describe
-from weights_conversion.recognise import what
+from weights_conversion.recognise import summary
 from weights_conversion.verify import verify
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -38,45 +38,45 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
-    c = commands.add_parser("convert", help="any known checkpoint to a native folder")
+    c = commands.add_parser("convert", help="convert any known checkpoint to a native folder")
     c.add_argument("words", nargs="+", metavar="SOURCE... OUT [setting=value]")
-    c.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage; default: as it is")
+    c.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: keep each tensor's")
     c.add_argument(
         "--shard-size", type=size, metavar="5G", help="split parts into files of at most this size"
     )
-    c.add_argument("--dry-run", action="store_true", help="read, map and check everything, write nothing")
-    c.add_argument("--partial", action="store_true", help="take what fits; the rest is freshly initialised")
-    c.add_argument("--allow-nonfinite", action="store_true", help="convert NaN and infinity too")
-    c.add_argument("--spatial-init", action="store_true", help="start a UNet from a Stable Diffusion 2.1 one")
-    c.add_argument("--variant", help="diffusers folders: fp16 takes the *.fp16.* files")
+    c.add_argument("--dry-run", action="store_true", help="read, map and check everything; write nothing")
+    c.add_argument("--partial", action="store_true", help="take what fits; initialise the rest")
+    c.add_argument("--allow-nonfinite", action="store_true", help="convert despite NaN or infinity")
+    c.add_argument("--spatial-init", action="store_true", help="initialise from a Stable Diffusion 2.1 UNet")
+    c.add_argument("--variant", help="diffusers folders: fp16 reads the *.fp16.* files")
     c.add_argument(
         "--compat",
         choices=["diffusers"],
-        help="take the scale, padding and gain that diffusers uses, not the trained ones",
+        help="use diffusers' scale, padding and gain instead of the trained ones",
     )
     c.set_defaults(run=run_convert)
 
-    e = commands.add_parser("export", help="a native folder to another layout")
+    e = commands.add_parser("export", help="export a native folder to another layout")
     e.add_argument("native")
     e.add_argument("out")
     e.add_argument("--layout", choices=LAYOUTS, required=True)
     e.add_argument(
         "--no-fold", action="store_true", help="diffusers: do not fold the concat gain into conv_in"
     )
-    e.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="storage; default: as it is")
+    e.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="default: keep each tensor's")
     e.add_argument("--shard-size", type=size, metavar="5G")
     e.set_defaults(run=run_export)
 
-    v = commands.add_parser("verify", help="the same weights in both? exit status 1 if not")
+    v = commands.add_parser("verify", help="compare the weights in A and B; exit status 1 if they differ")
     v.add_argument("a")
     v.add_argument("b")
     v.add_argument("settings", nargs="*", metavar="setting=value")
-    v.add_argument("--reference", choices=["diffusers"], help="run our UNet on A and diffusers' on B as well")
+    v.add_argument("--reference", choices=["diffusers"], help="also run our UNet on A and diffusers' on B")
     v.set_defaults(run=run_verify)
 
-    i = commands.add_parser("inspect", help="what a file or folder holds; nothing in it is executed")
+    i = commands.add_parser("inspect", help="describe a file or folder without executing anything in it")
     i.add_argument("path")
-    i.add_argument("--hash", action="store_true", help="print SHA-256 too")
+    i.add_argument("--hash", action="store_true", help="also print SHA-256")
     i.set_defaults(run=run_inspect)
     return top
 
@@ -132,26 +132,26 @@ def run_verify(arguments: argparse.Namespace) -> int:
 
 
 def run_inspect(arguments: argparse.Namespace) -> int:
-    print(describe(arguments.path, recognise=what, hash=arguments.hash))
+    print(describe(arguments.path, recognise=summary, hash=arguments.hash))
     return 0
 
 
 def size(text: str) -> int:
-    """5G, 500M, 123456 -> bytes"""
+    """5G, 500M or 123456 -> bytes."""
     unit = text[-1:].upper() if text[-1:].upper() in UNITS and not text[-1:].isdigit() else ""
     try:
         value = int(float(text.removesuffix(text[-1:]) if unit else text) * UNITS[unit])
     except ValueError:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; write 5G, 500M or a number of bytes"
+            f"{text!r} is not a size; write 5G, 500M or a number of bytes"
         ) from None
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size above zero")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size above zero; write 5G, 500M or bytes")
     return value
 
 
 class Bars:
-    """One progress bar at a time, replaced when the work changes."""
+    """Shows one progress bar at a time, for the current task."""
 
     def __init__(self):
         self.bar, self.label = None, ""

@@ -1,10 +1,10 @@
 """CLIP: open_clip's names (our native `clip` part) <-> transformers' two towers.
 
-A row's `theirs` is open_clip's name and its `ours` transformers': `rules.to_ours` exports a native CLIP to
-transformers, `rules.to_theirs` imports one. CLIPTextModel and CLIPVisionModelWithProjection have no place for
-the two tensors in ABSENT. Nothing here reads them (text is taken before its projection), so an import fills
-them with `absent`, whose zero projection cannot be mistaken for a trained one, and says so in its notes.
-A full CLIPModel file holds them, and then they are kept.
+In these rows `theirs` is open_clip's name and `ours` is transformers': `rules.to_ours` exports a native CLIP
+to transformers, `rules.to_theirs` imports one. CLIPTextModel and CLIPVisionModelWithProjection lack the two
+tensors in ABSENT. Our model does not use them (it reads text before the projection), so an import fills them
+with `absent`, whose zero projection cannot be mistaken for a trained one, and adds a note. If the file holds
+a full CLIPModel, they are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from weights_conversion.rules import Place, Row, Table, expand
 Tower = Literal["text", "image"]
 
 ABSENT = ("text_projection", "logit_scale")
-LOGIT_SCALE = math.log(1 / 0.07)  # what every CLIP starts training from
+LOGIT_SCALE = math.log(1 / 0.07)  # CLIP's initial value
 
 BLOCK: Table = (
     ("ln_1", "layer_norm1", "affine"),
@@ -56,7 +56,7 @@ HEADS: Table = (
 
 
 def transformers_rows(clip: config.Clip) -> list[Row]:
-    """Both towers as CLIPTextModel and CLIPVisionModelWithProjection hold them; without ABSENT.
+    """Rows of CLIPTextModel and CLIPVisionModelWithProjection, without ABSENT.
 
     ValueError for settings that transformers' classes cannot express.
     """
@@ -75,7 +75,7 @@ def vision_rows(clip: config.Clip) -> list[Row]:
 
 
 def full_rows(clip: config.Clip) -> list[Row]:
-    """A whole CLIPModel, ABSENT included."""
+    """Rows of a full CLIPModel, including ABSENT."""
     return transformers_rows(clip) + expand([("", HEADS, "")])
 
 
@@ -90,10 +90,10 @@ def _tower(theirs: str, ends: Table, ours: str, layers: int) -> Iterator[Place]:
 
 
 def canonical(names: Iterable[str], tower: Tower | None = None) -> dict[str, str]:
-    """Our rows' name -> the name in the file, of one tower or (None) of a full model.
+    """Map the names in our rows to those in a file of one tower or (None) of a full model.
 
-    transformers >= 5.6 writes a lone tower without `text_model.`; very old files hold `position_ids`, which
-    are no weights and left out. ValueError if two names mean the same tensor.
+    transformers >= 5.6 writes a single tower without `text_model.`. Very old files hold `position_ids`, which
+    are not weights and are ignored. ValueError if two names mean the same tensor.
     """
     heads = {ours for _, ours, _ in HEADS} | {"visual_projection.weight"}
     prefix = {"text": "text_model.", "image": "vision_model.", None: ""}[tower]
@@ -110,7 +110,7 @@ def canonical(names: Iterable[str], tower: Tower | None = None) -> dict[str, str
 
 
 class OpenClipState(Mapping):
-    """open_clip's state dict over transformers' tensors; each is joined when it is asked for."""
+    """A state dict under open_clip's names, built from transformers' tensors on access."""
 
     def __init__(self, rows: Iterable[Row], transformers: Mapping[str, Tensor], made: Mapping[str, Tensor]):
         self.rows = {row.theirs: row for row in rows}
@@ -128,7 +128,7 @@ class OpenClipState(Mapping):
 
 
 class _Renamed(Mapping):
-    """The same tensors under other names; (tensors, its name) by new name."""
+    """Tensors under other names; `places` maps a new name to (tensors, old name)."""
 
     def __init__(self, places: Mapping[str, tuple[Mapping[str, Tensor], str]]):
         self.places = places
@@ -149,12 +149,12 @@ def from_transformers(
 ) -> tuple[Mapping[str, Tensor], list[str]]:
     """{"text": tensors, "image": tensors} -> open_clip's state dict, read lazily, and notes for the report.
 
-    Either may be part of a full CLIPModel. ValueError lists missing and unexpected tensors.
+    Both may come from a full CLIPModel. ValueError lists missing and unexpected tensors.
     """
     places: dict[str, tuple[Mapping[str, Tensor], str]] = {}
     for tower, tensors in towers.items():
         for name, theirs in canonical(tensors, tower).items():
-            places.setdefault(name, (tensors, theirs))  # a full model's file may be named for both towers
+            places.setdefault(name, (tensors, theirs))  # both may be the same file of a full model
     held = _Renamed(places)
     rows = [row for row in full_rows(clip) if row.theirs not in ABSENT or set(row.ours) <= places.keys()]
     expected = {name for row in rows for name in row.ours}
@@ -168,7 +168,7 @@ def from_transformers(
     dtype = held["text_model.embeddings.position_embedding.weight"].dtype
     made = {name: tensor for name, tensor in absent(clip, dtype).items() if name in lacking}
     notes = [
-        f"transformers' CLIP towers hold no {name}; it is not used here and was made: {how}"
+        f"transformers' CLIP towers hold no {name}; it is not used here and was set to {how}"
         for name, how in (("text_projection", "zeros"), ("logit_scale", "ln(1 / 0.07)"))
         if name in lacking
     ]
@@ -176,7 +176,7 @@ def from_transformers(
 
 
 def absent(clip: config.Clip, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What stands in for ABSENT: no projection at all, and the scale every CLIP starts from."""
+    """Substitutes for ABSENT: a zero projection and CLIP's initial scale."""
     return {
         "text_projection": torch.zeros(clip.text["width"], clip.embed_dim, dtype=dtype),
         "logit_scale": torch.tensor(LOGIT_SCALE, dtype=dtype),
@@ -185,7 +185,7 @@ def absent(clip: config.Clip, dtype: torch.dtype = torch.float32) -> dict[str, T
 
 # ------------------------------------------------------------------------------------- settings, in
 
-# Widths of a vision head by (width, layers) where it is not 64: ViT-H-14, ViT-g-14, ViT-bigG-14.
+# Width of a vision head by (width, layers), if it is not 64: ViT-H-14, ViT-g-14, ViT-bigG-14.
 VISION_HEAD_WIDTHS = {(1280, 32): 80, (1408, 40): 88, (1664, 48): 104}
 HEAD_WIDTH = 64
 
@@ -197,10 +197,11 @@ def settings_from_open_clip(
     vision_head_width: int | None = None,
     quick_gelu: bool = False,
 ) -> config.Clip:
-    """The shapes of an open_clip checkpoint -> its settings.
+    """Infer settings from the shapes of an open_clip checkpoint; ValueError if it is not a plain ViT model.
 
-    Heads leave no trace in shapes: a head is 64 wide except in the vision towers of the three largest models
-    (VISION_HEAD_WIDTHS). Nor does the activation: the original OpenAI weights need `quick_gelu`.
+    Shapes do not show the number of heads: unless given, a head is 64 wide, except in the vision towers of
+    the three largest models (VISION_HEAD_WIDTHS). Nor do they show the activation: the original OpenAI
+    weights need `quick_gelu`.
     """
     _refuse_foreign(shapes)
     patch_out, _, patch, _ = _shape(shapes, "visual.conv1.weight")
@@ -242,7 +243,7 @@ def settings_from_open_clip(
     )
 
 
-# What transformers takes where a config.json is silent.
+# transformers' defaults for values missing in config.json.
 SHARED_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
 TEXT_DEFAULTS = {
     **SHARED_DEFAULTS,
@@ -270,19 +271,19 @@ EPS = 1e-5
 def settings_from_transformers(
     text_config: Mapping[str, Any], vision_config: Mapping[str, Any]
 ) -> config.Clip:
-    """The two config.json (or twice that of a full CLIPModel) -> our settings.
+    """The two config.json files (or twice that of a full CLIPModel) -> our settings.
 
-    ValueError for what open_clip cannot express: another activation, or one per tower.
+    ValueError for what open_clip cannot express, such as another activation or a different one per tower.
     """
     text = {**TEXT_DEFAULTS, **text_config.get("text_config", text_config)}
     vision = {**VISION_DEFAULTS, **vision_config.get("vision_config", vision_config)}
-    # a full CLIPModel's joint width stands beside its towers, not inside them
+    # in a full CLIPModel, the joint width is next to the towers, not inside them
     embed_dim = vision_config.get("projection_dim", vision["projection_dim"])
     acts = text["hidden_act"], vision["hidden_act"]
     if acts[0] != acts[1] or acts[0] not in ACTIVATIONS:
         raise ValueError(
             f"hidden_act is {acts[0]} in the text tower and {acts[1]} in the image tower; "
-            f"open_clip has one for both, {' or '.join(ACTIVATIONS)}"
+            f"open_clip has the same for both, {' or '.join(ACTIVATIONS)}"
         )
     if vision["num_channels"] != 3:
         raise ValueError(f"num_channels is {vision['num_channels']}; open_clip's image tower reads 3")
@@ -290,7 +291,7 @@ def settings_from_transformers(
         if tower["hidden_size"] % tower["num_attention_heads"]:
             raise ValueError(
                 f"hidden_size of the {name} tower is {tower['hidden_size']}, "
-                f"no multiple of num_attention_heads = {tower['num_attention_heads']}"
+                f"not a multiple of num_attention_heads = {tower['num_attention_heads']}"
             )
     return config.Clip(
         embed_dim=embed_dim,
@@ -320,7 +321,7 @@ def settings_from_transformers(
 
 
 def transformers_configs(clip: config.Clip) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Our settings -> config.json of CLIPTextModel and of CLIPVisionModelWithProjection."""
+    """Our settings -> the config.json of CLIPTextModel and of CLIPVisionModelWithProjection."""
     check_expressible(clip)
     text, vision = _with_defaults(clip.text, "text"), _with_defaults(clip.vision, "vision")
     shared = {
@@ -365,7 +366,7 @@ EXPRESSIBLE = {
 
 
 def check_expressible(clip: config.Clip) -> None:
-    """ValueError names the first setting of an open_clip tower that transformers' CLIP does not have."""
+    """ValueError names the first open_clip setting that transformers' CLIP cannot express."""
     for name, known in EXPRESSIBLE.items():
         tower = getattr(clip, name)
         if set(tower) - known:
@@ -397,16 +398,16 @@ def _with_defaults(tower: Mapping[str, Any], name: str) -> dict[str, Any]:
 def _refuse_foreign(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if any(name.startswith("text.") for name in shapes):
         raise ValueError(
-            "this open_clip model keeps its text tower under `text.` (a CustomTextCLIP); only models with "
-            "open_clip's own two towers can be converted"
+            "this open_clip model has a custom text tower (CustomTextCLIP, names with `text.`); only models "
+            "with open_clip's own two towers can be converted"
         )
     if "visual.layer1.0.conv1.weight" in shapes or any(n.startswith("visual.trunk.") for n in shapes):
-        raise ValueError("this open_clip model's image tower is no plain ViT; use one of the ViT models")
+        raise ValueError("this open_clip model's image tower is not a plain ViT; use one of the ViT models")
 
 
 def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise ValueError(f"{name} is missing, so this is no complete open_clip model")
+        raise ValueError(f"{name} is missing, so this is not a complete open_clip model")
     return tuple(shapes[name])
 
 
@@ -416,7 +417,7 @@ def _layers(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> int:
 
 
 def _mlp(inner: int, width: int) -> dict[str, float]:
-    """open_clip's mlp_ratio, from which it computes int(width * ratio); nothing for the usual 4."""
+    """open_clip's mlp_ratio, such that int(width * ratio) is `inner`; empty for the default 4."""
     if inner == 4 * width:
         return {}
     ratio = inner / width

@@ -1,4 +1,4 @@
-"""Any known checkpoint -> our native folder: strictly mapped, checked, written whole or not at all."""
+"""Converts any known checkpoint to a native folder: strictly mapped, checked, all or nothing."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ from weights_conversion.known import (
 from weights_conversion.recognise import WORDS
 from weights_conversion.sources import PartSource
 
-OnBytes = Callable[[str, int, int], None]  # (what is going on, bytes done, bytes in all)
+OnBytes = Callable[[str, int, int], None]  # (current task, bytes done, total bytes)
 
 
 @dataclass
 class Report:
-    """What a conversion found, chose and wrote."""
+    """What a conversion found, chose and wrote, for the user."""
 
     out: str
     parts: dict[str, str] = field(default_factory=dict)  # native part -> one line about it
-    missing: list[str] = field(default_factory=list)  # parts that generation would need
+    missing: list[str] = field(default_factory=list)  # parts that generation needs too
     notes: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -62,12 +62,12 @@ class Report:
             lines.append(f"source {source['file']} sha256 {source['sha256']}{known}")
         if self.missing:
             lines.append(f"missing for generation: {', '.join(self.missing)}")
-        lines.append(f"{'written to' if self.written else 'nothing written; it would go to'} {self.out}")
+        lines.append(f"{'written to' if self.written else 'nothing written; the output would be'} {self.out}")
         return "\n".join(lines)
 
 
 class LazyState(Mapping):
-    """Our state dict over tensors that stay in their file until one is asked for."""
+    """A state dict under our names whose tensors are read from their file on access."""
 
     def __init__(
         self, rows: Sequence[rules.Row], theirs: Mapping[str, Tensor], slices: Mapping[str, int] | None = None
@@ -102,11 +102,11 @@ def convert(
     compat: str | None = None,
     on_bytes: OnBytes | None = None,
 ) -> Report:
-    """Sources -> native folder `out`, and a report. ValueError for everything that cannot be trusted.
+    """Convert sources to the native folder `out` -> report. ValueError for anything that does not fit.
 
     `overrides` are settings as on a command line (`unet.head_width=16`, `use.concat=false`). `partial`
-    accepts missing tensors of a part (they are freshly initialised) and leaves unexpected ones out; without
-    it both are refused. `dtype` None keeps each tensor's own.
+    initialises missing tensors and ignores unexpected ones; otherwise both are errors. `dtype` None keeps the
+    dtype of each tensor.
     """
     checkpoint.check_place(out)
     found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init)
@@ -139,7 +139,7 @@ def convert(
 
 
 def _entries(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Entry]:
-    """What to write, tensor by tensor: nothing is read before its turn; floats are cast to `dtype`."""
+    """The tensors to write, each read when it is written; floats are cast to `dtype`."""
     entries = {}
     for name in state:
         tensor = state[name]
@@ -149,10 +149,12 @@ def _entries(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str
 
 
 def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config.Config:
-    """Settings that the sources state or show by their shapes, then the user's overrides."""
+    """The settings from the sources' configs or tensor shapes, changed by the user's overrides."""
     stated, literals = merge.parse_overrides(overrides)
     if literals:
-        raise ValueError(f"{', '.join(literals)} is no setting of a model; give unet., vae., clip., use. ...")
+        raise ValueError(
+            f"{', '.join(literals)} is not a model setting; give settings of unet., vae., clip., use. ..."
+        )
     settings: dict[str, Any] = {}
     for part in found:
         if part.settings:
@@ -170,11 +172,11 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
     try:
         return merge.from_dict(settings)
     except ValueError as error:
-        raise ValueError(f"the parts do not make one model: {error}") from error
+        raise ValueError(f"the parts do not fit together: {error}") from error
 
 
 def _guesses(found: Sequence[PartSource], cfg: config.Config) -> list[str]:
-    """What no shape tells and no config stated, so that a wrong guess can be seen and overridden."""
+    """Notes on settings that neither shapes nor configs give, so that the user can correct them."""
     layouts = {(part.part, part.layout) for part in found}
     guesses = []
     if ("unet", "vgen") in layouts:
@@ -189,11 +191,11 @@ def _guesses(found: Sequence[PartSource], cfg: config.Config) -> list[str]:
         if cfg.use.skip_filter == "sr600":
             name, other = "SR600", "none if it is MS-Vid2Vid-XL"
         guesses.append(f"that this refiner is {name} (use.skip_filter={other}; they have the same tensors)")
-    return [f"taken, for no shape tells: {guess}" for guess in guesses]
+    return [f"assumed, because shapes do not show it: {guess}" for guess in guesses]
 
 
 def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """What a part's shapes say about its settings; the rest comes from `stated` or a default."""
+    """Settings that follow from a part's shapes; the rest comes from `stated` or the defaults."""
     shapes = {name: tuple(tensor.shape) for name, tensor in part.tensors.items()}
     if part.part == "unet" and part.layout in ("vgen", "sd"):
         if part.layout == "sd":
@@ -203,29 +205,30 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
         )
         if not use.concat and unet.in_channels != unet.out_channels:
             raise ValueError(
-                f"{part.files[0]}: its input convolution reads {unet.in_channels} channels as a released "
-                "UNet's, but the local branch (local_image_concat) is missing; a v1 base without it reads 4"
+                f"{part.files[0]}: the input convolution reads {unet.in_channels} channels, as in the "
+                "released UNet, but the local branch (local_image_concat) is missing; a v1 base without it "
+                "reads 4"
             )
         shown = {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
         return shown | _of_lineage(unet_vgen.lineage(shapes), stated)
     if part.part == "vae" and part.layout == "compvis":
         return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
     if part.part == "clip" and part.layout == "open_clip":
-        told = stated.get("clip", {})
+        given = stated.get("clip", {})
         clip = clip_tables.settings_from_open_clip(
             shapes,
-            text_heads=told.get("text", {}).get("heads"),
-            vision_head_width=told.get("vision", {}).get("head_width"),
+            text_heads=given.get("text", {}).get("heads"),
+            vision_head_width=given.get("vision", {}).get("head_width"),
         )
         return {"clip": dataclasses.asdict(clip)}
     raise ValueError(
-        f"{part.files[0]} is a {part.layout} {WORDS[part.part]} without its config.json; name the folder "
+        f"{part.files[0]} is a {part.layout} {WORDS[part.part]} without its config.json; give the folder "
         "that holds both"
     )
 
 
 def _of_lineage(lineage: str | None, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Schedule, sizes and texts of the earlier networks; the released one's are the defaults."""
+    """Schedule, sizes and texts of the earlier networks; those of the released one are the defaults."""
     if lineage == "v1":
         return dict(V1_SETTINGS)
     if lineage == "refiner":
@@ -235,7 +238,7 @@ def _of_lineage(lineage: str | None, stated: Mapping[str, Any]) -> dict[str, Any
 
 
 def _fit_missing(settings: dict[str, Any], parts: set[str]) -> None:
-    """Parts that are not there get settings that fit the others, so that a lone part is a legal folder."""
+    """Give missing parts settings that fit the others, so that a single part is a valid folder."""
     unet, vae, clip = (settings.setdefault(name, {}) for name in ("unet", "vae", "clip"))
     if "unet" not in parts:
         if "embed_dim" in vae:
@@ -255,8 +258,8 @@ def _fit_missing(settings: dict[str, Any], parts: set[str]) -> None:
     try:
         multiple = config.VAE(**_tuples(vae)).factor * config.UNet(**_tuples(unet)).factor
     except ValueError:
-        return  # the complete check names the fields
-    for name in ("width", "height"):  # the default size, made legal for another number of levels
+        return  # the check of the whole configuration names the fields
+    for name in ("width", "height"):  # the default size, rounded down to a valid multiple
         size = getattr(config.DEFAULTS.sample, name)
         sample.setdefault(name, max(multiple, size // multiple * multiple))
 
@@ -266,7 +269,7 @@ def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native_parts(found: Sequence[PartSource]) -> dict[str, list[PartSource]]:
-    """Sources by native part: transformers' two CLIP towers make one."""
+    """Group the sources by native part; transformers' two CLIP towers form one."""
     parts: dict[str, list[PartSource]] = {}
     for part in found:
         parts.setdefault("clip" if part.part in ("text", "image") else part.part, []).append(part)
@@ -274,18 +277,18 @@ def native_parts(found: Sequence[PartSource]) -> dict[str, list[PartSource]]:
     if towers and towers != {"clip"} and towers != {"text", "image"}:
         have = WORDS[next(iter(towers))]
         raise ValueError(
-            f"only the {have} was given; a native CLIP holds both towers, name the other one too"
+            f"only the {have} was given; a native CLIP holds both towers, so give the other one too"
         )
     return parts
 
 
 # ---------------------------------------------------------------------------------------------------
-# One function per part: sources -> our lazily read state dict and a line for the report
+# One function per part: sources -> our state dict, read lazily, and a line for the report
 
 
 def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Report) -> tuple[Mapping, str]:
     source = held[0]
-    full = checkpoint.full_use(cfg.use)
+    full = config.Use()
     if source.layout == "native":
         stored = merge.from_dict(dict(source.settings)) if source.settings else cfg
         full_rows = [rules.Row(name, (name,)) for name in checkpoint.build("unet", stored).state_dict()]
@@ -301,16 +304,16 @@ def _unet(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     wanted = checkpoint.build("unet", cfg).state_dict()
     ours = {name for row in rows for name in row.ours}
     rows = [row for row in rows if set(row.ours) <= wanted.keys()]
-    # What an ablated configuration loses is declared; everything else has to be mapped.
+    # The switches of an ablated configuration determine what it drops; everything else must be mapped.
     declared = {row.theirs for row in full_rows} - {row.theirs for row in rows}
     missing, unexpected = rules.audit(rows, source.tensors)
     report.dropped += sorted(set(unexpected) & declared)
     unexpected = sorted(set(unexpected) - declared)
     if source.layout == "sd":
-        unexpected = []  # partial by design: its time embedding and output statistics are not inherited
+        unexpected = []  # its time embedding and other parts are not inherited
     _refuse(source, missing, unexpected, partial)
     rows = [row for row in rows if row.theirs in source.tensors]
-    slices = {n: s for n, s in checkpoint.declared_drops(cfg.unet, cfg.use).slices.items() if n in ours}
+    slices = {n: s for n, s in checkpoint.ablation(cfg.unet, cfg.use).slices if n in ours}
     state: Mapping[str, Tensor] = LazyState(rows, source.tensors, slices)
     if source.layout == "sd":
         widened = unet_vgen.widen_conv_in(state["conv_in.weight"], cfg.unet, cfg.use)
@@ -353,7 +356,7 @@ def _strict(
     cfg: config.Config,
     part: str,
 ) -> tuple[Mapping, str]:
-    """A part that no setting ablates: every tensor mapped, nothing missing or left over unless `partial`."""
+    """Map every tensor of a part; ValueError for missing or unexpected ones unless `partial`."""
     missing, unexpected = rules.audit(rows, source.tensors)
     _refuse(source, missing, unexpected, partial)
     state = LazyState([row for row in rows if row.theirs in source.tensors], source.tensors)
@@ -368,7 +371,7 @@ def _completed(
     cfg: config.Config,
     part: str,
 ) -> tuple[Mapping, str]:
-    """The state with its shapes checked and what it lacks freshly initialised, and a line for the report."""
+    """Check the shapes and initialise missing tensors -> state, and a line for the report."""
     _check_shapes(source, state, wanted)
     if absent := [name for name in wanted if name not in state]:
         report.fresh += absent
@@ -386,7 +389,7 @@ def _refuse(source: PartSource, missing: list[str], unexpected: list[str], parti
         lines.append(f"{len(unexpected)} tensors are unexpected: {_grouped(unexpected)}")
     if reason := likely_reason(missing, unexpected):
         lines.append(reason)
-    lines.append("--partial takes what fits, use.NAME=false declares a part that is not there")
+    lines.append("--partial takes what fits; use.NAME=false says that a part is not there")
     raise ValueError("; ".join(lines))
 
 
@@ -394,7 +397,7 @@ LOCAL_BRANCH = {"local_image_concat", "local_temporal_encoder", "local_image_emb
 
 
 def likely_reason(missing: list[str], unexpected: list[str]) -> str:
-    """A guess in words at why names do not fit."""
+    """A guess at why the names do not fit, in words; empty if there is none."""
     prefixes = {name.split(".")[0] for name in missing}
     if prefixes and prefixes <= LOCAL_BRANCH:
         return "this looks like a v1 base (ModelScope Image-to-Video): it has no local branch"
@@ -405,7 +408,7 @@ def likely_reason(missing: list[str], unexpected: list[str]) -> str:
     if any(name.startswith("module.") for name in unexpected):
         return "the names carry the prefix of a DistributedDataParallel wrapper (module.)"
     if missing and len(missing) < 50 and not unexpected:
-        return "this looks like a file that was cut short or saved in part"
+        return "this looks like a truncated or partially saved file"
     return ""
 
 
@@ -416,7 +419,7 @@ def _check_shapes(source: PartSource, state: Mapping, wanted: Mapping[str, Tenso
         if have != want:
             wrong.append(f"{name} has shape {have}, the settings say {want}")
     if wrong:
-        raise ValueError(f"{source.files[0]}: {len(wrong)} tensors of another shape: {_some(wrong, '; ')}")
+        raise ValueError(f"{source.files[0]}: {len(wrong)} tensors have wrong shapes: {_some(wrong, '; ')}")
 
 
 def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: OnBytes | None) -> None:
@@ -439,10 +442,10 @@ def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: O
 
 
 def origin(found: Sequence[PartSource], report: Report) -> dict[str, Any]:
-    """The record that stays with the weights: which files, what they are, under which terms, made by what."""
+    """The record saved with the weights: source files, contents, licence terms, converter version."""
     lineages, before = set(), {}
     for part in found:
-        if part.layout == "native":  # the folder knows where its weights come from, and the shapes do not
+        if part.layout == "native":  # the folder records its origin, which shapes cannot show
             before |= {str(file.parent): checkpoint.read_origin(file.parent) for file in part.files}
         elif part.part == "unet":
             lineages.add(unet_vgen.lineage(part.tensors) if part.layout in ("vgen", "sd") else "released")
@@ -499,7 +502,7 @@ def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
 
 
 def _grouped(names: list[str]) -> str:
-    """Names by their first word: `input_blocks (12), out (4): input_blocks.0.0.weight, ...`"""
+    """Count names by their first component: `input_blocks (12), out (4): input_blocks.0.0.weight, ...`"""
     groups: dict[str, int] = {}
     for name in names:
         groups[name.split(".")[0]] = groups.get(name.split(".")[0], 0) + 1

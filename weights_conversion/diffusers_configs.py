@@ -1,7 +1,7 @@
-"""The settings files of a diffusers folder <-> our settings, and the tokenizer's files.
+"""The configuration files of a diffusers folder <-> our settings, and the tokenizer's files.
 
-Each model has a pair of functions, `x_settings(their config) -> our section` and `x_config(our settings) ->
-their config`; what their class hard-codes stands in the first and is checked by the second.
+Each model has two functions, `x_settings(their config) -> our section` and `x_config(our settings) -> their
+config`. The first fills in what their class hard-codes, the second checks it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ CLASSES = {"unet": "I2VGenXLUNet", "vae": "AutoencoderKL"}
 
 
 def unet_settings(unet: Mapping[str, Any]) -> Json:
-    """unet/config.json -> our `unet` section. What the class hard-codes takes its value here."""
+    """unet/config.json, and the values that the class hard-codes -> our `unet` section.
+
+    ValueError for configurations that our UNet cannot express.
+    """
     _expect_class(unet, "unet")
     widths = list(unet.get("block_out_channels", (320, 640, 1280, 1280)))
     if not widths or any(width % widths[0] for width in widths):
@@ -41,14 +44,14 @@ def unet_settings(unet: Mapping[str, Any]) -> Json:
         raise ValueError(
             f"unet up_block_types are {unet['up_block_types']}; our up half mirrors the down half: {up}"
         )
-    # The first published version called the width of a head `num_attention_heads`.
+    # In the first published version, `num_attention_heads` is the width of a head.
     head_width = unet.get("attention_head_dim") or unet.get("num_attention_heads") or 64
     if isinstance(head_width, list) and len(set(head_width)) == 1:
         head_width = head_width[0]
     if not isinstance(head_width, int):
         raise ValueError(f"unet attention_head_dim is {head_width}; all levels must share one head width")
     if not unet.get("norm_num_groups", 32):
-        raise ValueError("unet norm_num_groups is none; our network always normalises")
+        raise ValueError("unet norm_num_groups is None; our network always has group norms")
     channels, context = unet.get("in_channels", 4), unet.get("cross_attention_dim", 1024)
     return {
         "in_channels": channels,
@@ -74,7 +77,7 @@ def unet_settings(unet: Mapping[str, Any]) -> Json:
     }
 
 
-# What an AutoencoderKL must have to be one of ours; a missing name means the same.
+# Values that an AutoencoderKL must have to be one of ours; they are also the defaults.
 VAE_FIXED = {
     "act_fn": "silu",
     "mid_block_add_attention": True,
@@ -87,7 +90,7 @@ VAE_FIXED = {
 
 
 def vae_settings(vae: Mapping[str, Any]) -> Json:
-    """vae/config.json -> our `vae` section, the scale as it stands there."""
+    """vae/config.json -> our `vae` section, with the scale as given there."""
     _expect_class(vae, "vae")
     for name, value in VAE_FIXED.items():
         if vae.get(name, value) != value:
@@ -101,7 +104,7 @@ def vae_settings(vae: Mapping[str, Any]) -> Json:
     if vae.get("in_channels", 3) != vae.get("out_channels", 3):
         raise ValueError(
             f"vae in_channels is {vae.get('in_channels', 3)} and out_channels {vae.get('out_channels', 3)}; "
-            "our autoencoder has one number for both"
+            "our autoencoder requires them to be equal"
         )
     latent = vae.get("latent_channels", 4)
     return {
@@ -121,7 +124,7 @@ PREDICTIONS = {"v_prediction": "v", "epsilon": "eps", "sample": "x0"}
 
 
 def schedule_settings(scheduler: Mapping[str, Any]) -> tuple[Json, list[str]]:
-    """scheduler_config.json -> our `schedule` section, and what of it has no setting of ours."""
+    """scheduler_config.json -> our `schedule` section, and notes on what our settings cannot express."""
     kind = scheduler.get("beta_schedule", "linear")
     prediction = scheduler.get("prediction_type", "epsilon")
     if kind not in SCHEDULE_KINDS or prediction not in PREDICTIONS:
@@ -130,7 +133,7 @@ def schedule_settings(scheduler: Mapping[str, Any]) -> tuple[Json, list[str]]:
             f"{', '.join(SCHEDULE_KINDS)} and {', '.join(PREDICTIONS)}"
         )
     if scheduler.get("trained_betas") is not None:
-        raise ValueError("the scheduler lists trained_betas; only schedules by formula can be taken")
+        raise ValueError("the scheduler lists trained_betas; only schedules given by a formula are supported")
     settings = {
         "kind": SCHEDULE_KINDS[kind],
         "num_timesteps": scheduler.get("num_train_timesteps", 1000),
@@ -142,23 +145,23 @@ def schedule_settings(scheduler: Mapping[str, Any]) -> tuple[Json, list[str]]:
         settings["last_beta"] = scheduler.get("beta_end", 0.02)
     notes = []
     if scheduler.get("clip_sample", True) or scheduler.get("thresholding", False):
-        notes.append("no setting of ours: the folder's scheduler clips x0 (clip_sample or thresholding)")
+        notes.append("not supported: the folder's scheduler clips x0 (clip_sample or thresholding)")
     if (name := scheduler.get("_class_name", "DDIMScheduler")) != "DDIMScheduler":
-        notes.append(f"the folder samples with {name}; its noise schedule was taken, we sample with DDIM")
+        notes.append(f"the folder samples with {name}; its noise schedule is used, but we sample with DDIM")
     return settings, notes
 
 
 def _expect_class(settings: Mapping[str, Any], name: str) -> None:
     expected = CLASSES[name]
     if settings.get("_class_name", expected) != expected:
-        raise ValueError(f"{name}/config.json is of a {settings['_class_name']}; expected {expected}")
+        raise ValueError(f"{name}/config.json is of the class {settings['_class_name']}; expected {expected}")
 
 
 # --------------------------------------------------------------------------------- settings, writing
 
 
 def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
-    """Our settings -> unet/config.json. ValueError names the first one that the class cannot express."""
+    """Our settings -> unet/config.json. ValueError names the first setting that the class cannot express."""
     for switch in config.STRUCTURAL_SWITCHES if use else ():
         if getattr(use, switch) != getattr(config.Use(), switch):
             has = "never has" if getattr(use, switch) else "always has"
@@ -166,7 +169,7 @@ def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
             raise ValueError(f"use.{switch} is {value}; diffusers' I2VGenXLUNet {has} this part")
     if use and use.later_frames != "position":
         raise ValueError(
-            f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet can only have position here"
+            f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet only supports position"
         )
     down = ["CrossAttnDownBlock3D" if attends else "DownBlock3D" for attends in unet.attention_levels]
     written = {
@@ -187,13 +190,13 @@ def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
     for name, built in unet_settings(written).items():
         have = getattr(unet, name)
         if have != (tuple(built) if isinstance(built, list) else built):
-            raise ValueError(f"unet.{name} is {have}; diffusers' I2VGenXLUNet can only have {built} here")
+            raise ValueError(f"unet.{name} is {have}; diffusers' I2VGenXLUNet only supports {built} here")
     return written
 
 
 def vae_config(vae: config.VAE) -> Json:
-    """Our settings -> vae/config.json."""
-    vae_tables.diffusers_rows(vae)  # refuses what AutoencoderKL cannot express
+    """Our settings -> vae/config.json; ValueError for what AutoencoderKL cannot express."""
+    vae_tables.diffusers_rows(vae)
     levels = len(vae.width_multipliers)
     return {
         "_class_name": "AutoencoderKL",
@@ -214,14 +217,14 @@ def vae_config(vae: config.VAE) -> Json:
 
 
 def scheduler_config(schedule: config.Schedule, sample: config.Sample) -> Json:
-    """Our settings -> scheduler_config.json of a DDIMScheduler that takes our steps."""
+    """Our settings -> scheduler_config.json of a DDIMScheduler with the same steps."""
     kinds = {ours: theirs for theirs, ours in SCHEDULE_KINDS.items()} | {"quadratic": "scaled_linear"}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if schedule.kind == "cosine" and schedule.cosine_s != 0.008:
-        raise ValueError(f"schedule.cosine_s is {schedule.cosine_s}; diffusers has 0.008 built in")
+        raise ValueError(f"schedule.cosine_s is {schedule.cosine_s}; diffusers only supports 0.008")
     if schedule.prediction not in predictions:
         raise ValueError(
-            f"schedule.prediction is {schedule.prediction}; diffusers' DDIM knows {', '.join(predictions)}"
+            f"schedule.prediction is {schedule.prediction}; diffusers' DDIM supports {', '.join(predictions)}"
         )
     per_step = 1000 / schedule.num_timesteps
     first, last = {"quadratic": (0.0015, 0.0195), "linear": (per_step * 1e-4, per_step * 0.02)}.get(
@@ -240,7 +243,7 @@ def scheduler_config(schedule: config.Schedule, sample: config.Sample) -> Json:
         "prediction_type": predictions[schedule.prediction],
         "rescale_betas_zero_snr": schedule.zero_terminal_snr,
         "sample_max_value": 1.0,
-        # the last step lands on abar[0], as in training's sampler, not on 1
+        # the official sampler ends at abar[0], not at 1
         "set_alpha_to_one": sample.final_alpha == "one",
         "steps_offset": 1,
         "thresholding": False,
@@ -270,15 +273,15 @@ def feature_extractor_config(clip: config.Clip) -> Json:
 # ----------------------------------------------------------------------------------------- tokenizer
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-PAD = "!"  # token 0, which pads a prompt in training
-END_TOKEN = 49407  # what diffusers' published tokenizer pads with
+PAD = "!"  # token 0, the padding of prompts in training
+END_TOKEN = 49407  # the padding of diffusers' published tokenizer
 
 
 def write_tokenizer(folder: Path, clip: config.Clip) -> None:
-    """open_clip's vocabulary as a CLIPTokenizer that gives the same ids and pads with 0."""
+    """Write open_clip's vocabulary as a CLIPTokenizer that gives the same ids and pads with 0."""
     if clip.text.get("tokenizer_kwargs"):
         raise ValueError(
-            f"clip.text.tokenizer_kwargs is {clip.text['tokenizer_kwargs']}; a CLIPTokenizer has none"
+            f"clip.text.tokenizer_kwargs is {clip.text['tokenizer_kwargs']}; CLIPTokenizer has none"
         )
     own = make_tokenizer(clip)
     names = {own.decoder[own.sot_token_id]: START, own.decoder[own.eot_token_id]: END}
@@ -292,7 +295,7 @@ def write_tokenizer(folder: Path, clip: config.Clip) -> None:
         "add_prefix_space": False,
         "do_lower_case": True,
         "model_max_length": clip.text_length,
-        # Without it PAD, a special token now, would be cut out of prompts: `Wow!` -> 0 instead of 256.
+        # Otherwise PAD, a special token here, would match in prompts too: the `!` of `Wow!` -> 0, not 256.
         "split_special_tokens": True,
         "tokenizer_class": "CLIPTokenizer",
     }

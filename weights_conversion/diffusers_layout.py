@@ -1,14 +1,13 @@
-"""The folder layout of diffusers' `I2VGenXLPipeline`: where files lie, what their configs mean, and back.
+"""Reads and writes the folder layout of diffusers' `I2VGenXLPipeline`.
 
-Reading: `read_folder` finds the weights and configs, `settings_from_folder` turns the configs into our
-settings. Two things in the published folder are not what the model was trained with: the VAE's scale
-(0.18125 for 0.18215) and the text padding (49407 for 0). By default the trained values are taken, with
-`compat="diffusers"` the folder's, and every choice is a note.
+Reading: `read_folder` finds the weights and configs, and `settings_from_folder` turns the configs into our
+settings. Two values in the published folder differ from training: the VAE's scale (0.18125 instead of
+0.18215) and the text padding (49407 instead of 0). The default is the trained values, `compat="diffusers"`
+uses the folder's; a note reports each choice.
 
-Writing: `write_folder` makes a folder that the pipeline loads without network. What the two networks do
-differently is folded into the weights: diffusers adds the concat branch once, so its columns of the first
-convolution are multiplied by `use.concat_gain`. unet/config.json says so (RECORD), and `read_folder` undoes
-it, so that there and back is the identity.
+Writing: `write_folder` makes a folder that the pipeline loads without a network connection. diffusers adds
+the concat branch once, so the branch's columns of the first convolution are multiplied by `use.concat_gain`.
+unet/config.json records this (RECORD), and `read_folder` undoes it, so a round trip is the identity.
 """
 
 from __future__ import annotations
@@ -62,41 +61,43 @@ COMPONENTS = {
     "tokenizer": ("transformers", "CLIPTokenizer", "tokenizer_config.json", None),
 }
 MODELS = tuple(name for name, component in COMPONENTS.items() if component[3])
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # the last: older copies of the CLIP towers
+STEMS = (
+    "diffusion_pytorch_model",
+    "model",
+    "pytorch_model",
+)  # the last is for older copies of the CLIP towers
 ENDINGS = ("safetensors", "bin")  # in order of preference
 INDEX = "model_index.json"
 
-# Our entry in unet/config.json: use.concat_gain, and what conv_in's concat columns were multiplied by. There,
-# because diffusers keeps it when it saves a folder again (and says on loading that it does not know it).
+# Our entry in unet/config.json: use.concat_gain, and the factor on conv_in's concat columns. diffusers keeps
+# it when it saves the folder again (and warns about an unknown entry when loading).
 RECORD = "i2vgen"
 TRAINED_GAIN = 2.0
 CONV_IN = "conv_in.weight"
-SLIPPED_SCALE = 0.18125  # in the published VAE config, for TRAINED_SCALE
+MISTYPED_SCALE = 0.18125  # in the published VAE config, instead of TRAINED_SCALE
 
 # ------------------------------------------------------------------------------------ files, reading
 
 
 @dataclass(frozen=True)
 class PartFiles:
-    """The weights of one model of a folder, unread, under the names that today's classes use."""
+    """The weights of one model of a folder, read on access, under the names of current library versions."""
 
     path: Path  # the file, or the index of several
     tensors: Mapping[str, Tensor]
-    folded: float = (
-        1.0  # what conv_in's concat columns were multiplied by when the file was written; undone here
-    )
-    gain: float | None = None  # use.concat_gain, where the file was written by us
+    folded: float = 1.0  # factor on conv_in's concat columns in the file; `tensors` have it undone
+    gain: float | None = None  # use.concat_gain, if we wrote the file
 
 
 @dataclass(frozen=True)
 class Folder:
     path: Path
-    parts: dict[str, PartFiles]  # by folder name, those of MODELS that are there
-    configs: dict[str, Json]  # by folder name, those of COMPONENTS that are there
+    parts: dict[str, PartFiles]  # by folder name, the existing ones of MODELS
+    configs: dict[str, Json]  # by folder name, the existing ones of COMPONENTS
 
 
 class _Changed(Mapping):
-    """Tensors under other names, one of them with a part of its columns divided by what was folded in."""
+    """Tensors under other names, with the factor folded into conv_in's concat columns undone."""
 
     def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str], folded: float = 1.0):
         self.tensors, self.names, self.folded = tensors, names, folded
@@ -119,11 +120,11 @@ def is_folder(path: str | Path) -> bool:
 
 
 def read_folder(path: str | Path, *, variant: str | None = None) -> Folder:
-    """Find weights and configs. Parts may be missing; ValueError for a part without config or weights."""
+    """Find weights and configs. Parts may be missing; ValueError if a part lacks its config or weights."""
     path = Path(path)
     if not is_folder(path):
         raise ValueError(
-            f"{path} is no diffusers folder; it should hold {INDEX} or one of "
+            f"{path} is not a diffusers folder; it should hold {INDEX} or one of "
             f"{', '.join(f'{name}/config.json' for name in MODELS)}"
         )
     configs = {
@@ -133,7 +134,10 @@ def read_folder(path: str | Path, *, variant: str | None = None) -> Folder:
     }
     if "tokenizer" in configs and (path / "tokenizer" / "special_tokens_map.json").is_file():
         tokens = read_json(path / "tokenizer" / "special_tokens_map.json")
-        configs["tokenizer"] = {**configs["tokenizer"], **tokens}  # transformers lets this file win
+        configs["tokenizer"] = {
+            **configs["tokenizer"],
+            **tokens,
+        }  # as in transformers, this file takes precedence
     parts = {}
     for name in MODELS:
         if not (path / name).is_dir():
@@ -173,7 +177,7 @@ def _variant(name: str) -> str | None:
 
 
 def open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
-    """A file or index, read as the folder's part `name` is: old names renewed, a folded gain taken out."""
+    """Open a file or index as the part `name`, with old names updated and a folded gain undone."""
     file = readers.open_sharded(path) if path.name.endswith(".json") else readers.open_file(path)
     if name == "vae":
         return PartFiles(path, _Changed(file.tensors, {_vae_name(old): old for old in file.tensors}))
@@ -187,7 +191,7 @@ OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".
 
 
 def _vae_name(name: str) -> str:
-    """Early copies call the parts of the middle attention differently."""
+    """Early copies use other names for the parts of the middle attention."""
     if ".attentions." in name:
         for old, new in OLD_VAE_NAMES.items():
             name = name.replace(old, new)
@@ -195,7 +199,7 @@ def _vae_name(name: str) -> str:
 
 
 def _gains(path: Path, unet: Mapping[str, Any]) -> tuple[float, float | None]:
-    """-> what was folded into the file, and use.concat_gain if the folder was written by us"""
+    """-> the factor folded into the file, and use.concat_gain if we wrote the folder."""
     if RECORD not in unet:
         return 1.0, None
     record = unet[RECORD] if isinstance(unet[RECORD], dict) else {}
@@ -215,9 +219,9 @@ def read_json(path: Path) -> Json:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no readable JSON ({error}); download it again") from error
+        raise ValueError(f"{path} is not readable JSON ({error}); download it again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected settings by name")
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected an object of settings")
     return content
 
 
@@ -226,20 +230,20 @@ def read_json(path: Path) -> Json:
 COMPAT_NOTES = (
     "diffusers compatibility: the negative prompt is empty unless given (negative_prompt=)",
     "diffusers compatibility: preprocess.crop=official, save.rounding=nearest",
-    "no setting of ours: diffusers draws the posterior noise from the global generator and the latents from "
+    "not supported: diffusers draws the posterior noise from the global generator and the latents from "
     "`generator`; pass the same noise to compare",
-    "no setting of ours: in float16 diffusers keeps latents, VAE and CLIP in float16 as well",
+    "not supported: in float16, diffusers also keeps latents, VAE and CLIP in float16",
 )
 
 
 def settings_from_folder(folder: Folder, *, compat: str | None = None) -> tuple[Json, list[str]]:
-    """-> our settings (a nested dict over our defaults) and notes: what was chosen, what has no setting.
+    """-> our settings (a nested dict over our defaults), and notes on choices and unsupported settings.
 
-    By default the trained values; `compat="diffusers"` makes our pipeline compute what diffusers' does with
-    this folder. ValueError for configs that our model cannot express.
+    The default is the trained values; `compat="diffusers"` makes our pipeline compute what diffusers' does
+    with this folder. ValueError for configs that our model cannot express.
     """
     if compat not in (None, "diffusers"):
-        raise ValueError(f"compat is {compat!r}; choose diffusers, or nothing for the trained values")
+        raise ValueError(f"compat is {compat!r}; give diffusers, or leave it out for the trained values")
     settings: Json = {}
     notes: list[str] = []
     if "unet" in folder.parts:
@@ -278,25 +282,25 @@ def _use_settings(unet: PartFiles, compat: str | None) -> tuple[Json, list[str]]
         ]
     if unet.gain is not None:
         how = (
-            f"the {unet.folded} that was folded into {CONV_IN} is taken out again"
+            f"the factor {unet.folded} folded into {CONV_IN} is undone"
             if unet.folded != 1
-            else "plain"
+            else "nothing is folded"
         )
         return {"concat_gain": unet.gain}, [f"use.concat_gain={unet.gain} as unet/config.json says; {how}"]
-    note = f"use.concat_gain={TRAINED_GAIN}: the concat branch counts twice, as in training, not once"
+    note = f"use.concat_gain={TRAINED_GAIN}: the concat branch is added twice, as in training, not once"
     return {"concat_gain": TRAINED_GAIN}, [note]
 
 
 def _vae_settings_and_notes(vae: Mapping[str, Any], compat: str | None) -> tuple[Json, list[str]]:
     settings = vae_settings(vae)
-    if settings["scale"] != SLIPPED_SCALE:
+    if settings["scale"] != MISTYPED_SCALE:
         return settings, []
     if compat:
-        return settings, [f"diffusers compatibility: vae.scale={SLIPPED_SCALE} from the folder's config"]
+        return settings, [f"diffusers compatibility: vae.scale={MISTYPED_SCALE} from the folder's config"]
     settings["scale"] = TRAINED_SCALE
     return settings, [
-        f"the folder's VAE config says {SLIPPED_SCALE}, a known slip; the model was trained with "
-        f"vae.scale={TRAINED_SCALE}, which was taken (compat=diffusers keeps the slip)"
+        f"the folder's VAE config says {MISTYPED_SCALE}, a known typo; using vae.scale={TRAINED_SCALE}, with "
+        "which the model was trained (compat=diffusers keeps the folder's)"
     ]
 
 
@@ -322,12 +326,12 @@ def _sample_settings(scheduler: Mapping[str, Any], compat: str | None) -> tuple[
     alpha, offset = settings["final_alpha"], scheduler.get("steps_offset", 0)
     notes = [f"diffusers compatibility: sample.spacing={spacing}, sample.final_alpha={alpha}"]
     if spacing == "leading" and offset != 1:
-        notes.append(f"no setting of ours: steps_offset {offset}; leading means 1 here")
+        notes.append(f"not supported: steps_offset {offset}; our leading spacing uses 1")
     return settings, notes
 
 
 def _padding(tokenizer: Mapping[str, Any] | None, compat: str | None) -> tuple[int | None, str | None]:
-    """-> the token id to pad with, where it is not ours, and a note."""
+    """-> the padding token id if it differs from our default, and a note."""
     if tokenizer is None:
         return None, None
     pad = tokenizer.get("pad_token", END)
@@ -340,16 +344,16 @@ def _padding(tokenizer: Mapping[str, Any] | None, compat: str | None) -> tuple[i
             f"diffusers compatibility: clip.pad_token={END_TOKEN}, as the folder's tokenizer pads",
         )
     if compat:
-        return None, f"no setting of ours: the folder's tokenizer pads with {pad}; we pad with token 0"
-    return None, f"the folder's tokenizer pads with {pad}; token 0 is taken, as in training"
+        return None, f"not supported: the folder's tokenizer pads with {pad}; we pad with token 0"
+    return None, f"the folder's tokenizer pads with {pad}; using token 0, as in training"
 
 
 def build_unet(unet: config.UNet) -> nn.Module:
-    """diffusers' own network on `meta`, for comparisons; the only function here that imports diffusers."""
+    """diffusers' network on `meta`, for comparisons; the only function here that imports diffusers."""
     try:
         from diffusers import I2VGenXLUNet
     except ImportError as error:
-        raise ValueError("comparing with diffusers needs it installed; pip install diffusers") from error
+        raise ValueError("diffusers is not installed; to compare with it: pip install diffusers") from error
     with torch.device("meta"):
         return I2VGenXLUNet.from_config(unet_config(unet)).eval()
 
@@ -368,20 +372,20 @@ def write_folder(
     shard_bytes: int | None = None,
     on_bytes: Callable[[int], None] | None = None,
 ) -> list[str]:
-    """Native parts (unet, vae, clip) -> a folder for `I2VGenXLPipeline.from_pretrained`, and notes.
+    """Write native parts (unet, vae, clip) as a folder for `I2VGenXLPipeline.from_pretrained` -> notes.
 
-    Whole or not at all; `out` must be new or empty. `fold` multiplies conv_in's concat columns by
-    `use.concat_gain`, so that diffusers' network computes what ours does; refused if that rounds. `dtype`
-    None keeps each tensor's own. Memory stays at about one tensor if `parts` are read lazily.
+    `out` must be new or empty; on failure, nothing is written. `fold` multiplies conv_in's concat columns by
+    `use.concat_gain`, so that diffusers' network computes what ours does; ValueError if that is not exact.
+    `dtype` None keeps the dtype of each tensor. If `parts` are read lazily, memory stays at about one tensor.
     """
     out = Path(out)
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose a new place")
+        raise ValueError(f"{out} exists and is not empty; choose a new folder")
     if missing := [part for part in checkpoint.PARTS if part not in parts]:
-        raise ValueError(f"a diffusers folder needs every part; {', '.join(missing)} is not there")
+        raise ValueError(f"a diffusers folder needs every part; {', '.join(missing)} is missing")
     if variant is not None and not variant.isalnum():
-        raise ValueError(f"variant is {variant!r}; give letters and digits only, like fp16")
-    configs = _configs(cfg, dtype)  # refuses settings before anything is written
+        raise ValueError(f"variant is {variant!r}; give letters and digits only, such as fp16")
+    configs = _configs(cfg, dtype)  # checks the settings before anything is written
     for part in checkpoint.PARTS:
         _check_fit(part, cfg, parts[part])
     entries = {name: _cast(_entries(name, cfg, parts), dtype) for name in MODELS}
@@ -426,7 +430,7 @@ NATIVE = {"unet": "unet", "vae": "vae", "text_encoder": "clip", "image_encoder":
 
 
 def _entries(name: str, cfg: config.Config, parts: Mapping[str, Mapping[str, Tensor]]) -> list[Entry]:
-    """The tensors of one of their models, each read from our part when its turn comes."""
+    """The tensors of one of their models, each read from our part when it is written."""
     part = NATIVE[name]
     ours = parts[part]
     entries = []
@@ -446,7 +450,9 @@ def _entries(name: str, cfg: config.Config, parts: Mapping[str, Mapping[str, Ten
 
 
 def _exported(row: Row, ours: Mapping[str, Tensor], name: str) -> Tensor:
-    return row.to_ours(ours[row.theirs])[name]  # in CLIP's table `theirs` are our own names, open_clip's
+    return row.to_ours(ours[row.theirs])[
+        name
+    ]  # in CLIP's table, `theirs` are open_clip's names, which we use
 
 
 def _check_fit(part: str, cfg: config.Config, ours: Mapping[str, Tensor]) -> None:
@@ -457,7 +463,7 @@ def _check_fit(part: str, cfg: config.Config, ours: Mapping[str, Tensor]) -> Non
     if missing or unknown or wrong:
         raise ValueError(
             f"the {part}'s tensors do not fit its settings: {len(missing)} are missing, {len(unknown)} "
-            f"unknown, {len(wrong)} of another shape, first {(missing + unknown + wrong)[0]}"
+            f"unknown, {len(wrong)} of wrong shape, such as {(missing + unknown + wrong)[0]}"
         )
 
 
@@ -483,7 +489,7 @@ def _fold(entry: Entry, gain: float) -> Entry:
 
 
 def scale_concat(conv_in: Tensor, gain: float) -> Tensor:
-    """The second half of the input channels belongs to the concat branch; diffusers knows no other split."""
+    """Scale the second half of the input channels, which in diffusers always belongs to the concat branch."""
     picture = conv_in.shape[1] // 2
     return torch.cat([conv_in[:, :picture], conv_in[:, picture:] * gain], dim=1)
 
@@ -518,13 +524,13 @@ def _written_notes(cfg: config.Config, fold: bool) -> list[str]:
         f"{CONV_IN}: the concat columns were multiplied by use.concat_gain = {gain}, exactly, so that "
         "diffusers' network computes what ours does"
         if fold and gain != 1
-        else f"{CONV_IN} is plain: diffusers adds the concat branch once, ours {gain} times",
-        f"vae scaling_factor = {cfg.vae.scale}, the tokenizer pads with token 0, the last step lands on "
+        else f"{CONV_IN} is unchanged: diffusers adds the concat branch once, ours {gain} times",
+        f"vae scaling_factor = {cfg.vae.scale}, the tokenizer pads with token 0, the last step ends at "
         f"{'1' if cfg.sample.final_alpha == 'one' else 'abar[0]'}",
-        f"{' and '.join(clip_tables.ABSENT)} have no place in transformers' CLIP towers and were left out; "
+        f"{' and '.join(clip_tables.ABSENT)} do not exist in transformers' CLIP towers and were left out; "
         "nothing here uses them",
-        "the same video needs the same posterior noise and latents, a step count that divides "
-        f"{cfg.schedule.num_timesteps}, a negative prompt that is given, and transformers < 5.6",
+        "to get the same video, use the same posterior noise and latents, a step count that divides "
+        f"{cfg.schedule.num_timesteps}, an explicit negative prompt, and transformers < 5.6",
     ]
     if cfg.clip.text_layer == "last":
         notes.append("clip.text_layer is last: call the pipeline with clip_skip=None")

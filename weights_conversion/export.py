@@ -1,4 +1,4 @@
-"""Our native folder -> the official files or a diffusers folder: complete, exact inverses of `convert`."""
+"""Exports a native folder to the official files or a diffusers folder: the exact inverse of `convert`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LAYOUTS = ("vgen", "diffusers")
 UNET_FILE = "i2vgen_xl_{step:08d}.pth"
 CLIP_FILE = "open_clip_pytorch_model.bin"
 VAE_FILE = "v2-1_512-ema-pruned.ckpt"
-RELEASED_STEP = 854500  # written where the origin of the weights names no step
+RELEASED_STEP = 854500  # written if the origin of the weights names no step
 
 
 def export(
@@ -31,17 +31,17 @@ def export(
     shard_bytes: int | None = None,
     on_bytes: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Native folder -> `out` in another layout; returns notes for the user. Whole or not at all.
+    """Write a native folder to `out` in another layout -> notes for the user. On failure, writes nothing.
 
-    `fold` (diffusers only) multiplies conv_in's picture channels by the concat gain, exact for the official
-    2.0, so that diffusers' network computes what the official one computes. ValueError for a folder that
-    lacks a part the layout needs, and for settings it cannot express.
+    `fold` (diffusers only) multiplies the columns of conv_in for the concat branch by the concat gain, so
+    that diffusers' network computes what the official one does; this is exact for the official gain 2.0.
+    ValueError if the folder lacks a part that the layout needs, or if the layout cannot express its settings.
     """
     native, out = Path(native), Path(out)
     if layout not in LAYOUTS:
-        raise ValueError(f"there is no layout {layout!r}; known are {', '.join(LAYOUTS)}")
+        raise ValueError(f"there is no layout {layout!r}; choose from {', '.join(LAYOUTS)}")
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not empty; choose a new place")
+        raise ValueError(f"{out} exists and is not empty; choose a new folder")
     parts = {p.part: p.tensors for p in sources.native(native)}
     if not parts:
         raise ValueError(f"{native} holds no part to export")
@@ -53,9 +53,9 @@ def export(
             cfg, parts, out, fold=fold, dtype=dtype, shard_bytes=shard_bytes, on_bytes=tick
         )
     if not fold:
-        raise ValueError("--no-fold is for diffusers folders; the official layout never folds")
+        raise ValueError("--no-fold needs --layout diffusers; the official layout never folds")
     if shard_bytes is not None:
-        raise ValueError("shards are for diffusers folders; the official files are one per part")
+        raise ValueError("--shard-size needs --layout diffusers; official checkpoints are one file per part")
     with whole.replacing_folder(out, sync=True) as temporary:
         return _write_vgen(cfg, parts, temporary, checkpoint.read_origin(native), dtype, on_bytes)
 
@@ -108,7 +108,7 @@ def _theirs(
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """The same numbers, unread, over a storage of their own: torch.save writes storages whole."""
+    """A view with its own storage, without reading the data, because torch.save writes whole storages."""
     tensor = tensor.detach().contiguous()
     start = tensor.storage_offset() * tensor.element_size()
     end = start + tensor.numel() * tensor.element_size()
@@ -122,7 +122,7 @@ def _save(content: Mapping[str, Any], path: Path, tick: Callable[[int], None]) -
 
 
 class _Counted:
-    """A file that counts what is written to it; torch.save asks for no more than this."""
+    """A file that reports the bytes written to it; torch.save needs only these two methods."""
 
     def __init__(self, file: IO[bytes], tick: Callable[[int], None]):
         self.file, self.tick = file, tick

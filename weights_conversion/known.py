@@ -1,4 +1,4 @@
-"""Published files and the terms they came under. A converter's report names them; it never fetches them."""
+"""Published checkpoint files and their licence terms, for the converter's report. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KNOWN_FILES = {
     ),
 }
 
-# What the earlier networks of the lineage were trained for and run with; no tensor tells it.
+# Settings of the earlier networks of the lineage that cannot be read from their tensors.
 V1_SETTINGS = {
     "schedule": {"kind": "linear_sd", "init_beta": 0.00085, "last_beta": 0.012, "zero_terminal_snr": False},
     "sample": {"width": 448, "height": 256, "frames": 32, "fps": 8, "guidance": 3.0, "noise_offset": 0.1},
@@ -35,7 +35,7 @@ REFINER_SETTINGS = {
     "schedule": {"kind": "logsnr_cosine"},
     "sample": {"width": 1280, "height": 720, "frames": 32},
 }
-# SR600 has MS-Vid2Vid-XL's tensors name by name; the user says which one it is by use.skip_filter=sr600.
+# SR600 has the same tensor names as MS-Vid2Vid-XL; the user selects it with use.skip_filter=sr600.
 SR600_SETTINGS = REFINER_SETTINGS | {
     "refine": {"noise_level": 700, "start": "inversion", "guidance": 9.0, "rescale": 0.3},
     "refine_suffix": (
@@ -46,7 +46,7 @@ SR600_SETTINGS = REFINER_SETTINGS | {
     ),
 }
 
-# A reading of public statements, not legal advice.
+# A summary of public statements, not legal advice.
 LICENCE_NOTES = {
     "released": (
         "I2VGen-XL weights: tagged MIT on the hub, but the authors' disclaimer says research and "
@@ -64,4 +64,4 @@ LICENCE_NOTES = {
     "vae": "Stable Diffusion 2.1 autoencoder: CreativeML Open RAIL++-M; its use restrictions travel with it",
     "clip": "CLIP ViT-H-14 LAION-2B weights: tagged MIT",
 }
-CONVERTED_NOTE = "A converted file stands under the terms of the file it was made from."
+CONVERTED_NOTE = "A converted file is subject to the terms of the file it was made from."

@@ -1,7 +1,4 @@
-"""What the readers of foreign weights share: the mapped file, tensors as views into it, checks, error words.
-
-    TensorFile   what a reader hands over
-    Lazy         its tensors by name, each a Place in the mapped file until somebody asks for it
+"""What the readers share: the opened file, its tensors and checksums, and parts of messages.
 
 It imports none of the readers.
 """
@@ -12,13 +9,12 @@ import io
 import math
 import mmap
 import sys
-import zlib
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 OnBytes = Callable[[int], None]
@@ -26,67 +22,47 @@ Format = Literal["safetensors", "torch"]
 
 MAX_HEADER = 32 << 20  # bytes; real headers stay under one MiB
 MAX_AXES = 64
-CHUNK = 1 << 22  # bytes hashed, or elements examined, at once
+CHUNK = 1 << 20  # bytes read, or elements examined, at a time
 DAMAGED = "it is damaged or was not fully downloaded; download it again"
 SAVE_ANEW = "load it where you trust it and save its state dict as safetensors"
 
-# `extra` remembers these two under names that no program uses.
+# `extra` keeps these two under names that no program uses.
 WRAPPER, LEFT_OUT = "(wrapper)", "(left out)"
 
-
-class Place(NamedTuple):
-    """Where a tensor lies in the mapped file: a run of bytes, and the dense tensor's layout within it."""
-
-    offset: int  # bytes
-    nbytes: int  # of the whole storage
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    stride: tuple[int, ...] | None = None  # elements; None: contiguous
-    start: int = 0  # elements
+# What zipfile raises on a damaged archive.
+ZIP_ERRORS = (
+    zipfile.BadZipFile, NotImplementedError, EOFError, OverflowError, RuntimeError, ValueError, OSError,
+)  # fmt: skip
 
 
-class Sum(NamedTuple):
-    """A run of bytes with the CRC-32 that the file keeps of it."""
+class Aligned(Mapping):
+    """name -> tensor. torch expects aligned memory; a tensor that is not aligned is copied at each access."""
 
-    label: str
-    nbytes: int
-    crc: int
-
-
-class Lazy(Mapping):
-    """name -> tensor: a new view into the mapped file at each access, or the tensor that is in memory."""
-
-    def __init__(self, buffer: mmap.mmap | None, places: Mapping[str, Place | Tensor]):
-        self._buffer = buffer
-        self._places = dict(places)
+    def __init__(self, tensors: Mapping[str, Tensor]):
+        self._tensors = dict(tensors)
 
     def __getitem__(self, name: str) -> Tensor:
-        place = self._places[name]
-        return place if isinstance(place, Tensor) else _mapped(self._buffer, place)
+        tensor = self._tensors[name]
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places
-
-    def storage_of(self, name: str) -> int | None:
-        """First byte of the storage in the file; None where the tensor is in memory."""
-        place = self._places[name]
-        return None if isinstance(place, Tensor) else place.offset
+        return name in self._tensors
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """A weights file: its tensors by name, and what stood beside them.
+    """A weights file: its tensors by name, and what the file holds beside them.
 
-    `tensors[name]` costs no memory; its shape and dtype are known without reading any data. `extra` has the
-    plain numbers and texts beside the tensors (`step`), and, where they apply, under WRAPPER the keys that
-    led to the state dict and under LEFT_OUT the names of everything else that was not taken. `parts` are the
-    files of a sharded checkpoint.
+    `tensors[name]` takes no memory (unless the file is older than torch's zip format), and its shape and
+    dtype are known without reading data. `extra` holds the plain numbers and strings beside the tensors
+    (`step`) and, where they apply, the keys that led to the state dict (under WRAPPER) and the names of
+    everything that was left out (under LEFT_OUT). `parts` are the files of a sharded checkpoint.
     """
 
     path: Path
@@ -95,34 +71,24 @@ class TensorFile:
     extra: Mapping[str, Any]
     metadata: Mapping[str, str]
     parts: tuple[TensorFile, ...] = ()
-    _buffer: mmap.mmap | None = field(default=None, repr=False, compare=False)
-    _sums: Mapping[int, Sum] = field(default_factory=dict, repr=False, compare=False)
+    _entries: Mapping[str, zipfile.ZipInfo] = field(default_factory=dict, repr=False, compare=False)
 
     def verify(self, names: Iterable[str] | None = None, *, on_bytes: OnBytes | None = None) -> None:
         """Compare the named tensors (all if None) with the checksums in the file, as far as it keeps any.
 
-        `on_bytes` is called with the number of bytes just read. ValueError names the first damaged piece.
+        `on_bytes` is called with the number of bytes just read. ValueError names the first damaged entry.
         """
         wanted = self.tensors if names is None else set(names) & set(self.tensors)
         for part in self.parts:
             part.verify(wanted, on_bytes=on_bytes)
-        if self._sums:
-            for offset in sorted({self.tensors.storage_of(name) for name in wanted}):
-                self._verify_run(offset, self._sums[offset], on_bytes)
-
-    def _verify_run(self, offset: int, run: Sum, on_bytes: OnBytes | None) -> None:
-        if run.crc == 0:  # torch can be told to leave the checksum out
+        entries = {e.header_offset: e for name in wanted if (e := self._entries.get(name)) is not None}
+        if not entries:
             return
-        found = 0
-        with memoryview(self._buffer) as view:
-            for start in range(offset, offset + run.nbytes, CHUNK):
-                stop = min(start + CHUNK, offset + run.nbytes)
-                with view[start:stop] as piece:
-                    found = zlib.crc32(piece, found)
-                if on_bytes is not None:
-                    on_bytes(stop - start)
-        if found != run.crc:
-            raise ValueError(f"{self.path}: the checksum of its entry {run.label} does not match; {DAMAGED}")
+        with zipfile.ZipFile(self.path) as archive:
+            for _, entry in sorted(entries.items()):
+                for piece in read_entry(self.path, archive, entry):
+                    if on_bytes is not None:
+                        on_bytes(len(piece))
 
 
 # --- files
@@ -131,11 +97,11 @@ class TensorFile:
 def opened(path: Path) -> io.FileIO:
     """The file, open for reading. ValueError says why it cannot be."""
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; a weights file is wanted here")
+        raise ValueError(f"{path} is a folder; a weights file is expected")
     if not path.exists():
         raise ValueError(f"there is no file {path}; check the path")
     if not path.is_file():
-        raise ValueError(f"{path} is no ordinary file (a pipe or a device); save it to disk first")
+        raise ValueError(f"{path} is not a regular file (a pipe or a device); save it to disk first")
     try:
         return path.open("rb", buffering=0)
     except OSError as error:
@@ -151,16 +117,17 @@ def map_file(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
 
-def _mapped(buffer: mmap.mmap, place: Place) -> Tensor:
-    if place.nbytes == 0 or 0 in place.shape:
-        return torch.empty(place.shape, dtype=place.dtype)
-    raw = torch.frombuffer(buffer, dtype=torch.uint8, count=place.nbytes, offset=place.offset)
-    if raw.data_ptr() % place.dtype.itemsize:
-        raw = raw.clone()  # torch expects numbers at multiples of their size
-    flat = raw.view(place.dtype)
-    if place.stride is None:
-        return flat.reshape(place.shape)
-    return flat.as_strided(place.shape, place.stride, place.start)
+def read_entry(path: Path, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> Iterator[bytes]:
+    """The bytes of an archive's entry, piece by piece. ValueError if its checksum turns out not to match."""
+    try:
+        with archive.open(entry) as file:
+            while piece := file.read(CHUNK):
+                yield piece
+    except ZIP_ERRORS as error:
+        name = f"its entry {shown(entry.filename)}"
+        if "CRC" in str(error):
+            raise ValueError(f"{path}: the checksum of {name} does not match; {DAMAGED}") from error
+        raise ValueError(f"{path}: {name} cannot be read ({shown(error)}); {DAMAGED}") from error
 
 
 # --- what files say
@@ -174,11 +141,11 @@ def shown(text: object) -> str:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads: an object in which no name comes twice."""
+    """For json.loads: an object in which no name appears twice."""
     result = {}
     for key, value in pairs:
         if key in result:
-            raise ValueError(f"the name {shown(key)} comes twice")
+            raise ValueError(f"the name {shown(key)} appears twice")
         result[key] = value
     return result
 

@@ -1,148 +1,277 @@
-"""Run the pickle of a torch file without ever importing or calling anything that it names.
+"""Inspect the pickle of a torch file before torch.load runs it.
 
-That pickle is a small program; ours is the one interpreter that runs it, and it knows only the words that
-describe tensors (REBUILD, OrderedDict), words that it takes for a lifeless stand-in (INERT), and refuses
-every other by name. What comes out describes tensors (Ref) and holds none: `read_torch` finds their numbers.
+torch.load(weights_only=True) calls no function outside a fixed list. A hostile pickle can still make it hang,
+crash or allocate far more memory than the file has bytes, and it refuses files that hold a training program's
+own objects beside the tensors. Therefore:
+
+    find_refused   the first name that neither describes tensors (WORDS) nor is known to be harmless (INERT)
+    outline        follows the pickle without building anything; refuses what would hang or crash torch.load
+    stand_ins      lifeless classes that torch.load uses in place of the harmless ones
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import mmap
+import itertools
 import pickle
 import pickletools
 import struct
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 from i2vgen.files.safefile import DTYPES
-from weights_conversion.mapped import DAMAGED, SAVE_ANEW, shown
 
-MAX_PICKLE = 64 << 20  # bytes; the official UNet's has 0.2 MiB
+MAX_PICKLE = 16 << 20  # bytes; the official UNet's pickle has 0.2 MiB
+MAX_OPCODES = 1_000_000
+MAX_WAITING = 100_000  # objects on the stack: a tuple's, or a thousand entries of a dict at a time
+MAX_REPEATED = 1_000_000  # objects that shared parts would add if they were written out at each use
+MAX_DEPTH = 200
 
 # What the pickle of a torch file needs to describe dense tensors.
+FROM_TYPE = "torch._tensor._rebuild_from_type_v2"
 REBUILD = {
-    ("torch._utils", "_rebuild_tensor"),
-    ("torch._utils", "_rebuild_tensor_v2"),
-    ("torch._utils", "_rebuild_tensor_v3"),
-    ("torch._utils", "_rebuild_parameter"),
-    ("torch._utils", "_rebuild_parameter_with_state"),
-    ("torch._tensor", "_rebuild_from_type_v2"),
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    FROM_TYPE,
 }
-STORAGES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64,
-    "ComplexDoubleStorage": torch.complex128,
-    "UntypedStorage": torch.uint8,
-}
-TORCH_DTYPES = {str(t).removeprefix("torch."): t for t in (*DTYPES.values(), torch.complex128)}
+VALUES = {"torch.Size", "torch.device"}
+TYPES = {"torch.Tensor", "torch.nn.parameter.Parameter", *map(str, DTYPES.values()), "torch.complex128"}
+KINDS = "Double Float Half BFloat16 Long Int Short Char Byte Bool ComplexFloat ComplexDouble"
+STORAGES = {f"{module}.{kind}Storage" for module in ("torch", "torch.cuda") for kind in KINDS.split()}
+WORDS = REBUILD | VALUES | TYPES | STORAGES | {"torch.storage.UntypedStorage", "collections.OrderedDict"}
 
-# Classes found in checkpoints beside the tensors. They are never imported: a stand-in swallows what they
-# would have been given. Packages first (all of their names), then single names.
+# Classes found in checkpoints beside the tensors: packages (all of their names), then single names.
 INERT_PACKAGES = (
-    "pytorch_lightning",
-    "lightning",
-    "lightning_fabric",
-    "lightning_utilities",
-    "torchmetrics",
-    "omegaconf",
-    "easydict",
-    "ldm",
-    "open_clip",
-    "transformers",
-    "diffusers",
-    "torch.optim",
-)
-INERT_NAMES = {
-    "argparse": ("Namespace",),
-    "types": ("SimpleNamespace",),
-    "typing": ("Any", "Union", "Optional"),
-    "collections": ("defaultdict", "Counter", "deque"),
-    "builtins": ("set", "frozenset", "list", "tuple", "dict", "int", "float", "bool", "complex", "str",
-                 "bytes", "bytearray", "slice", "object"),
-    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath"),
-    "datetime": ("datetime", "date", "time", "timedelta", "timezone"),
-    "numpy": ("dtype", "ndarray"),
-    "numpy.core.multiarray": ("scalar", "_reconstruct"),
-    "numpy._core.multiarray": ("scalar", "_reconstruct"),
-    "numpy.core.numeric": ("_frombuffer",),
-    "numpy._core.numeric": ("_frombuffer",),
-    "_codecs": ("encode",),  # numpy spells bytes so
-    "torch": ("Size", "device", "Tensor"),
-    "torch.nn.parameter": ("Parameter", "Buffer"),
-}  # fmt: skip
-INERT_NAMES["__builtin__"] = (*INERT_NAMES["builtins"], "unicode", "long")  # as Python 2 wrote them
+    "pytorch_lightning", "lightning", "lightning_fabric", "lightning_utilities", "torchmetrics", "omegaconf",
+    "easydict", "ldm", "open_clip", "transformers", "diffusers", "torch.optim",
+)  # fmt: skip
+INERT = {
+    f"{module}.{name}"
+    for module, names in {
+        "argparse": "Namespace",
+        "types": "SimpleNamespace",
+        "typing": "Any Union Optional",
+        "collections": "defaultdict Counter deque",
+        "builtins": "set frozenset list tuple dict int float bool complex str bytes slice object",
+        "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+        "datetime": "datetime date time timedelta timezone",
+        "numpy": "dtype ndarray",
+        "numpy.core.multiarray": "scalar _reconstruct",
+        "numpy._core.multiarray": "scalar _reconstruct",
+        "numpy.core.numeric": "_frombuffer",
+        "numpy._core.numeric": "_frombuffer",
+        "_codecs": "encode",  # how numpy writes bytes
+    }.items()
+    for name in names.split()
+}
+LATIN = (["latin1"], ["latin-1"])
 
-# What a pickle that is not as it should be makes Python's interpreter raise.
+# Opcodes that push an object, and of which kind; opcodes that take objects, and how many (None: to the mark).
+PUSHES = {
+    "GLOBAL": "name", "EMPTY_LIST": "list", "EMPTY_DICT": "dict", "EMPTY_TUPLE": "tuple",
+    **dict.fromkeys(("EMPTY_SET", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1",
+                     "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"), "value"),
+}  # fmt: skip
+TAKES = {
+    "TUPLE": None, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "BINPERSID": 1, "REDUCE": 2, "NEWOBJ": 2,
+    "BUILD": 1, "APPEND": 1, "APPENDS": None, "SETITEM": 2, "SETITEMS": None,
+}  # fmt: skip
+
+# What a malformed pickle makes pickletools, `outline` and torch raise.
 UNPICKLING_ERRORS = (
-    pickle.UnpicklingError, EOFError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
-    MemoryError, RecursionError, UnicodeDecodeError, ImportError, struct.error,
+    pickle.UnpicklingError, struct.error, ArithmeticError, AssertionError, AttributeError, EOFError,
+    LookupError, MemoryError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
 
 
-class _Storage(NamedTuple):
-    """A storage that the pickle speaks of: the archive's entry, its dtype and its number of elements."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
+# --- names
 
 
-class Ref(NamedTuple):
-    """A tensor that the pickle describes. A tuple: no later instruction of the pickle can change it."""
-
-    storage: _Storage
-    dtype: torch.dtype
-    start: Any
-    shape: Any
-    stride: Any
-
-
-class _StorageType(NamedTuple):
-    dtype: torch.dtype
+def find_refused(stream: BinaryIO, inert: tuple[str, ...]) -> str | None:
+    """The first name in one pickle that is neither a word of tensors nor inert, as the pickle spells it."""
+    for module, name in _names(stream):
+        word = _word(module, name)
+        if word not in WORDS and not _is_inert(word, inert):
+            return f"{module}.{name}"
+    return None
 
 
-class _Rebuild(NamedTuple):
-    """The word for one of torch's rebuilding functions: takes down what the tensor is, builds nothing."""
+def is_pickle(data: bytes) -> bool:
+    """Whether the bytes read as one pickle to their end; those of protocol 0 and 1 begin like any text."""
+    try:
+        return all(True for _ in pickletools.genops(data))
+    except UNPICKLING_ERRORS:
+        return False
 
-    name: str
 
-    def __call__(self, *args: Any) -> Ref:
-        if self.name == "_rebuild_from_type_v2":  # function, type, arguments, attributes
-            inner, _, args, _ = args
-        elif self.name.startswith("_rebuild_parameter"):  # tensor, requires_grad, hooks
-            inner = args[0]
-        else:
-            return self._tensor(*args)
-        if isinstance(inner, _Rebuild) and inner.name != self.name:
-            inner = inner(*args)
-        if not isinstance(inner, Ref):
-            raise TypeError(f"{self.name} of something that is no tensor")
-        return inner
+def _names(stream: BinaryIO) -> Iterator[tuple[str, str]]:
+    """Module and name of all that one pickle would import, as far as it can be read."""
+    texts = ("", "")
+    with contextlib.suppress(*UNPICKLING_ERRORS):
+        for opcode, arg, _ in itertools.islice(pickletools.genops(stream), MAX_OPCODES):
+            if opcode.name in ("GLOBAL", "INST"):
+                module, name = arg.split(" ", 1)
+                yield module, name
+            elif opcode.name == "STACK_GLOBAL":
+                yield texts
+            elif isinstance(arg, str):
+                texts = (texts[1], arg)
 
-    def _tensor(self, storage: Any, start: Any, shape: Any, stride: Any, *rest: Any) -> Ref:
-        if not isinstance(storage, _Storage):
-            raise TypeError("a tensor without a storage")
-        dtype = storage.dtype
-        if self.name == "_rebuild_tensor_v3":
-            dtype, rest = rest[2], rest[:2] + rest[3:]
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError("a tensor without a dtype")
-        if len(rest) > 2 and rest[2]:
-            raise _Refused("holds a tensor with pending conjugation or negation; resolve it before saving")
-        return Ref(storage, dtype, start, shape, stride)
+
+def _word(module: str, name: str) -> str:
+    """The dotted name that torch.load looks up; Python 2 names are translated as it translates them."""
+    return ".".join(NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name)))
+
+
+def _is_inert(word: str, inert: tuple[str, ...]) -> bool:
+    # torch.load takes its own functions and builtins for what they are, whatever stands in for them.
+    packages = INERT_PACKAGES if word.startswith(("torch.", "builtins.")) else INERT_PACKAGES + inert
+    return word in INERT or word.startswith(tuple(f"{package}." for package in packages))
+
+
+# --- contents
+
+
+@dataclass
+class Outline:
+    """What one pickle describes."""
+
+    storages: dict[str, int] = field(default_factory=dict)  # key -> numbers, in order of appearance
+    stood_for: dict[str, str] = field(default_factory=dict)  # inert name -> "object", "list" or "dict"
+    texts: set[str] = field(default_factory=set)
+
+
+class _Object:
+    """An object on the pickle's stack. `size` and `depth` count its parts, shared ones at each use."""
+
+    __slots__ = ("depth", "kind", "shared", "size", "value")
+
+    def __init__(self, kind: str, value: Any = None, parts: Sequence[_Object] = ()):
+        self.kind = kind  # name, tuple, list, dict, value, storage, tensor; object: made by an inert name
+        self.value = value  # a plain value, a dotted name, or a tuple's objects
+        self.size, self.depth, self.shared = 1, 1, False
+        self.add(parts)
+
+    def add(self, parts: Sequence[_Object]) -> None:
+        if self.shared:
+            raise ValueError("a container is changed after it was used, or holds itself")
+        self.size += sum(part.size for part in parts)
+        self.depth = max([self.depth, *(1 + part.depth for part in parts)])
+        if self.depth > MAX_DEPTH:
+            raise ValueError(f"it nests more than {MAX_DEPTH} levels deep")
+
+
+def outline(stream: BinaryIO, inert: tuple[str, ...]) -> Outline:
+    """Follow one pickle. ValueError, or another of UNPICKLING_ERRORS, if torch.load should not see it.
+
+    A container that was used a second time must not change any more: so `size` is right when it is added up.
+    """
+    found = Outline()
+    stack: list[_Object] = []
+    marked: list[list[_Object]] = []
+    memo: dict[int, _Object] = {}
+    repeated = 0
+    for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+        code = opcode.name
+        if count > MAX_OPCODES or len(stack) > MAX_WAITING or len(marked) > MAX_DEPTH:
+            raise ValueError("it is larger or nests deeper than a checkpoint's")
+        if code == "STOP":
+            return found
+        if code == "MARK":
+            marked.append(stack)
+            stack = []
+        elif code in ("BINPUT", "LONG_BINPUT"):
+            memo[arg] = stack[-1]
+        elif code in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[arg])
+            stack[-1].shared = True
+            repeated += stack[-1].size - 1
+            if repeated > MAX_REPEATED:
+                raise ValueError("it repeats its own parts too often")
+        elif code in PUSHES:
+            stack.append(_pushed(found, PUSHES[code], arg, inert))
+        elif code in TAKES:
+            if TAKES[code] is None:
+                parts, stack = stack, marked.pop()
+            else:
+                parts = [stack.pop() for _ in range(TAKES[code])][::-1]
+            if code.startswith("TUPLE"):
+                stack.append(_Object("tuple", parts, parts))
+            elif code == "BINPERSID":
+                stack.append(_storage(found, *parts))
+            elif code in ("REDUCE", "NEWOBJ"):
+                stack.append(_called(*parts, new=code == "NEWOBJ"))
+            elif code != "BUILD":
+                _fill(found, stack[-1], "list" if code.startswith("APPEND") else "dict", parts)
+            elif stack[-1].kind not in ("dict", "object"):
+                raise ValueError(f"it sets attributes of a {stack[-1].kind}")
+        elif code != "PROTO":
+            raise ValueError(f"torch.load(weights_only=True) does not know its instruction {code}")
+    raise EOFError("it does not end")
+
+
+def _pushed(found: Outline, kind: str, arg: Any, inert: tuple[str, ...]) -> _Object:
+    if kind == "name":
+        arg = _word(*arg.split(" ", 1))
+        if arg not in WORDS:
+            if not _is_inert(arg, inert):
+                raise ValueError(f"it names {arg}")
+            found.stood_for.setdefault(arg, "object")
+    elif isinstance(arg, str):
+        found.texts.add(arg)
+    return _Object(kind, [] if kind == "tuple" else arg)
+
+
+def _storage(found: Outline, token: _Object) -> _Object:
+    """A reference to a storage: ("storage", its type, its key, its device, how many numbers it has, ...)."""
+    words = [part.value for part in token.value] if token.kind == "tuple" else []
+    if len(words) not in (5, 6) or words[0] != "storage":
+        raise ValueError("a reference to something that is no storage")
+    key, count = words[2], words[4]
+    if type(key) is not str or not key.isascii() or type(count) is not int or count < 0:
+        raise ValueError("a storage without a key or a size")
+    if found.storages.setdefault(key, count) != count:
+        raise ValueError(f"storage {key} has two sizes")
+    return _Object("storage")
+
+
+def _called(callee: _Object, args: _Object, *, new: bool) -> _Object:
+    if callee.kind != "name" or args.kind != "tuple":
+        raise ValueError(f"it calls a {callee.kind} with a {args.kind}")
+    name = callee.value
+    if name not in WORDS:  # so it is inert
+        if name == "_codecs.encode" and [part.value for part in args.value[1:]] not in LATIN:
+            raise ValueError("bytes in an encoding other than latin1")
+        return _Object("object", name, [args])
+    if name in REBUILD and not new:
+        first = args.value[0]
+        if name == FROM_TYPE and (first.kind != "name" or first.value not in REBUILD - {FROM_TYPE}):
+            raise ValueError("a tensor that is rebuilt by an unknown function")
+        return _Object("tensor")
+    if name == "collections.OrderedDict" and not new:
+        return _Object("dict", None, [args])
+    if name in VALUES and not new:
+        return _Object("value")
+    raise ValueError(f"it calls {name}")
+
+
+def _fill(found: Outline, target: _Object, kind: str, parts: Sequence[_Object]) -> None:
+    if target.kind == "object":
+        if found.stood_for[target.value] not in ("object", kind):
+            raise ValueError(f"{target.value} is used as a list and as a dict")
+        found.stood_for[target.value] = kind
+    elif target.kind != kind:
+        raise ValueError(f"it fills a {target.kind} as a {kind}")
+    target.add(parts)
+
+
+# --- stand-ins
 
 
 class Inert:
@@ -150,129 +279,24 @@ class Inert:
 
     word = "?"
 
-    def __new__(cls, *args: Any, **kwargs: Any):
-        return super().__new__(cls)
-
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: Any):
         pass
-
-    def _swallow(self, *args: Any) -> None:
-        pass
-
-    __setstate__ = append = extend = add = __setitem__ = _swallow  # all that a pickle can ask of it
-
-
-class _Dict(dict):
-    """What an OrderedDict becomes. It takes no attributes: a pickle could replace its methods by them."""
-
-    __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
-class _Refused(ValueError):
-    """The pickle asked for something that is neither a tensor nor known to be harmless."""
+# What an inert class becomes whose objects the pickle fills: torch.load fills no others than these.
+FILLED = {
+    "object": {},
+    "list": {"__new__": lambda cls, *args: []},
+    "dict": {"__new__": lambda cls, *args: OrderedDict()},
+}
 
 
-class _Unpickler(pickle.Unpickler):
-    """Runs the pickle of a torch file without ever importing or calling anything that it names."""
-
-    def __init__(self, data: bytes, inert: tuple[str, ...]):
-        super().__init__(io.BytesIO(data), encoding="utf-8")
-        self._inert_packages = INERT_PACKAGES + inert
-        self._known: dict[tuple[str, str], Any] = {}  # one stand-in per class and file
-
-    def find_class(self, module: str, name: str) -> Any:
-        word = (module, name)
-        if word not in self._known:
-            self._known[word] = _meaning(module, name, self._inert_packages)
-        return self._known[word]
-
-    def persistent_load(self, token: Any) -> _Storage:
-        if not (isinstance(token, tuple) and len(token) == 5 and token[0] == "storage"):
-            raise pickle.UnpicklingError("a reference to something that is no storage")
-        _, kind, key, _, count = token
-        if not (isinstance(kind, _StorageType) and isinstance(key, str) and type(count) is int):
-            raise pickle.UnpicklingError("a reference to a storage of an unknown kind")
-        return _Storage(key, kind.dtype, count)
-
-
-def _meaning(module: str, name: str, inert_packages: tuple[str, ...]) -> Any:
-    """What a name in a pickle stands for here. Nothing is looked up in the modules of that name."""
-    if (module, name) in REBUILD:
-        return _Rebuild(name)
-    if (module, name) == ("collections", "OrderedDict"):
-        return _Dict
-    if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGES:
-        return _StorageType(STORAGES[name])
-    if module == "torch" and name in TORCH_DTYPES:
-        return TORCH_DTYPES[name]
-    if name in INERT_NAMES.get(module, ()) or any(f"{module}.".startswith(f"{p}.") for p in inert_packages):
-        return type("_Inert", (Inert,), {"word": f"{module}.{name}"})
-    raise _Refused(_refusal(module, name))
-
-
-def _refusal(module: str, name: str) -> str:
-    word = shown(f"{module}.{name}")
-    if module in ("torch._utils", "torch._tensor"):
-        return f"holds a tensor of a kind that is not read here ({word}); save dense tensors on the CPU"
-    if module.startswith("torch.nn."):
-        return f"holds a pickled model: this file would run {word} when loaded; refused; {SAVE_ANEW}"
-    return f"holds more than tensors: this file would run {word} when loaded; refused; {SAVE_ANEW}"
-
-
-def unpickle(path: Path, data: bytes, inert: tuple[str, ...]) -> Any:
-    """What the pickle describes, with a Ref for each tensor. ValueError if it is broken or wants more."""
-    try:
-        for opcode, arg, _ in pickletools.genops(
-            data
-        ):  # lying lengths and positions, before they cost memory
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and arg > len(data):
-                raise pickle.UnpicklingError("it counts more objects than it has bytes")
-        return _Unpickler(data, inert).load()
-    except _Refused as error:
-        raise ValueError(f"{path} {error}") from None
-    except (*UNPICKLING_ERRORS, ValueError) as error:
-        raise ValueError(
-            f"{path} has a broken description of its tensors ({shown(error)}); {DAMAGED}"
-        ) from error
-
-
-# --- pickles that are looked at and never run
-
-
-def is_pickle(buffer: mmap.mmap) -> bool:
-    """Whether the file reads as a pickle to its end; those of protocol 0 and 1 begin like any text."""
-    try:
-        return all(True for _ in pickletools.genops(buffer[:MAX_PICKLE]))
-    except (ValueError, *UNPICKLING_ERRORS):
-        return False
-
-
-def first_global(raw: bytes | mmap.mmap) -> str | None:
-    """The first name in the leading pickles that is no word of tensors; for messages, enforces nothing."""
-    stream = io.BytesIO(raw[:MAX_PICKLE])
-    for _ in range(4):  # an old torch file: magic, version, system, content
-        texts: list[str] = []
-        with contextlib.suppress(ValueError, *UNPICKLING_ERRORS):
-            for opcode, arg, _ in pickletools.genops(stream):
-                if isinstance(arg, str):
-                    texts.append(arg)
-                if opcode.name in ("GLOBAL", "INST"):
-                    module, name = arg.split(" ", 1)
-                elif opcode.name == "STACK_GLOBAL" and len(texts) >= 2:
-                    module, name = texts[-2:]
-                else:
-                    continue
-                if not _is_tensor_word(module, name):
-                    return shown(f"{module}.{name}")
-            continue
-        return None
-    return None
-
-
-def _is_tensor_word(module: str, name: str) -> bool:
-    plain = (module, name) in REBUILD or (module, name) == ("collections", "OrderedDict")
-    known = (*STORAGES, *TORCH_DTYPES, *INERT_NAMES.get(module, ()))
-    return plain or (module.split(".")[0] == "torch" and name in known)
+def stand_ins(found: Outline) -> list[tuple[type, str]]:
+    """The lifeless classes, for torch.serialization.safe_globals."""
+    return [
+        (type("Inert", (Inert,), {"word": word, **FILLED[kind]}), word)
+        for word, kind in found.stood_for.items()
+    ]

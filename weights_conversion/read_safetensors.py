@@ -1,4 +1,7 @@
-"""Read a safetensors file: its header is believed only once it accounts for every byte of the file."""
+"""Read a safetensors file, after checking that its header accounts for every byte of the file.
+
+The safetensors package would read it too; the checks here say in plain words what is wrong with which tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from i2vgen.files.safefile import DTYPES, METADATA
 from weights_conversion.mapped import (
     DAMAGED,
     MAX_AXES,
     MAX_HEADER,
-    Lazy,
-    Place,
+    Aligned,
     TensorFile,
     are_counts,
     fits,
@@ -41,20 +44,26 @@ def open_safetensors(path: Path, buffer: mmap.mmap) -> TensorFile:
         raise ValueError(f"{path} has metadata that is not text; {DAMAGED}")
     spans = {name: _span(path, name, told) for name, told in header.items()}
     _check_cover(path, spans, size - 8 - length)
-    places = {
-        name: Place(8 + length + begin, end - begin, dtype, shape)
-        for name, (begin, end, dtype, shape) in spans.items()
-    }
-    if not places:
+    if not spans:
         raise ValueError(f"{path} is a safetensors file without any tensor")
-    return TensorFile(path, "safetensors", Lazy(buffer, places), {}, metadata, (), buffer)
+    tensors = {name: _view(buffer, 8 + length, *span) for name, span in spans.items()}
+    return TensorFile(path, "safetensors", Aligned(tensors), {}, metadata)
+
+
+def _view(
+    buffer: mmap.mmap, start: int, begin: int, end: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
+    if begin == end:
+        return torch.empty(shape, dtype=dtype)
+    count = (end - begin) // dtype.itemsize
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=start + begin).reshape(shape)
 
 
 def _parse_header(path: Path, raw: bytes) -> dict[str, Any]:
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except RecursionError as error:
-        raise ValueError(f"{path} has a header that nests without end; {DAMAGED}") from error
+        raise ValueError(f"{path} has a header that nests too deeply; {DAMAGED}") from error
     except ValueError as error:  # no JSON, no UTF-8, a name twice, a number of thousands of digits
         raise ValueError(f"{path} has a broken safetensors header ({shown(error)}); {DAMAGED}") from error
     if not isinstance(header, dict):
@@ -91,7 +100,9 @@ def _check_cover(path: Path, spans: Mapping[str, tuple], size: int) -> None:
         if begin < at:
             raise ValueError(f"{path}: {shown(name)} overlaps the tensor before it; {DAMAGED}")
         if begin > at:
-            raise ValueError(f"{path}: {begin - at} bytes before {shown(name)} are of no tensor; {DAMAGED}")
+            raise ValueError(
+                f"{path}: {begin - at} bytes before {shown(name)} belong to no tensor; {DAMAGED}"
+            )
         at = end
     if at > size:
         raise ValueError(f"{path} has {size} bytes of data and its header describes {at}; {DAMAGED}")

@@ -1,18 +1,20 @@
-"""Open foreign weight files: the only door to them. Nothing in a file is ever executed or imported.
+"""Open weights files from elsewhere. Nothing in a file is ever executed or imported.
 
     open_file      one safetensors or torch file, recognised by its content
     open_sharded   several of them, bound together by an index with a `weight_map`
 
-Tensors are views into the mapped file: reading a 6 GB file takes no memory of ours. Behind the doors:
+Tensors are views into the mapped file: opening a 6 GB file takes no memory. The exception is torch's format
+from before 2020, which is read into memory.
 
     read_safetensors   checks a safetensors header
-    read_torch         finds the state dict and its numbers in a torch file
-    read_pickle        runs a torch file's pickle, and knows only the words that describe tensors
+    read_torch         reads a torch file with torch.load and finds the state dict in it
+    read_pickle        inspects its pickle first
     mapped             what all of them share
 """
 
 from __future__ import annotations
 
+import io
 import json
 import mmap
 from collections.abc import Callable, Iterator, Mapping
@@ -35,7 +37,7 @@ from weights_conversion.mapped import (
     shown,
     without_repeats,
 )
-from weights_conversion.read_pickle import first_global, is_pickle
+from weights_conversion.read_pickle import MAX_PICKLE, find_refused, is_pickle
 from weights_conversion.read_safetensors import open_safetensors
 from weights_conversion.read_torch import open_legacy, open_zip
 
@@ -67,7 +69,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF\r\n\x1a\n", "is an HDF5 file (Keras, TensorFlow); only torch and safetensors files are read"),
     (b"\x93NUMPY", "is a single numpy array without a name; only torch and safetensors files are read"),
     (b"GGUF", "is a GGUF file; only torch and safetensors files are read"),
-    (b"model_checkpoint_path:", "is of a TensorFlow checkpoint; only torch and safetensors files are read"),
+    (b"model_checkpoint_path:", "is a TensorFlow checkpoint's; only torch and safetensors files are read"),
 )  # fmt: skip
 TENSORFLOW_FOOTER = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
@@ -75,12 +77,11 @@ TENSORFLOW_FOOTER = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 def open_file(
     path: str | Path, *, check: bool = True, inert: tuple[str, ...] = (), on_bytes: OnBytes | None = None
 ) -> TensorFile:
-    """Open one weights file, whatever it is called. ValueError, with the likely reason, if it is not one.
+    """Open one weights file, whatever its name. ValueError, with the likely reason, if it is not one.
 
-    `check` compares the checksums that a torch file keeps of its tensors, which reads the file once
-    (`on_bytes` gets the number of bytes just read); without it call `verify` on the result, for the names
-    that are used.
-    `inert` adds packages whose classes may be replaced by lifeless stand-ins in a torch file.
+    `check` compares the tensors of a torch file with its checksums, which reads the file once (`on_bytes` is
+    called with the number of bytes just read). Without it, call `verify` on the result for the names in use.
+    `inert` adds packages whose classes a torch file may name; empty stand-ins take their place.
     """
     path = Path(path)
     buffer = map_file(path)
@@ -91,7 +92,7 @@ def open_file(
     elif buffer[8:9] == b"{":
         file = open_safetensors(path, buffer)
     elif buffer[:1] == b"\x80":
-        file = open_legacy(path, buffer)
+        file = open_legacy(path, buffer, inert)
     else:
         raise ValueError(f"{path} {_describe_unknown(buffer)}")
     if check:
@@ -104,7 +105,7 @@ def open_sharded(
 ) -> TensorFile:
     """Open the files that an index with a `weight_map` (tensor -> file name beside the index) binds together.
 
-    ValueError if a file is missing or broken, or index and files do not agree to the letter.
+    ValueError if a file is missing or broken, or if index and files disagree.
     """
     index = Path(index)
     weight_map, notes = _read_index(index)
@@ -122,7 +123,7 @@ def open_sharded(
 
 
 def shard_names(index: str | Path) -> set[str]:
-    """The files that an index binds together, by name. ValueError if it is no index."""
+    """The files that an index binds together, by name. ValueError if it is not an index."""
     return set(_read_index(Path(index))[0].values())
 
 
@@ -146,7 +147,7 @@ def find_nonfinite(
 
 
 def _recognise(buffer: mmap.mmap) -> str | None:
-    """What a file that is certainly no weights file is, if its first or last bytes give it away."""
+    """What the file is instead of weights, if its first or last bytes show it."""
     for signature, told in SIGNATURES:
         if buffer[: len(signature)] == signature:
             return told
@@ -164,8 +165,9 @@ def _recognise(buffer: mmap.mmap) -> str | None:
 
 def _describe_unknown(buffer: mmap.mmap) -> str:
     start = buffer[:4096]
-    if is_pickle(buffer) and (name := first_global(buffer)) is not None:
-        return f"is a plain pickle: this file would run {name} when loaded; refused"
+    pickled = buffer[:MAX_PICKLE]
+    if is_pickle(pickled) and (name := find_refused(io.BytesIO(pickled), ())) is not None:
+        return f"is a plain pickle: this file would run {shown(name)} when loaded; refused"
     if _is_text(start):
         if start.lstrip()[:1] in (b"{", b"["):
             index = buffer.find(b'"weight_map"') >= 0
@@ -173,7 +175,7 @@ def _describe_unknown(buffer: mmap.mmap) -> str:
         return f"is text, not weights; it begins with {shown(start[:60].decode(errors='replace'))}"
     if len(buffer) < 16:
         return f"is too short ({len(buffer)} bytes); {DAMAGED}"
-    return f"is no torch or safetensors file; it begins with the bytes {start[:8].hex(' ')}"
+    return f"is not a torch or safetensors file; it begins with the bytes {start[:8].hex(' ')}"
 
 
 def _is_text(start: bytes) -> bool:
@@ -185,7 +187,7 @@ def _is_text(start: bytes) -> bool:
 
 
 class _Joined(Mapping):
-    """The tensors of several files under one roof."""
+    """The tensors of several files as one mapping."""
 
     def __init__(self, files: Mapping[str, TensorFile]):
         self._files = dict(files)  # tensor name -> the file that holds it
@@ -213,11 +215,11 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, str]]:
     try:
         content = json.loads(raw.decode("utf-8"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{index} is no index of shards ({shown(error)}); download it again") from error
+        raise ValueError(f"{index} is not an index of shards ({shown(error)}); download it again") from error
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(
-            f"{index} is no index of shards: it should have a `weight_map` from tensors to files"
+            f"{index} is not an index of shards: it should have a `weight_map` from tensors to files"
         )
     for name in weight_map.values():
         if not isinstance(name, str) or not name.isprintable() or Path(name).name != name or "\\" in name:

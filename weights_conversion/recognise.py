@@ -1,4 +1,4 @@
-"""What a set of tensors is, told by their names alone: which part of a model, in whose layout."""
+"""Recognises from tensor names alone which part of a model a file holds, and in which layout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Layout = Literal["vgen", "sd", "compvis", "open_clip", "diffusers", "transformer
 
 @dataclass(frozen=True)
 class Signature:
-    """A part in a layout: names that must be there (after `prefix`), and names that rule it out."""
+    """A part in a layout: names that it must have (after `prefix`), and names that it must not have."""
 
     part: Part
     layout: Layout
@@ -23,7 +23,7 @@ class Signature:
     without: tuple[str, ...] = ()
 
 
-# A name ending in a dot or starting with one means "some name that starts with / contains it".
+# A name that ends with a dot matches as a prefix; one that starts with a dot matches anywhere.
 SIGNATURES = (
     Signature("unet", "vgen", "", ("input_blocks.0.0.weight", ".temopral_conv.")),
     Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
@@ -43,7 +43,7 @@ SIGNATURES = (
 
 @dataclass(frozen=True)
 class Found:
-    """A part that a file holds; `tensors` are that part's only, without the prefix, still unread."""
+    """A part found in a file; `tensors` are its tensors without the prefix, read on access."""
 
     part: Part
     layout: Layout
@@ -51,7 +51,7 @@ class Found:
 
 
 class Below(Mapping):
-    """The tensors below a prefix, under the names that remain; reading one reads it from the file."""
+    """The tensors with a prefix, under their names without it; read from the file on access."""
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str, keep: Iterable[str] | None = None):
         names = (name for name in tensors if name.startswith(prefix)) if keep is None else keep
@@ -72,7 +72,7 @@ class Below(Mapping):
 
 
 def recognise(tensors: Mapping[str, Tensor]) -> list[Found]:
-    """Every part found, each once; empty if nothing is known."""
+    """All parts found, each once; empty if there are none."""
     names = list(tensors)
     found: list[Found] = []
     for signature in SIGNATURES:
@@ -86,8 +86,8 @@ def recognise(tensors: Mapping[str, Tensor]) -> list[Found]:
     return found
 
 
-def what(tensors: Mapping[str, Tensor]) -> str | None:
-    """One line for a report."""
+def summary(tensors: Mapping[str, Tensor]) -> str | None:
+    """One line that describes the parts found; None if there are none."""
     found = recognise(tensors)
     return (
         ", ".join(f"{WORDS[f.part]} in {f.layout} layout ({len(f.tensors)} tensors)" for f in found) or None
@@ -107,7 +107,7 @@ TOWER = {"image": ("vision_model.", "visual_projection."), "text": ("text_model.
 
 
 def _own(tensors: Mapping[str, Tensor], signature: Signature) -> Below:
-    """A part's own tensors: all below its prefix. The towers of a full CLIPModel keep their prefixes."""
+    """The tensors of a part: all with its prefix. The towers of a full CLIPModel keep their prefixes."""
     if signature.layout != "transformers":
         return Below(tensors, signature.prefix)
     if signature.part == "image":

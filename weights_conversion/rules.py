@@ -1,9 +1,8 @@
-"""A mapping between two checkpoint layouts is a list of rows; a row is a pure rename or one of three exact
-reshapes.
+"""A mapping between two checkpoint layouts is a list of rows; a row is a rename or an exact reshape.
 
-A leaf table lists what one kind of block holds (their module name, our module name, kind); a place says
-where a block stands (their prefix, table, our prefix). `expand` multiplies them out. Everything can be
-inverted.
+A table lists the leaves of one kind of block (their module name, our module name, kind); a place says where
+such a block is (their prefix, table, our prefix). `expand` combines them to rows. All mappings are
+invertible.
 """
 
 from __future__ import annotations
@@ -15,15 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-# What the parameters of a leaf are, and how their weight differs from ours:
-#   affine    weight and bias, as they are
-#   weight    a weight without a bias
-#   squeeze   weight with one trailing axis of length 1 more than ours, and a bias (Conv1d k=1, Conv3d
-#             k=(3,1,1))
-#   squeeze2  weight with two such axes, and a bias (1x1 convolution where ours is a Linear)
-#   split     one weight without a bias whose rows are ours, stacked (fused q, k, v)
-#   tensor    the name is a parameter itself, not a module; several of ours are its rows, stacked
-#   transpose the name is a parameter itself: a matrix whose rows are our columns
+# The parameters of a leaf, and how their weight differs from ours:
+#   affine    weight and bias, unchanged
+#   weight    a weight without bias
+# squeeze   weight with one more trailing axis of length 1 than ours, and bias (Conv1d k=1, Conv3d k=(3,1,1))
+#   squeeze2  weight with two such axes, and bias (1x1 convolution where ours is a Linear)
+#   split     one weight without bias, which is several of ours stacked along the rows (fused q, k, v)
+#   tensor    the name is a parameter, not a module; it may be several of ours stacked along the rows
+#   transpose the name is a parameter: our matrix transposed
 Kind = Literal["affine", "weight", "squeeze", "squeeze2", "split", "tensor", "transpose"]
 Table = tuple[tuple[str, str | tuple[str, ...], Kind], ...]
 Place = tuple[str, Table, str]
@@ -31,12 +29,12 @@ Place = tuple[str, Table, str]
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor of theirs and the tensor, or the stacked tensors, of ours that hold the same numbers."""
+    """One tensor of theirs, and the tensor or stacked tensors of ours with the same numbers."""
 
     theirs: str
     ours: tuple[str, ...]
-    squeeze: int = 0  # trailing axes of length 1 that theirs has and ours lacks
-    transpose: bool = False  # theirs is a matrix whose rows are our columns
+    squeeze: int = 0  # number of trailing axes of length 1 that only theirs has
+    transpose: bool = False  # theirs is our matrix transposed
 
     def to_ours(self, tensor: Tensor) -> dict[str, Tensor]:
         if self.transpose:
@@ -68,7 +66,7 @@ class Row:
 
 
 def expand(places: Iterable[Place]) -> list[Row]:
-    """Tables x places -> rows. An empty prefix stands for the root."""
+    """Places with their tables -> rows. An empty prefix means the root."""
     rows = []
     for their_prefix, table, our_prefix in places:
         for theirs, ours, kind in table:
@@ -85,7 +83,7 @@ def expand(places: Iterable[Place]) -> list[Row]:
 
 
 def audit(rows: list[Row], theirs: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Names that the rows expect and `theirs` lacks, and names in `theirs` that no row maps."""
+    """-> names that the rows expect but `theirs` lacks, and names in `theirs` that no row maps."""
     expected, have = {row.theirs for row in rows}, set(theirs)
     return sorted(expected - have), sorted(have - expected)
 

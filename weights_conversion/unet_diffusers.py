@@ -1,4 +1,4 @@
-"""diffusers' `I2VGenXLUNet` <-> ours. Its network adds the concat branch once: `use.concat_gain` 1.0."""
+"""UNet: diffusers' `I2VGenXLUNet` <-> ours. It adds the concat branch once, our `use.concat_gain` 1.0."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ TEMPORAL_ENDS = SPATIAL_ENDS  # both are Linear here
 
 
 def rows(unet: config.UNet) -> list[Row]:
-    """ValueError for settings that the diffusers class cannot express."""
+    """Rows for diffusers' names; ValueError for settings that its class cannot express."""
     if unet.concat_layers != 1:
-        raise ValueError(f"unet.concat_layers is {unet.concat_layers}; diffusers' class knows one layer only")
+        raise ValueError(f"unet.concat_layers is {unet.concat_layers}; diffusers' class always has 1")
     return expand(places(unet))
 
 
 def to_theirs(unet: config.UNet, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our whole state dict as diffusers' class loads it."""
+    """Our complete state dict -> the one that diffusers' class loads."""
     return rules.to_theirs(rows(unet), state)
 
 

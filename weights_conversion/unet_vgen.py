@@ -1,9 +1,9 @@
-"""The official UNet checkpoint (VGen's names) and its relatives <-> ours.
+"""UNet: the official checkpoint (VGen's names) and its relatives <-> ours.
 
-One table serves the lineage, whose key sets nest strictly: the refiners hold the plain video UNet, v1 adds
-`context_embedding` and `fps_embedding`, the released model the local branch. `settings_from_shapes` finds the
-settings under which the table maps a checkpoint one to one. The spatial half of Stable Diffusion 2.1, from
-which they all started, has its own rows (`sd_rows`).
+One table covers the whole lineage, whose sets of names are nested: the refiners hold the plain video UNet, v1
+adds `context_embedding` and `fps_embedding`, the released model adds the local branch. `settings_from_shapes`
+finds the settings under which the table maps a checkpoint one to one. The spatial layers of Stable Diffusion
+2.1, from which all were initialised, have their own rows (`sd_rows`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from i2vgen.files import checkpoint
-from i2vgen.model.unet import declared_drops
 from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
@@ -38,8 +37,8 @@ RES_BLOCK: Table = (
 )
 SKIP: Table = (("skip_connection", "skip", "affine"),)
 DOWN: Table = (("op", "conv", "affine"),)
-# The misspelling is the checkpoint's. The first stage has no dropout, so its convolution sits one place
-# earlier.
+# The misspelling `temopral` is the checkpoint's. The first stage has no dropout, so its convolution has a
+# smaller index.
 TEMPORAL_CONV: Table = (
     ("conv1.0", "stages.0.norm", "affine"),
     ("conv1.2", "stages.0.conv", "squeeze"),
@@ -59,7 +58,7 @@ def attention(theirs: str, ours: str) -> Table:
     )
 
 
-# What lies inside `transformer_blocks.0`, shared with diffusers' layout.
+# Contents of `transformer_blocks.0`, shared with diffusers' layout.
 FEED_FORWARD: Table = (
     ("norm3", "norm3", "affine"),
     ("ff.net.0.proj", "feed_forward.proj_in", "affine"),
@@ -87,13 +86,9 @@ TEMPORAL_ENDS: Table = (
 
 
 def rows(unet: config.UNet, use: config.Use) -> list[Row]:
-    """Of the model under these switches: where `places` does not know one, its declared drops leave out."""
-    patterns = declared_drops(unet, use).patterns
-
-    def dropped(row: Row) -> bool:
-        return any(checkpoint.matches(name, patterns) for name in row.ours)
-
-    return [row for row in expand(places(unet, use)) if not dropped(row)]
+    """Those of the model under these switches, without the tensors that a switch drops."""
+    dropped = checkpoint.ablation(unet, use).dropped
+    return [row for row in expand(places(unet, use)) if not dropped & {*row.ours}]
 
 
 def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
@@ -119,7 +114,7 @@ def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
             skips.append(width)
             index += 1
 
-    # The official middle is one entry: ResBlock, spatial, temporal, ResBlock; ours are two blocks.
+    # The official middle is one entry (ResBlock, spatial, temporal, ResBlock); ours is two blocks.
     yield from block("middle_block", "mid1", use, True, False)
     yield from res_block(f"middle_block.{3 if use.temporal_attention else 2}", "mid2", use, False)
 
@@ -132,7 +127,7 @@ def places(unet: config.UNet, use: config.Use) -> Iterator[Place]:
             width = widths[level]
             index += 1
         if level > 0:
-            # The upsampling is the last part of the level's last entry, after whatever stands in it.
+            # The upsampling is the last part of the level's last entry.
             part = 1 + attends + (attends and use.temporal_attention)
             yield f"output_blocks.{index - 1}.{part}", (("conv", "conv", "affine"),), f"up.{level}.resample"
     yield "out", (("0", "norm_out", "affine"), ("2", "conv_out", "affine")), ""
@@ -180,7 +175,7 @@ def temporal(theirs: str, ours: str, use: config.Use) -> Iterator[Place]:
         yield f"{theirs}.transformer_blocks.0", TEMPORAL_SECOND, ours
 
 
-# Constructor arguments that the released configuration leaves to the class, which then takes these.
+# Defaults of the official class for arguments that the released configuration omits.
 CLASS_DEFAULTS = {
     "num_tokens": 4,
     "adapter_transformer_layers": 1,
@@ -192,7 +187,7 @@ CLASS_DEFAULTS = {
 
 
 def settings(arguments: Mapping[str, Any]) -> tuple[config.UNet, config.Use]:
-    """The official class's constructor arguments -> our settings. What it hard-codes takes its value here."""
+    """Constructor arguments of the official class, and the values that it hard-codes -> our settings."""
     arguments = {**CLASS_DEFAULTS, **arguments}
     in_dim, dim, multipliers = arguments["in_dim"], arguments["dim"], tuple(arguments["dim_mult"])
     scales = arguments["attn_scales"]
@@ -227,7 +222,7 @@ SD_DOWN: Table = (("0.op", "conv", "affine"),)
 
 
 def lineage(names: Iterable[str]) -> Lineage | None:
-    """Which family of UNets the names belong to, with or without SD_PREFIX; None if none of them."""
+    """The family of UNets that the names belong to, with or without SD_PREFIX; None if there is none."""
     roots, temporal = set(), False
     for name in names:
         name = name.removeprefix(SD_PREFIX)
@@ -245,23 +240,25 @@ def lineage(names: Iterable[str]) -> Lineage | None:
 def settings_from_shapes(
     shapes: Shapes, *, head_width: int | None = None, norm_groups: int = 32
 ) -> tuple[config.UNet, config.Use]:
-    """Shapes of a checkpoint of any lineage but SD -> the settings under which `rows` maps all of it.
+    """Shapes of a checkpoint of any lineage except SD -> the settings under which `rows` maps all of it.
 
-    Shapes do not tell everything: heads are as wide as `_head_width` guesses unless given, norms have
-    `norm_groups` groups, the small frame encoder two heads, and the local grid keeps its default. ValueError
-    if these cannot be, or if the names are no video UNet's.
+    Shapes do not show everything: the head width is guessed by `_head_width` unless given, norms have
+    `norm_groups` groups, the small frame encoder has two heads, and the local grid has its default.
+    ValueError if these do not fit the shapes, or if the names are not those of a video UNet.
     """
     if lineage(shapes) in (None, "sd"):
         raise ValueError(
-            "these are no tensors of a video UNet in the official layout (no temporal parts were found); "
-            "a Stable Diffusion UNet can only initialise one"
+            "these tensors are not a video UNet in the official layout (no temporal parts were found); "
+            "a Stable Diffusion UNet can only initialise one, with --spatial-init"
         )
     use = _use(shapes)
     widths, blocks, attends = _levels(shapes)
     base_width, in_channels = _shape(shapes, "input_blocks.0.0.weight")[:2]
     multipliers = tuple(width // base_width for width in widths)
     if wrong := [width for width in widths if width % base_width]:
-        raise ValueError(f"a level is {wrong[0]} wide, no multiple of the first convolution's {base_width}")
+        raise ValueError(
+            f"a level has width {wrong[0]}, not a multiple of the first convolution's {base_width}"
+        )
     attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]]  # middle
     head_width = _head_width(head_width, attending, shapes)
     unet = {
@@ -294,25 +291,25 @@ def _use(shapes: Shapes) -> config.Use:
 
     concat = has("local_image_concat.")
     return config.Use(
-        # v1 alone reads no prompt: its cross-attention sees the image tokens only
+        # only v1 reads no prompt: its cross-attention attends only to image tokens
         text=lineage(shapes) != "v1",
         global_tokens=has("context_embedding."),
         local_tokens=has("local_image_embedding."),
         concat=concat,
-        # without the branch the switch means nothing; its default keeps settings comparable
+        # without the branch, the switch has no effect; keep its default
         concat_temporal=has("local_temporal_encoder.") or not concat,
         fps=has("fps_embedding."),
         temporal_attention=has("input_blocks.0.1."),
         temporal_convolution=any(".temopral_conv." in name for name in shapes),
         temporal_second_attention=has("input_blocks.0.1.transformer_blocks.0.attn2.")
         or not has("input_blocks.0.1."),
-        # no shape tells it: the refiners' levels have a row more above and below
+        # not visible in shapes: the refiners' levels have an extra row at the top and bottom
         resampling="margin" if lineage(shapes) == "refiner" else "half",
     )
 
 
 def _levels(shapes: Shapes) -> tuple[list[int], int, tuple[bool, ...]]:
-    """-> width of every level, blocks per level, which levels attend"""
+    """-> width of every level, blocks per level, which levels have attention."""
     widths, counts, attends = [], [0], []
     index = 1
     while any(f"input_blocks.{index}.{part}.weight" in shapes for part in ("op", "0.in_layers.0")):
@@ -325,7 +322,7 @@ def _levels(shapes: Shapes) -> tuple[list[int], int, tuple[bool, ...]]:
             counts[-1] += 1
         index += 1
     if len(set(counts)) != 1 or counts[0] == 0:
-        raise ValueError(f"the levels have {counts} blocks; every level should have as many, at least one")
+        raise ValueError(f"the levels have {counts} blocks; all should have the same number, at least one")
     return widths, counts[0], tuple(attends)
 
 
@@ -334,7 +331,7 @@ USUAL_FIRST_HEADS = 8
 
 
 def _head_width(given: int | None, widths: list[int], shapes: Shapes) -> int:
-    """No shape tells a head's width: an eighth of the first temporal transformer's where possible, or 64."""
+    """Guess the head width: an eighth of the first temporal transformer's width if possible, else 64."""
     head_width = config.UNet().head_width if given is None else given
     first = shapes.get("input_blocks.0.1.proj_in.weight", (0,))[0]
     if given is None and first and first % USUAL_FIRST_HEADS == 0:
@@ -343,7 +340,7 @@ def _head_width(given: int | None, widths: list[int], shapes: Shapes) -> int:
     if wrong := [width for width in widths if head_width < 1 or width % head_width]:
         raise ValueError(
             f"attention of width {wrong[0]} cannot have heads of width {head_width}"
-            + ("; give unet.head_width=..., which no shape tells" if given is None else "")
+            + ("; give unet.head_width=..., which shapes do not show" if given is None else "")
         )
     return head_width
 
@@ -352,7 +349,7 @@ def _first_temporal_heads(shapes: Shapes, head_width: int) -> int:
     inner = _shape(shapes, "input_blocks.0.1.proj_in.weight")[0]
     if inner % head_width:
         raise ValueError(
-            f"the first temporal transformer is {inner} wide inside, no multiple of unet.head_width = "
+            f"the first temporal transformer has inner width {inner}, not a multiple of unet.head_width = "
             f"{head_width}; give unet.head_width=..."
         )
     return inner // head_width
@@ -362,7 +359,7 @@ def _global_tokens(shapes: Shapes, context_width: int) -> dict[str, int]:
     out = _shape(shapes, "context_embedding.2.weight")[0]
     if out % context_width:
         raise ValueError(
-            f"context_embedding makes {out} numbers, no whole tokens of the context's width {context_width}"
+            f"context_embedding makes {out} numbers, not a multiple of the context's width {context_width}"
         )
     return {
         "image_vector_width": _shape(shapes, "context_embedding.0.weight")[1],
@@ -390,19 +387,19 @@ def _concat(shapes: Shapes, use: config.Use) -> dict[str, int]:
 
 def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
     if name not in shapes:
-        raise ValueError(f"{name} is missing, so this is no complete UNet in the official layout")
+        raise ValueError(f"{name} is missing, so this is not a complete UNet in the official layout")
     return tuple(shapes[name])
 
 
-# --------------------------------------------------------------------- Stable Diffusion 2.1's half
+# ------------------------------------------------------------------ spatial layers of Stable Diffusion 2.1
 
 
 def sd_rows(unet: config.UNet) -> list[Row]:
     """A Stable Diffusion 2.x UNet (names without SD_PREFIX) -> our inherited tensors, 682 at full size.
 
-    2-D ResBlock halves, spatial transformers, resampling, input convolution and head. SD has no temporal
-    parts, so entries stand where the table puts them with those switched off, and its downsampling is a
-    list of one (`.0.op`). Its `time_embed` was not inherited. `conv_in.weight` has SD's channels only:
+    2-D parts of the ResBlocks, spatial transformers, resampling, input and output convolution. SD has no
+    temporal parts, so its entries are numbered as in our table with those switched off, and its downsampling
+    is a list of one (`.0.op`). Its `time_embed` was not inherited. `conv_in.weight` has only SD's channels;
     `widen_conv_in` adds the others.
     """
     spatial = config.Use(
@@ -418,10 +415,9 @@ def sd_rows(unet: config.UNet) -> list[Row]:
 
 
 def widen_conv_in(tensor: Tensor, unet: config.UNet, use: config.Use) -> Tensor:
-    """SD's input convolution [w c 3 3] -> ours [w c' 3 3]: the concat branch's channels start at zero.
+    """SD's input convolution [d c 3 3] -> ours [d c' 3 3], with zeros for the channels of the concat branch.
 
-    So the network first computes what it inherited, and training grows the picture in. With a gain, zero
-    stays zero.
+    At first, the network therefore computes what it inherited; training adds the influence of the picture.
     """
     extra = unet.concat_channels if use.concat else 0
     width, channels, *kernel = tensor.shape

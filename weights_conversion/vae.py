@@ -1,4 +1,4 @@
-"""The autoencoder in CompVis' names (the Stable Diffusion checkpoint) and in diffusers' <-> ours."""
+"""Autoencoder: CompVis' names (the Stable Diffusion checkpoint) and diffusers' names <-> ours."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any
 from i2vgen.settings import config
 from weights_conversion.rules import Place, Row, Table, expand
 
-# The checkpoint keeps the autoencoder under this prefix, beside a UNet and a text model that are not used
-# here.
+# Prefix of the autoencoder in the checkpoint, which also holds a UNet and a text model that we do not use.
 PREFIX = "first_stage_model."
 
 RES_BLOCK: Table = tuple((name, name, "affine") for name in ("norm1", "conv1", "norm2", "conv2"))
@@ -31,7 +30,7 @@ QUANT: Table = (("quant_conv", "quant_conv", "affine"), ("post_quant_conv", "pos
 
 
 def rows(vae: config.VAE) -> list[Row]:
-    """CompVis' names, without PREFIX."""
+    """Rows for CompVis' names, without PREFIX."""
     return expand(places(vae))
 
 
@@ -59,16 +58,16 @@ def places(vae: config.VAE) -> Iterator[Place]:
 
 
 def diffusers_rows(vae: config.VAE) -> list[Row]:
-    """ValueError for settings that diffusers' AutoencoderKL cannot express."""
+    """Rows for diffusers' names; ValueError for settings that its AutoencoderKL cannot express."""
     if vae.attention_resolutions:
         raise ValueError(
             f"vae.attention_resolutions is {vae.attention_resolutions}; diffusers' AutoencoderKL has "
-            "attention in the middle only"
+            "attention only in the middle"
         )
     if vae.embed_dim != vae.z_channels:
         raise ValueError(
             f"vae.embed_dim is {vae.embed_dim} and vae.z_channels {vae.z_channels}; diffusers' AutoencoderKL "
-            "has one number for both"
+            "requires them to be equal"
         )
     return expand(diffusers_places(vae))
 
@@ -83,7 +82,7 @@ def diffusers_places(vae: config.VAE) -> Iterator[Place]:
         yield f"{half}.mid_block.resnets.1", RES_BLOCK, f"{half}.mid.block2"
 
     def theirs(half: str, side: str, level: int) -> str:
-        # diffusers numbers the decoder's levels in the order in which they run: coarsest first
+        # diffusers numbers the decoder's levels from the coarsest
         return f"{half}.{side}_blocks.{level if side == 'down' else depth - 1 - level}"
 
     for half, side, level, block, skip in _blocks(vae):
@@ -111,9 +110,10 @@ def settings(ddconfig: Mapping[str, Any], embed_dim: int, scale: float) -> confi
 
 
 def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
-    """CompVis' tensor shapes (names without PREFIX) -> our settings; the scale is the trained default.
+    """CompVis' tensor shapes (names without PREFIX) -> our settings; ValueError if they are incomplete.
 
-    Shapes do not tell group counts (32) nor the resolution that attention levels are counted from (256).
+    Shapes do not show the latent scale, the number of norm groups (32), and the resolution from which
+    attention levels are counted (256); these take our defaults.
     """
     try:
         depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
@@ -122,9 +122,11 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
         z_channels, embed_dim = shapes["decoder.conv_in.weight"][1], shapes["post_quant_conv.weight"][1]
         channels = shapes["encoder.conv_in.weight"][1]
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"these tensors are no whole autoencoder in CompVis' layout ({error!r})") from error
+        raise ValueError(
+            f"these tensors are not a complete autoencoder in CompVis' layout ({error!r})"
+        ) from error
     if wrong := [width for width in widths if width % base]:
-        raise ValueError(f"a level is {wrong[0]} wide, no multiple of the first convolution's {base}")
+        raise ValueError(f"a level has width {wrong[0]}, not a multiple of the first convolution's {base}")
     resolution = config.VAE().resolution
     attends = [level for level in range(depth) if f"encoder.down.{level}.attn.0.q.weight" in shapes]
     return config.VAE(
@@ -143,7 +145,7 @@ def _attends(vae: config.VAE, level: int) -> bool:
 
 
 def _blocks(vae: config.VAE) -> Iterator[tuple[str, str, int, int, bool]]:
-    """(half, side, level, block, has a skip convolution) of every ResBlock outside the middle."""
+    """(half, side, level, block, whether it has a skip convolution) of every ResBlock outside the middle."""
     widths = [vae.base_width * m for m in vae.width_multipliers]
     width = vae.base_width
     for level, out in enumerate(widths):

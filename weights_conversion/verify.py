@@ -1,4 +1,4 @@
-"""Two sets of weights side by side: the same numbers, and with a reference the same outputs by layer."""
+"""Compares two sets of weights bit for bit, and optionally the outputs of our and diffusers' UNet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from weights_conversion import clip as clip_tables
 from weights_conversion import convert, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion.recognise import WORDS
 
-OUTPUT_BOUND = 1e-9  # relative L2 in float64, everything but rounding removed
+OUTPUT_BOUND = 1e-9  # relative L2 in float64, where only rounding remains
 
 
 @dataclass
@@ -39,13 +39,13 @@ def verify(
     seed: int = 0,
     on_part: Callable[[str], None] | None = None,
 ) -> Verdict:
-    """Map both to our names and compare every tensor bit for bit; with `reference` run both networks too.
+    """Map both to our names and compare every tensor bit for bit; with `reference`, also run both networks.
 
-    `a` and `b` may be any sources `convert` knows. `reference="diffusers"` runs `a` in our network and `b` in
-    diffusers' class, in float64 on seeded random inputs, and names the first layer that diverges.
+    `a` and `b` may be any sources that `convert` reads. `reference="diffusers"` runs `a` in our network and
+    `b` in diffusers' class, in float64 on seeded random inputs, and names the first layer that differs.
     """
     if reference not in (None, "diffusers"):
-        raise ValueError(f"there is no reference {reference!r}; known is diffusers")
+        raise ValueError(f"there is no reference {reference!r}; give diffusers")
     sides = [_side(path, overrides) for path in (a, b)]
     verdict = Verdict()
     shared = [part for part in checkpoint.PARTS if all(part in side.states for side in sides)]
@@ -54,7 +54,7 @@ def verify(
             verdict.add(False, f"only one side holds the {WORDS[part]}")
     if not shared:
         raise ValueError(f"{a} and {b} have no part in common")
-    # transformers' towers lack two tensors that this model never uses; they are no difference.
+    # transformers' towers lack two tensors that this model never uses, so they are not compared.
     lacking = set(clip_tables.ABSENT) if any("transformers" in side.layouts for side in sides) else set()
     for part in shared:
         if on_part is not None:
@@ -73,13 +73,13 @@ def verify(
 
 @dataclass(frozen=True)
 class Side:
-    """One set of weights under our names, still unread, and the settings they stand for."""
+    """One set of weights under our names, read on access, and its settings."""
 
     states: Mapping[str, Mapping[str, Tensor]]
     config: config.Config
     layouts: frozenset[str]
-    stated: frozenset[str]  # parts whose settings the source states; those of others are read off shapes
-    folded: float  # what a diffusers UNet's concat columns were multiplied by in its file
+    stated: frozenset[str]  # parts whose settings the source states; others are inferred from shapes
+    folded: float  # factor by which the concat columns of a diffusers UNet were multiplied in its file
 
 
 def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
@@ -94,7 +94,7 @@ def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
 
 
 def _compare_settings(part: str, sides: list[Side], verdict: Verdict) -> None:
-    """The same numbers under other heads or another scale are another model."""
+    """Compare settings too: the same weights with other heads or another scale are another model."""
     a, b = (dict(dataclasses.asdict(getattr(side.config, part))) for side in sides)
     different = [f"{part}.{name} {a[name]} and {b[name]}" for name in a if a[name] != b[name]]
     if not different:
@@ -102,7 +102,7 @@ def _compare_settings(part: str, sides: list[Side], verdict: Verdict) -> None:
     if all(part in side.stated for side in sides):
         verdict.add(False, f"settings: {', '.join(different)}")
     else:
-        verdict.lines.append(f"note: one side's settings are read off its shapes: {', '.join(different)}")
+        verdict.lines.append(f"note: one side's settings are inferred from shapes: {', '.join(different)}")
 
 
 def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdict: Verdict) -> None:
@@ -119,7 +119,7 @@ def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdic
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
-    """Bits, not values: equal NaN are equal, 0.0 and -0.0 are not."""
+    """Compare bits, not values: NaN equals itself, 0.0 and -0.0 differ."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     a, b = (t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b))
@@ -135,16 +135,16 @@ def _how(a: Tensor, b: Tensor) -> str:
 
 
 def _run_both(first: Side, second: Side, seed: int, verdict: Verdict) -> None:
-    """Our network on the first side, diffusers' on the second as its file stands, in float64.
+    """Run our network on the first side and diffusers' on the second as stored in its file, in float64.
 
-    diffusers adds the concat branch once: what its file has folded into conv_in is our gain here. Sinusoid
-    and frame planes take diffusers' forms, so that nothing but rounding remains.
+    diffusers adds the concat branch once, so the factor folded into its conv_in becomes our gain. Sinusoid
+    and frame planes use diffusers' conventions, so that only rounding differs.
     """
     a, b, cfg, gain = first.states["unet"], second.states["unet"], first.config, second.folded
     if gain != cfg.use.concat_gain:
         verdict.lines.append(
-            f"note: the first side has use.concat_gain={cfg.use.concat_gain}, but diffusers computes {gain} "
-            "with the second; outputs are compared at the latter"
+            f"note: the first side has use.concat_gain={cfg.use.concat_gain}, but diffusers uses {gain} with "
+            "the second; outputs are compared with the latter"
         )
     use = dataclasses.replace(cfg.use, concat_gain=gain, sinusoid="exp", frame_planes="network")
     ours = checkpoint.build("unet", dataclasses.replace(cfg, use=use))
@@ -191,7 +191,7 @@ def _run_both(first: Side, second: Side, seed: int, verdict: Verdict) -> None:
             continue
         compared += 1
         if distance > OUTPUT_BOUND:
-            where = f"{mine} ({name} there)"
+            where = f"{mine} (diffusers: {name})"
             verdict.add(False, f"outputs: first divergence at {where}: relative L2 {distance:.2g}")
             return
     distance = ((got - want).norm() / want.norm()).item()
@@ -216,10 +216,9 @@ def _watch(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _distance(ours: Tensor, theirs: Tensor) -> float | None:
-    """Relative distance of two layers' outputs whose layouts differ: of their sorted values.
+    """Relative L2 distance between the sorted values of two outputs, which is independent of their layouts.
 
-    Layout-free: the same multiset of numbers in any order has distance zero; repeated rows (diffusers
-    repeats the embeddings per frame) are recognised by size and left out.
+    None if the sizes differ: diffusers repeats the embeddings per frame, so these cannot be compared.
     """
     if ours.numel() != theirs.numel():
         return None

@@ -1,17 +1,17 @@
-"""Context tokens of one's own, which every cross-attention reads beside those of the text and the picture.
+"""Your own context tokens, which every cross-attention reads besides those of the text and the picture.
 
     tokens = project(camera)                                # [b k d]: a small module that you write and train
-    with extra_tokens(model.unet, tokens):                  # behind the others, under one softmax
+    with extra_tokens(model.unet, tokens):                  # appended to the others, in the same softmax
         model(picture, prompt)
 
-    beside = Beside(model.unet)                             # or with keys and values of their own, as in
-    with extra_tokens(model.unet, tokens, through=beside, scale=0.8):    # IP-Adapter (arXiv 2308.06721)
+    beside = Beside(model.unet)                             # or with their own keys, values and softmax, as
+    with extra_tokens(model.unet, tokens, through=beside, scale=0.8):    # in IP-Adapter (arXiv 2308.06721)
         model(picture, prompt)
 
-They become a part of what `UNet.prepare` makes once per video, so all that is cached or shared knows them.
-Gradients reach the tokens and `beside`. Outside the `with` nothing is left behind.
+They become a part of the result of `UNet.prepare`, which is computed once per video. Gradients reach the
+tokens and `beside`. Nothing is left behind after the `with`.
 
-Axes: b batch, k tokens, d their width; n m heads of an attention, see `attention.py`.
+Axes: b batch, k tokens, d their width, m heads of an attention.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from i2vgen.adapt.context import Context, ContextReader, Keys, as_context, cross_attentions, with_tokens
 from i2vgen.adapt.taps import matching
-from i2vgen.model.attention import Attention, Keys
+from i2vgen.model.attention import Attention
 from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 
@@ -44,11 +45,11 @@ def extra_tokens(
 ) -> Iterator[None]:
     """Inside, conditions are prepared with `tokens` [b k d], or [1 k d] for every sample of a batch.
 
-    `negative` is what the unconditional branch of guidance reads in their place: zeros of the same number,
-    none, the same, or tokens of your own. Behind the others a zero token still takes its share of the
-    softmax; `through` a `Beside` it adds nothing, so there "none" is "zeros". `scale` is of these alone.
+    `negative` is what the unconditional branch of guidance reads instead: zeros of the same number, none,
+    the same, or tokens of your own. An appended zero token still takes its share of the softmax; `through`
+    a `Beside` it adds nothing, so there "none" equals "zeros". `scale` multiplies what they add.
 
-    ValueError for tokens that do not fit; a warning where nothing changes. One `with` inside another adds up.
+    ValueError for tokens that do not fit; a warning if they change nothing. Several `with` add up.
     """
     width = unet.stem.context_width if through is None else through.width
     for given in (tokens, negative) if isinstance(negative, Tensor) else (tokens,):
@@ -57,7 +58,7 @@ def extra_tokens(
         raise ValueError(f"negative is {negative!r}; give zeros, none, same, or tokens [b k {width}]")
     if through is None and scale != 1.0:
         raise ValueError(
-            f"scale is {scale:g} without `through`: tokens behind the others have no scale; multiply them, "
+            f"scale is {scale:g} without `through`: appended tokens have no scale; multiply them, "
             "or give through=Beside(unet)"
         )
     if through is not None:
@@ -67,17 +68,36 @@ def extra_tokens(
     if scale == 0:
         warnings.warn("extra tokens at scale 0 change nothing", stacklevel=3)
     extra = _Extra(unet, tokens, negative, through, scale)
-    object.__setattr__(unet, "extra", extra)  # past nn.Module, which would register a module
+    before = vars(unet).get("prepare")
+    vars(unet)["prepare"] = extra.prepare
+    try:
+        with reading_contexts(unet if through is not None else None):
+            yield
+    finally:
+        vars(unet).pop("prepare")
+        if before is not None:
+            vars(unet)["prepare"] = before
+    if not extra.called:
+        warnings.warn(
+            "the extra tokens had no effect: no conditions were prepared inside the `with`, and those that "
+            "were prepared before do not have them",
+            stacklevel=3,
+        )
+
+
+@contextlib.contextmanager
+def reading_contexts(unet: UNet | None) -> Iterator[None]:
+    """Inside, the plain cross-attentions of a UNet are `ContextReader`s."""
+    plain = (
+        [] if unet is None else [part for part in cross_attentions(unet).values() if type(part) is Attention]
+    )
+    for part in plain:
+        part.__class__ = ContextReader
     try:
         yield
     finally:
-        object.__setattr__(unet, "extra", extra.before)
-    if not extra.asked:
-        warnings.warn(
-            "the extra tokens changed nothing: no conditions were prepared inside the `with`; what was "
-            "prepared before does not have them",
-            stacklevel=3,
-        )
+        for part in plain:
+            part.__class__ = Attention
 
 
 def _check(tokens: Tensor, width: int, place: str) -> None:
@@ -89,10 +109,10 @@ def _check(tokens: Tensor, width: int, place: str) -> None:
 
 
 class Beside(nn.Module):
-    """Keys and values for tokens that a cross-attention reads apart from its context, and adds.
+    """Keys and values of tokens that a cross-attention reads by a softmax of their own, whose result it adds.
 
-    Without effect until trained: values begin at zero. `patterns` choose the cross-attentions (as in
-    `taps.py`; ValueError if one matches none), `width` is that of the tokens, by default the context's.
+    Without effect until trained, since the values start at zero. `patterns` choose the cross-attentions (as
+    in `taps.py`; ValueError if one matches none); `width` is that of the tokens, by default the context's.
     """
 
     def __init__(
@@ -100,16 +120,16 @@ class Beside(nn.Module):
     ):
         super().__init__()
         self.width = unet.stem.context_width if width is None else width
-        readers, parts = set(unet.readers()), {}
+        there, parts = cross_attentions(unet), {}
         like = unet.conv_in.weight
         for pattern in patterns:
-            found = {path: m for path, m in matching(unet, pattern).items() if m in readers}
+            found = {path: m for path, m in matching(unet, pattern).items() if path in there}
             if not found:
                 raise ValueError(
                     f"{pattern!r} matches no cross-attention; their paths end in cross_attention"
                 )
             for path, reader in found.items():
-                # In at least float32: an update of Adam's would vanish in half precision.
+                # In at least float32: Adam's updates would vanish in half precision.
                 wide = torch.promote_types(like.dtype, torch.float32)
                 parts[path.replace(".", "/")] = KeysOf(reader, self.width).to(like.device, wide)
         if not parts:
@@ -118,8 +138,7 @@ class Beside(nn.Module):
 
     def check(self, unet: UNet) -> None:
         """ValueError if this was made for a network with other cross-attentions."""
-        readers = set(unet.readers())
-        there = {path.replace(".", "/"): m for path, m in unet.named_modules() if m in readers}
+        there = {path.replace(".", "/"): reader for path, reader in cross_attentions(unet).items()}
         for path, part in self.parts.items():
             reader, wanted = there.get(path), (part.heads, part.to_k.out_features)
             if reader is None or (reader.heads, reader.to_q.out_features) != wanted:
@@ -129,7 +148,7 @@ class Beside(nn.Module):
                 )
 
     def forward(self, path: str, tokens: Tensor) -> Keys | None:
-        """Tokens [b k d] as the cross-attention at `path` reads them; None: it does not."""
+        """Tokens [b k d] as the cross-attention at `path` reads them; None if it does not"""
         path = path.replace(".", "/")
         return self.parts[path](tokens) if path in self.parts else None
 
@@ -152,32 +171,31 @@ class KeysOf(nn.Module):
 
 
 class _Extra:
-    """What `UNet.prepare` asks: conditions and what was made of them -> the same with these tokens."""
+    """Replaces `UNet.prepare`: the same, with these tokens."""
 
     def __init__(self, unet: UNet, tokens: Tensor, negative: Negative, through: Beside | None, scale: float):
         self.unet, self.tokens, self.negative = unet, tokens, negative
         self.through, self.scale = through, scale
-        self.before, self.asked = unet.extra, False
+        self.inner, self.called = unet.prepare, False
 
-    def __call__(self, conditions: Conditions, prepared: Prepared) -> Prepared:
-        self.asked = True
-        if self.before is not None:
-            prepared = self.before(conditions, prepared)
+    def prepare(self, conditions: Conditions, frames: int) -> Prepared:
+        self.called = True
+        prepared = self.inner(conditions, frames)
         tokens = self.of(conditions)
         if tokens is None:
             return prepared
-        b, context = len(prepared.context), prepared.context
-        if len(tokens) not in (1, b):
+        context = as_context(prepared.context)
+        if len(tokens) not in (1, len(context)):
             raise ValueError(
-                f"extra tokens for {len(tokens)} samples meet a batch of {b}; give one set for each, or one "
-                "for all"
+                f"extra tokens for {len(tokens)} samples meet a batch of {len(context)}; give one set for "
+                "each sample, or one for all"
             )
-        tokens = tokens.to(context.device).expand(b, -1, -1)
-        if self.through is None:
-            return self.unet.with_context(prepared, torch.cat([context, tokens.to(context.dtype)], dim=1))
-        return prepared._replace(
-            keys=self.keys_beside(tokens, prepared, isinstance(conditions, Unconditional))
-        )
+        tokens = tokens.to(context.tokens.device).expand(len(context), -1, -1)
+        if self.through is not None:
+            extra = self.extra(tokens, context, isinstance(conditions, Unconditional))
+            return prepared._replace(context=Context(context.tokens, {}, extra))
+        longer = torch.cat([context.tokens, tokens.to(context.tokens.dtype)], dim=1)
+        return prepared._replace(context=with_tokens(prepared.context, longer))
 
     def of(self, conditions: Conditions) -> Tensor | None:
         if not isinstance(conditions, Unconditional) or self.negative == "same":
@@ -186,22 +204,15 @@ class _Extra:
             return self.negative
         return None if self.negative == "none" and self.through is None else torch.zeros_like(self.tokens)
 
-    def keys_beside(self, tokens: Tensor, prepared: Prepared, negative: bool) -> tuple[Keys, ...]:
-        """The keys of all cross-attentions, with those of the tokens at the end of what stands beside."""
-        context, tokens = prepared.context, tokens.to(next(self.through.parameters()))
-        paths = {module: path for path, module in self.unet.named_modules()}
-        made = [self.through(paths[reader], tokens) for reader in self.unet.readers()]
+    def extra(self, tokens: Tensor, context: Context, negative: bool) -> dict[Attention, tuple[Keys, ...]]:
+        """What every cross-attention reads by further softmaxes, with these tokens [b k d] as the last"""
+        tokens, like = tokens.to(next(self.through.parameters())), context.tokens
+        made = {reader: self.through(path, tokens) for path, reader in cross_attentions(self.unet).items()}
+        made = {reader: keys for reader, keys in made.items() if keys is not None}
         idle = not torch.is_grad_enabled() and not negative and self.scale
-        if idle and not any(one.v.any() for one in made if one is not None):
+        if idle and not any(keys.v.any() for keys in made.values()):
             warnings.warn(
                 "extra tokens change nothing: `through` is untrained, its values are 0", stacklevel=2
             )
-        keys = self.unet.keys(context) if prepared.keys is None else prepared.keys
-        return tuple(
-            old if new is None else _behind(old, Keys(new.k.to(context), (self.scale * new.v).to(context)))
-            for old, new in zip(keys, made, strict=True)
-        )
-
-
-def _behind(keys: Keys, last: Keys) -> Keys:
-    return keys._replace(beside=last if keys.beside is None else _behind(keys.beside, last))
+        last = {r: Keys(keys.k.to(like), (self.scale * keys.v).to(like)) for r, keys in made.items()}
+        return {**context.extra, **{r: (*context.extra.get(r, ()), keys) for r, keys in last.items()}}

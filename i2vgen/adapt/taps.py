@@ -1,4 +1,4 @@
-"""Read or replace what any module of a network gives, from outside and without a line changed in it.
+"""Read or replace the output of any module of a network, without changing a line in it.
 
     seen = {}
     with taps(model.unet, {"up.*.blocks.*.spatial": seen.setdefault}):          # read
@@ -10,8 +10,9 @@
     with attention_maps(model.unet, {"*.cross_attention": function}):           # its probabilities
     with controlled(model.unet, adapter):                                       # residuals of an adapter
 
-Paths are those of `named_modules` (`python scripts/summary.py` prints them), patterns as in fnmatch. Outside
-the `with` nothing is left behind. A network under `torch.compile` does not stop for taps: load it without.
+Paths are those of `named_modules` (`python scripts/summary.py` prints them), patterns as in fnmatch. Nothing
+is left behind after the `with`. While a module is tapped, the savings around it step aside for the plain
+forward, compiled and recorded code included.
 """
 
 from __future__ import annotations
@@ -24,20 +25,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor, nn
 
-from i2vgen.model.attention import FUNCTIONS, Attention
-from i2vgen.model.unet import Control, Residuals, UNet
+from i2vgen.model.attention import Attention, AttentionFunction
+from i2vgen.model.unet import Residuals, UNet
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # as `attention.attend`
-Tap = Callable[[str, Tensor], Tensor | None]  # path and output -> None leaves it, a tensor takes its place
+Tap = Callable[[str, Tensor], Tensor | None]  # path and output -> None keeps it, a tensor replaces it
+Control = Callable[[Tensor, Tensor], Residuals]  # the UNet's own x [b c f h w] and t [b]
 
 
 @contextlib.contextmanager
 def taps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
-    """Inside, every module whose path matches a pattern hands its output, as it lies, to the function.
+    """Inside, every module whose path matches a pattern passes its output to the function.
 
     Inside the UNet outputs are [b f h w c]. ValueError for a pattern that matches no module and for a
-    replacement of another shape; a warning at the end if a pattern's modules were never called: a faster
-    form then reads their weights itself, and tapping the module around them works.
+    replacement of another shape; a warning at the end if none of a pattern's modules was called.
     """
     called: set[str] = set()
     with contextlib.ExitStack() as hooks:
@@ -52,8 +52,7 @@ def taps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
 def _warn_of_uncalled(patterns: Iterable[str], called: set[str]) -> None:
     if never := [pattern for pattern in patterns if pattern not in called]:
         warnings.warn(
-            f"the tap {never[0]!r} changed and saw nothing: no module it names was called; tap the module "
-            "around it, or switch the faster forms of `runtime` off",
+            f"the tap {never[0]!r} had no effect: no module that it names was called inside the `with`",
             stacklevel=4,
         )
 
@@ -62,12 +61,12 @@ def _warn_of_uncalled(patterns: Iterable[str], called: set[str]) -> None:
 def attention_by(network: nn.Module, pattern: str, function: AttentionFunction) -> Iterator[None]:
     """Inside, the attentions whose paths match compute with `function`: q [n m t d], k, v [n m k d].
 
-    ValueError for a pattern without attentions, a warning at the end if none of them was called. For good:
-    put the function into `attention.FUNCTIONS` under a name and set that as the modules' `backend`.
+    ValueError for a pattern without attentions, a warning at the end if none of them was called. To keep the
+    function, set it as the modules' `backend`.
     """
     called: set[str] = set()
     attend = _noting(called, pattern, function)
-    with _functions(dict.fromkeys(_attentions(network, pattern).items(), attend)):
+    with _backends(dict.fromkeys(_attentions(network, pattern).values(), attend)):
         yield
     _warn_of_uncalled([pattern], called)
 
@@ -76,17 +75,17 @@ def attention_by(network: nn.Module, pattern: str, function: AttentionFunction) 
 def attention_maps(network: nn.Module, functions: Mapping[str, Tap]) -> Iterator[None]:
     """Inside, the attentions whose paths match hand their probabilities [n m t k] to the function.
 
-    None leaves them, a tensor takes their place. They are computed as written, which needs their whole
-    memory. In a spatial attention n counts frames, in a cross-attention samples (t runs over frames and
-    pixels), in a temporal one pixels, sample by sample. A warning at the end if a pattern's were not called.
+    None keeps them, a tensor replaces them. They are computed by the formula, which needs the memory for all
+    of them. In a spatial attention n counts frames, in a cross-attention samples (t runs over frames and
+    pixels), in a temporal one the pixels of all samples. A warning at the end if none was called.
     """
     called: set[str] = set()
     chosen = {
-        (path, module): _noting(called, pattern, _with_map(path, function))
+        module: _noting(called, pattern, _with_map(path, function))
         for pattern, function in functions.items()
         for path, module in _attentions(network, pattern).items()
     }
-    with _functions(chosen):
+    with _backends(chosen):
         yield
     _warn_of_uncalled(functions, called)
 
@@ -117,44 +116,41 @@ def _attentions(network: nn.Module, pattern: str) -> dict[str, Attention]:
 
 
 @contextlib.contextmanager
-def _functions(chosen: Mapping[tuple[str, Attention], AttentionFunction]) -> Iterator[None]:
-    before = {module: module.backend for _, module in chosen}
-    names = {module: f"tap {id(module)}" for _, module in chosen}
+def _backends(chosen: Mapping[Attention, AttentionFunction]) -> Iterator[None]:
+    before = {module: module.backend for module in chosen}
     try:
-        for (_, module), function in chosen.items():
-            FUNCTIONS[names[module]] = function
-            module.backend = names[module]
+        for module, function in chosen.items():
+            module.backend = function
         yield
     finally:
         for module, backend in before.items():
             module.backend = backend
-            FUNCTIONS.pop(names[module], None)
 
 
 @contextlib.contextmanager
 def controlled(unet: UNet, control: Control) -> Iterator[None]:
-    """Inside, what `control` makes of x [b c f h w] and t [b] is added in the UNet; see `unet.Residuals`.
+    """Inside, the UNet adds the `Residuals` that `control` computes from x [b c f h w] and t [b].
 
-    A module may be given: it does not become a part of the UNet, whose weights stay what they are. A warning
-    at the end if nothing was ever added.
+    `control` may be a module; it does not become a part of the UNet. A warning at the end if
+    nothing was ever added.
     """
-    before, added = unet.control, False
+    added = False
 
-    def listening(x: Tensor, t: Tensor) -> Residuals:
+    def hook(module: nn.Module, inputs: tuple, options: dict) -> tuple[tuple, dict]:
         nonlocal added
-        given = control(x, t)
+        given = control(*inputs[:2])
         single, lists = (given.entrance, given.middle), (given.down, given.skips, given.up)
         added = added or any(one is not None for part in (single, *lists) for one in part)
-        return given
+        return inputs, {**options, "residuals": given}
 
-    object.__setattr__(unet, "control", listening)  # past nn.Module, which would register a module
+    handle = unet.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
-        object.__setattr__(unet, "control", before)
+        handle.remove()
     if not added:
         warnings.warn(
-            "the control changed nothing: the network was not called inside the `with`, or no residual was "
+            "the control had no effect: the network was not called inside the `with`, or no residual was "
             "given",
             stacklevel=3,
         )

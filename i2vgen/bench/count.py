@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.memory.meter import Meter, Operation
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
-from i2vgen.settings.config import Config
+from i2vgen.settings.config import SAVINGS, Config
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
@@ -37,22 +37,12 @@ SHOWN = 12  # rows of the table per operation
 
 
 # Our ways to take a guidance step: settings of `runtime`.
-OFF = {
-    "share_prefix": False,
-    "project_once": False,
-    "fuse_projections": False,
-    "subpixel_upsampling": False,
-    "in_place": False,
-    "sum_in_place": False,
-    "fold_products": False,
-    "weight_layout": False,
-}
 PLANS = {
-    "plain": OFF,  # the modules as they are written, one call for each branch
-    "fast": {},  # the default
+    "plain": {"savings": ("none",)},  # the plain networks, one call for each branch
+    "fast": {},  # the default on a CPU
     "batched": {"batch_guidance": True},
-    "low": {"feed_forward_chunk": 14_080},
-    "fused": {"kernels": "triton"},  # what `auto` is on CUDA
+    "low": {"token_chunk": 28_160},
+    "fused": {"savings": tuple(SAVINGS)},  # the default on CUDA, kernels included
 }
 
 # Ratio, ours / theirs -> the figure and our plan; None as long as there is no such plan.
@@ -70,7 +60,7 @@ def count_ours(plan: Mapping[str, object], config: Config) -> Meter:
     with META:
         unet = UNet(config.unet, config.use)
     unet.to(DTYPE).eval().requires_grad_(False)
-    speed.apply(unet, config.runtime)
+    savings.apply(unet, config.runtime)
     # The network of a guidance step is made of the UNet and the settings; nothing reads the other parts.
     model = pipeline.I2VGenXL(config, unet, None, None, META)
     with torch.no_grad(), Meter() as meter:

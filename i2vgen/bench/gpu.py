@@ -26,9 +26,9 @@ from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
 from i2vgen.fast import machine
-from i2vgen.fast.runtime import GIB
 from i2vgen.files import checkpoint
 from i2vgen.memory import plans
+from i2vgen.memory.free import GIB
 from i2vgen.settings import config
 from i2vgen.settings.config import Config
 

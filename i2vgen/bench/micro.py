@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from i2vgen.bench.timing import clock_of, interleaved
+from i2vgen.fast import savings
 from i2vgen.model.layers import Conv, FeedForward, GroupNorm
 from i2vgen.model.spatial import Upsample
 from i2vgen.model.temporal import TemporalTransformer
-from i2vgen.settings.config import Config
+from i2vgen.settings.config import Config, Runtime
 
 Way = Callable[[], Tensor]
 BACKENDS = {
@@ -144,17 +145,20 @@ def norms(randn, ready, f: int, h: int, w: int, c: int, groups: int) -> dict[str
 
 
 def feed_forward(randn, ready, f: int, h: int, w: int, c: int) -> dict[str, Way]:
-    plain, lean = ready(FeedForward(c)), ready(FeedForward(c))
-    lean.in_place = True
+    plain, lean = ready(FeedForward(c)), with_saving(ready(FeedForward(c)), "in_place")
     tokens = randn(1, f * h * w, c)
     return {"one product": lambda: plain(tokens), "two products, in place": lambda: lean(tokens)}
 
 
 def upsampling(randn, ready, f: int, h: int, w: int, c: int) -> dict[str, Way]:
-    plain, folded = ready(Upsample(c)), ready(Upsample(c))
-    folded.subpixel = True
+    plain, folded = ready(Upsample(c)), with_saving(ready(Upsample(c)), "subpixel_upsampling")
     x = randn(1, f, h, w, c)
     return {"enlarge, then 3 x 3": lambda: plain(x), "four 2 x 2, then enlarge": lambda: folded(x)}
+
+
+def with_saving(module: nn.Module, name: str) -> nn.Module:
+    savings.apply(module, Runtime(savings=(name,)))
+    return module
 
 
 def transformer(randn, ready, f: int, h: int, w: int, c: int, d: int, groups: int) -> dict[str, Way]:

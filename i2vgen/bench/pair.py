@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from i2vgen import pipeline
 from i2vgen.bench.count import their_unet
 from i2vgen.bench.peer import Peer
-from i2vgen.fast import compiled
 from i2vgen.files import checkpoint
+from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions
 from i2vgen.settings.config import Config, Use
 
@@ -56,7 +56,7 @@ class Pair:
         else:
             unet.load_state_dict(like.state_dict(), strict=True, assign=True)
         unet.eval().requires_grad_(False)
-        compiled.make_ready(unet, config, self.device)
+        plans.prepare_unet(unet, config, self.device)
         return pipeline.I2VGenXL(config, unet, vae, None, self.device)
 
     def all_ours(self, rows: Mapping[str, Mapping[str, object]]) -> dict[str, pipeline.I2VGenXL]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
-from i2vgen.fast.runtime import GIB
 from i2vgen.memory import plans
+from i2vgen.memory.free import GIB
 from i2vgen.settings.config import SHIPPED, Config, Runtime
 
 # bfloat16 where the default on a GPU is half precision, float32 where the official code computes so.

@@ -18,6 +18,7 @@ from i2vgen.bench.peer import Peer
 from i2vgen.bench.report import Report, Table
 from i2vgen.bench.timing import Times, clock_of, interleaved
 from i2vgen.diffusion.loss import training_loss
+from i2vgen.fast.checkpointing import set_checkpointing
 from i2vgen.settings.config import Config
 
 ROUNDS = 5
@@ -42,7 +43,7 @@ def ways_of(both: pair.Pair, peer: Peer, names: tuple[str, ...] = WAYS) -> dict[
         predict = our_prediction(ours, both.inputs())
         step = stepper(ours, predict, both)
         made |= {
-            name: _with(lambda on=on: ours.set_checkpointing(on), step)
+            name: _with(lambda on=on: set_checkpointing(ours, on), step)
             for name, on in zip(OURS, (False, True), strict=True)
         }
     return {name: made[name] for name in names}

@@ -1,1 +1,1 @@
-"""How well a trained model does what it is told, measured on the drawn world."""
+"""Measures how well a trained model follows its prompts, on clips of the procedural world."""

@@ -1,9 +1,9 @@
-"""What a way of sampling costs and how far it leads: network calls per clip, and frames against a reference.
+"""Cost and error of sampling settings: network calls per clip, and the distance to a reference clip.
 
-The reference is DDIM with many steps from the same noise: the exact solution of what the network says, which
-is not the same as a good clip. The scores of an evaluation tell that.
+The reference is DDIM with many steps from the same noise: the exact solution of the network's ODE. It need
+not be a good clip; for quality, see the scores of an evaluation.
 
-Axes: f frames, H W pixels.
+Axes: f frames, H W pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from i2vgen.settings.config import QUALITIES, Config
 from i2vgen.settings.merge import with_quality
 
 REFERENCE_STEPS = 200
-CACHES = (2, 3)  # of `quality`, beside the presets: what the cache of the deep part would save and cost
-CALLS = (5, 10, 20, 40)  # of `samplers`; with guidance each is one call of both branches
-# euler is ddim in other words, ancestral visits every timestep.
+CACHES = (2, 3)  # values of `sample.deep_cache` that the sweep "quality" adds to the presets
+CALLS = (5, 10, 20, 40)  # for the sweep "samplers"; with guidance, one call covers both branches
+# euler equals ddim, and ancestral must visit every timestep.
 SAMPLERS = ("ddim", *(name for name in SOLVERS if name != "euler"))
 
 
 @dataclass(frozen=True)
 class Drift:
-    """One row: UNet calls per clip, a pair of guidance counting two, and the distance to the reference."""
+    """One row: UNet calls per clip (both branches of guidance counted) and the distance to the reference."""
 
     whole: int
-    outer: int  # calls that computed the outer blocks only (`sample.deep_cache`)
+    outer: int  # calls that computed only the outer blocks (`sample.deep_cache`)
     psnr: float  # mean over clips, dB
     relative: float  # L2 of the difference over L2 of the reference, values from -1 to 1
 
@@ -48,7 +48,7 @@ class Drift:
 
 
 class Sampled:
-    """The clips of one row, uint8 [f H W 3] each if they are kept, and the calls of the UNet behind them."""
+    """The clips of one row, uint8 [f H W 3] each if they are kept, and the number of UNet calls they took."""
 
     def __init__(self):
         self.clips: list[np.ndarray] = []
@@ -56,7 +56,7 @@ class Sampled:
 
     def count(self, _: nn.Module, inputs: tuple) -> None:
         x, _, prepared, deep = (*inputs, None)[:4]
-        # A network of one's own may prepare something else: it is called once for each branch.
+        # A custom network may prepare something else; it is called once per branch.
         branches = len(prepared.context) // len(x) if isinstance(prepared, Prepared) else 1
         if deep is not None and deep.kept:
             self.outer += branches
@@ -66,7 +66,7 @@ class Sampled:
 
 @contextmanager
 def counting(unet: nn.Module, sampled: Sampled) -> Iterator[None]:
-    """Inside, one batch is sampled with this network; one that is no module is not counted."""
+    """Count the calls of `unet` while one batch is sampled; only an nn.Module can be counted."""
     sampled.batches += 1
     hook = unet.register_forward_pre_hook(sampled.count) if isinstance(unet, nn.Module) else None
     try:
@@ -77,7 +77,7 @@ def counting(unet: nn.Module, sampled: Sampled) -> Iterator[None]:
 
 
 def drift(row: Sampled, reference: Sampled) -> Drift:
-    """Of the same clips in the same order."""
+    """Compare two rows, which hold the same clips in the same order."""
     ours, theirs = (np.stack(one.clips).astype(np.float64) / 127.5 - 1 for one in (row, reference))
     return Drift(
         whole=row.whole // row.batches,
@@ -88,7 +88,7 @@ def drift(row: Sampled, reference: Sampled) -> Drift:
 
 
 def settings(config: Config, sweep: str) -> list[tuple[str, Config]]:
-    """Name and settings of the rows of "quality" or "samplers"; the reference first."""
+    """Name and settings of each row of the sweep "quality" or "samplers", the reference first."""
     exact = with_quality(config, "exact")
     steps = min(REFERENCE_STEPS, config.schedule.num_timesteps)
     rows = [(f"reference, {steps} steps", _sampled(exact, {"steps": steps}))]
@@ -98,7 +98,7 @@ def settings(config: Config, sweep: str) -> list[tuple[str, Config]]:
         return rows + [(f"fast, deep_cache={n}", _sampled(fast, {"deep_cache": n})) for n in CACHES]
     for sampler in SAMPLERS:
         for calls in CALLS:
-            steps = (calls + 1) // 2 if sampler == "heun" else calls  # two calls per step but for the last
+            steps = (calls + 1) // 2 if sampler == "heun" else calls  # two calls per step except the last
             how = {"sampler": sampler, "steps": steps, "spacing": "trailing", "final_alpha": "one"}
             rows.append((f"{sampler}, {steps} steps", _sampled(exact, how)))
     return rows

@@ -1,15 +1,17 @@
-"""Scores a model on clips of the procedural world that no training draws: a model in, numbers out.
+"""Scores a model on clips of the procedural world that training never draws.
 
-Three sets of clips, one per seed each: "basic" (one object, the basic eight motions), "all" (the whole
-world) and "other" (the pictures and noises of "basic" with another motion in the caption, which tells
-reading the caption from guessing by the picture). The model gets the first frame and the caption; what it
-makes is read back by `reading` and compared with the true clip. docs/evaluation.md explains every score.
+Three sets, each with one clip per seed: "basic" (one object, the eight basic motions), "all" (the whole
+world) and "other" (pictures and noise of "basic" with another motion in the caption, which separates
+following the caption from guessing by the picture). The model gets the first frame and the caption; `reading`
+recovers the motion from its clip, which is compared with the true one. docs/evaluation.md explains every
+score.
 
-Axes: b batch, f frames, c channels, h w latent rows and columns, H W pixels.
+Axes: b batch, f frames, c channels, h w latent rows and columns, H W pixel rows and columns; t timestep.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import i2vgen
 from i2vgen import pipeline
+from i2vgen.adapt.context import tokens_of, with_tokens
 from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
@@ -44,15 +47,15 @@ from i2vgen.world.drawing import Facts
 
 SWEEPS = {"guidance": (1, 2, 3, 5, 7, 9), "steps": (10, 15, 20, 30, 50), "eta": (0, 0.25, 0.5, 1)}
 CONDITIONS = "conditions"
-COMPARED = ("quality", "samplers")  # their rows are compared with a reference too: evaluation_drift.py
+COMPARED = ("quality", "samplers")  # these sweeps also compare their rows with a reference (drift.py)
 ALL_SWEEPS = (*SWEEPS, CONDITIONS, *COMPARED)
-SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips on the page
+SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips shown on the page, per set
 Missing = Literal["", "concat", "text", "local tokens", "image vector"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which clips to make, and what to vary."""
+    """Which clips to generate, and which sweep to run."""
 
     clips: int = 64
     first_seed: int = 0
@@ -65,8 +68,8 @@ class Plan:
             raise ValueError(f"first_seed is {self.first_seed}; seeds are 0 or above")
         if self.first_seed + self.clips > FIRST_TRAINING_SEED:
             raise ValueError(
-                f"first_seed={self.first_seed} with clips={self.clips} reaches the seeds from 2**40 on, "
-                "which trainings draw: scores there would measure memory; use smaller seeds"
+                f"first_seed={self.first_seed} with clips={self.clips} reaches the training seeds, which "
+                "start at 2**40; scores there would measure memorisation, so use smaller seeds"
             )
         if self.sweep not in ("", *ALL_SWEEPS):
             raise ValueError(f"sweep={self.sweep} is unknown; use one of {', '.join(ALL_SWEEPS)}")
@@ -75,10 +78,10 @@ class Plan:
 @dataclass(frozen=True)
 class Evaluation:
     settings: dict
-    scores: Scores  # as set
+    scores: Scores  # under the settings as given
     sweep: tuple[tuple[str, Scores], ...]
     shown: tuple[Made, ...]
-    drifts: dict[str, Drift] = dataclasses.field(default_factory=dict)  # row -> of COMPARED; "as set" too
+    drifts: dict[str, Drift] = dataclasses.field(default_factory=dict)  # row or "as set"; COMPARED only
 
     def to_dict(self) -> dict:
         report = {**self.scores.to_dict(), "settings": self.settings, **self.drift("as set")}
@@ -93,7 +96,7 @@ class Evaluation:
 
 
 class Variant(NamedTuple):
-    """One row of a sweep: other sampling settings, or a condition that is missing."""
+    """One row of a sweep: other sampling settings, or a condition that is removed."""
 
     name: str
     config: Config
@@ -122,8 +125,8 @@ def variants(config: Config, sweep: str) -> list[Variant]:
         use = config.use
         if config.sample.deep_cache > 1:
             raise ValueError(
-                f"sweep={sweep} changes what the UNet reads and sample.deep_cache={config.sample.deep_cache} "
-                "keeps parts of it; use deep_cache=0"
+                f"sweep={sweep} changes the UNet's inputs, but sample.deep_cache={config.sample.deep_cache} "
+                "reuses activations; use deep_cache=0"
             )
         there = {"concat": use.concat, "text": use.text, "local tokens": use.local_tokens,
                  "image vector": use.global_tokens}  # fmt: skip
@@ -148,7 +151,7 @@ def variants(config: Config, sweep: str) -> list[Variant]:
 
 
 def check(config: Config, plan: Plan) -> int:
-    """-> how many settings will be sampled; ValueError, before any work, for what cannot be scored."""
+    """-> number of settings that will be sampled; ValueError if they cannot be scored."""
     speed(config)
     return 1 + sum(not as_set(variant, config) for variant in variants(config, plan.sweep))
 
@@ -158,9 +161,9 @@ def as_set(variant: Variant, config: Config) -> bool:
 
 
 def speed(config: Config) -> float:
-    """How much of the captioned motion the true clips show: 1 at the length and rate of the weights.
+    """Motion of the true clips relative to the captioned motion: 1 at the length and rate of the weights.
 
-    Another `frames` or `fps` asks for more or less of the motion, as it does in training.
+    As in training, other `frames` or `fps` show more or less of the motion.
     """
     sample = config.sample
     if sample.frames < 2:
@@ -171,54 +174,52 @@ def speed(config: Config) -> float:
     if found > MAX_WORLD_SPEED:
         raise ValueError(
             f"sample.frames = {sample.frames} at sample.fps = {sample.fps} shows {found:.1f} times the "
-            f"motion that the weights {config.weights} were made for, and things leave the picture; at most "
-            f"{MAX_WORLD_SPEED:g}: fewer frames or a higher fps"
+            f"motion that the weights {config.weights} were trained for, so objects leave the picture; the "
+            f"limit is {MAX_WORLD_SPEED:g}: give fewer frames or a higher fps"
         )
     return found
 
 
-class Without:
-    """The UNet as the samplers see it, with one condition that does not reach it. Its weights are untouched.
+def without(unet: UNet, missing: Missing, negative: Tensor | None, local: slice) -> UNet:
+    """The same UNet, weights and modules shared, with one condition that does not reach it.
 
-    In both branches of guidance: "concat" zeroes the branch's output, "local tokens" those context tokens,
-    "image vector" the vector before its tokens are made; "text" puts the negative prompt's tokens in the
-    caption's place.
+    In both branches of guidance: "concat" zeroes the concat branch's output, "local tokens" zeroes those
+    context tokens, "image vector" zeroes the vector before its tokens are computed, and "text" replaces the
+    caption's tokens by the negative prompt's.
     """
 
-    def __init__(self, unet: UNet, missing: Missing, silence: Tensor | None, local: slice):
-        self.unet, self.missing, self.silence, self.local = unet, missing, silence, local
-
-    def prepare(self, conditions: Conditions, frames: int) -> Prepared:
-        if self.missing == "text":
-            conditions = conditions._replace(text=self.silence.expand_as(conditions.text))
-        if self.missing == "image vector" and conditions.image_vector is not None:
+    def prepare(conditions: Conditions, frames: int) -> Prepared:
+        if missing == "text":
+            conditions = conditions._replace(text=negative.expand_as(conditions.text))
+        if missing == "image vector" and conditions.image_vector is not None:
             conditions = conditions._replace(image_vector=torch.zeros_like(conditions.image_vector))
-        prepared = self.unet.prepare(conditions, frames)
-        if self.missing == "concat":
+        prepared = unet.prepare(conditions, frames)
+        if missing == "concat":
             prepared = prepared._replace(concat=torch.zeros_like(prepared.concat))
-        if self.missing == "local tokens":
-            context = prepared.context.clone()
-            context[:, self.local] = 0.0
-            prepared = self.unet.with_context(prepared, context)
+        if missing == "local tokens":
+            tokens = tokens_of(prepared.context).clone()
+            tokens[:, local] = 0.0
+            prepared = prepared._replace(context=with_tokens(prepared.context, tokens))
         return prepared
 
-    def __call__(self, x: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
-        return self.unet(x, t, prepared)
+    changed = copy.copy(unet)
+    vars(changed)["prepare"] = prepare
+    return changed
 
 
-def varied(model: I2VGenXL, variant: Variant) -> I2VGenXL:
-    """The same parts under a row's settings."""
+def model_for(model: I2VGenXL, variant: Variant) -> I2VGenXL:
+    """The same model under the settings of one row."""
     config, unet = variant.config, model.unet
     if variant.missing:
-        silence, first = None, config.clip.text_length if config.use.text else 0
+        negative, first = None, config.clip.text_length if config.use.text else 0
         if variant.missing == "text":
             with plans.here(model.waiting, "clip"):
-                silence = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
+                negative = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
         local = slice(first, first + (config.unet.local_grid // 4) ** 2)
-        unet = Without(unet, variant.missing, silence, local)
-    under = I2VGenXL(config, unet, model.vae, model.clip, model.device)
-    under.waiting = model.waiting
-    return under
+        unet = without(unet, variant.missing, negative, local)
+    found = I2VGenXL(config, unet, model.vae, model.clip, model.device)
+    found.waiting = model.waiting
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -228,11 +229,11 @@ def varied(model: I2VGenXL, variant: Variant) -> I2VGenXL:
 def evaluate(
     model: I2VGenXL, plan: Plan, *, on_clips: Callable[[str, int], None] | None = None
 ) -> Evaluation:
-    """Score the model as it is set, then each row of `plan.sweep`; `on_clips` is told (row, clips made)."""
+    """Score the model as it is, then each row of `plan.sweep`; calls `on_clips(row, clips made)`."""
     todo, rate = items(plan), speed(model.config)
     tick = on_clips or (lambda row, count: None)
     start = time.perf_counter()
-    settings = record(model, plan, rate)  # the weights' hash before the work, as they were loaded
+    settings = record(model, plan, rate)  # hashes the weights first, in case the files change meanwhile
     known = references(model, todo, rate)
     compared = plan.sweep in COMPARED
     made, sampled = make(
@@ -247,7 +248,7 @@ def evaluate(
             continue
         start = time.perf_counter()
         again, of_rows[name] = make(
-            varied(model, variant),
+            model_for(model, variant),
             todo,
             rate,
             keep_all=compared,
@@ -271,9 +272,10 @@ def make(
     keep_all: bool = False,
     on_clips: Callable[[int], None] | None = None,
 ) -> tuple[list[Made], Sampled]:
-    """Sample every item, `runtime.batch` at once, and compare. -> what was made, and what it took
+    """Sample every item in batches of `runtime.batch` and compare -> results, and the UNet calls they took.
 
-    `keep` holds on to the frames of SHOWN, `keep_all` to those of all clips in the second.
+    `keep` keeps the frames of the clips in SHOWN with the results, `keep_all` those of all clips in
+    `Sampled`.
     """
     made, size, left, sampled = [], model.config.runtime.batch, dict(SHOWN), Sampled()
     for start in range(0, len(todo), size):
@@ -293,14 +295,14 @@ def make(
 
 
 def render(facts: Facts, config: Config, rate: float) -> np.ndarray:
-    """The true clip at the settings' size -> uint8 [f H W 3]"""
+    """The true clip at the size of the settings -> uint8 [f H W 3]."""
     sample = config.sample
     return drawing.render(facts, width=sample.width, height=sample.height, frames=sample.frames, speed=rate)
 
 
 @torch.no_grad()
 def references(model: I2VGenXL, todo: Sequence[Item], rate: float) -> dict[str, list[float]]:
-    """What the clips of `clip_psnr` score without sampling: the picture repeated, the autoencoder alone."""
+    """PSNR of two baselines on the clips of `clip_psnr`: repeated first frame, and autoencoder alone."""
     found: dict[str, list[float]] = {"still_psnr": [], "vae_psnr": []}
     for item in todo:
         if item.set != "other" and comparable(item.facts):
@@ -314,7 +316,7 @@ def references(model: I2VGenXL, todo: Sequence[Item], rate: float) -> dict[str, 
 
 
 def record(model: I2VGenXL, plan: Plan, rate: float) -> dict:
-    """What is needed to make the same numbers again."""
+    """Everything needed to reproduce the numbers."""
     config = model.config
     sample = {k: v for k, v in dataclasses.asdict(config.sample).items() if k != "seed"}
     return {
@@ -336,5 +338,5 @@ def record(model: I2VGenXL, plan: Plan, rate: float) -> dict:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256 of every weights file."""
+    """SHA-256 of every weights file, by file name."""
     return {path.name: records.sha256(path) for path in sorted(folder.glob("*.safetensors"))}

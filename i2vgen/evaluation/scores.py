@@ -1,6 +1,6 @@
-"""From clips to numbers: what one generated clip shows, and what many of them say about a model.
+"""Scores of single generated clips, and their summary over many clips of a model.
 
-Axes: f frames, H W pixels.
+Axes: f frames, H W pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ ACCURACIES = (
 )
 MEANS = ("identity", "first_frame_psnr", "clip_psnr", "still_psnr", "vae_psnr")
 SCORES = (*ACCURACIES, *MEANS)
-TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips without a motion of their own
+TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips of two objects
 GROUPS = (*drawing.MOTIONS, TWO_OBJECTS, *drawing.CAMERA_MOVES)
 
-# How far area and compactness of an object may be off, as factors. True clips spoiled by blur, noise and
-# colour drift (tests/test_world.py) keep 99.9 % of their frames within; an object that fades keeps 36 %.
+# Factors by which area and compactness of an object may differ. True clips degraded by blur, noise and colour
+# drift (tests/test_world.py) keep 99.9 % of their frames within these limits; one that fades keeps 36 %.
 AREA_OFF, SPREAD_OFF = 1.5, 1.25
 
 
 class Item(NamedTuple):
-    """One clip to make."""
+    """One clip to generate."""
 
     set: Literal["basic", "other", "all"]
     seed: int  # of the world's clip and of the sampler's noise
@@ -45,11 +45,11 @@ class Item(NamedTuple):
 
 
 class Made(NamedTuple):
-    """One clip that was made, and how it compares."""
+    """One generated clip and its scores."""
 
     item: Item
     right: dict[str, bool]  # of `reading.score`
-    read: str
+    read: str  # the motion as read, in words
     identity: float | None
     first_frame_psnr: float
     clip_psnr: float | None
@@ -58,14 +58,14 @@ class Made(NamedTuple):
 
     @property
     def motion_right(self) -> bool:
-        """Under a camera move the objects and the camera have to be right."""
+        """Whether the objects' motions are right and, if the camera moves, the camera's too."""
         camera_moves = self.item.facts.camera.kind != "still"
         return self.right["motion_right"] and (self.right["camera_right"] or not camera_moves)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Every number of one setting, under the names of SCORES; None where there is no such clip."""
+    """All scores under one setting, named as in SCORES; None where no clip has the score."""
 
     values: dict[str, float | None]
     intervals: dict[str, tuple[float, float] | None]  # 95 %
@@ -83,7 +83,7 @@ class Scores:
 
 
 def compare(item: Item, truth: np.ndarray, frames: np.ndarray, rate: float, *, keep: bool) -> Made:
-    """truth, frames uint8 [f H W 3]"""
+    """True clip and generated frames, both uint8 [f H W 3] -> scores; `keep` keeps the frames with them."""
     facts = item.facts
     found = reading.read(frames, facts_objects=facts.things, speed=rate)
     return Made(
@@ -99,35 +99,37 @@ def compare(item: Item, truth: np.ndarray, frames: np.ndarray, rate: float, *, k
 
 
 def comparable(facts: Facts) -> bool:
-    """Whether a clip can be compared pixel by pixel: picture and caption fix it, and something moves.
+    """Whether a clip can be compared by pixel: picture and caption determine it, and something moves.
 
-    Where nothing moves, repeating the picture is the truth: the baseline would be infinitely good there.
+    Where nothing moves, the baseline that repeats the picture would be exact and its PSNR infinite.
     """
     moves = facts.camera.kind != "still" or any(move.kind != "still" for move in facts.moves)
     return facts.determined and moves
 
 
 def identity(found: reading.Reading, facts: Facts, truth: np.ndarray, rate: float) -> float | None:
-    """Share of the frames in which every object is still itself; None without objects.
+    """Fraction of the frames in which every object keeps its identity; None without objects.
 
-    An object is itself where pixels of its colour make up about its area (of the first frame, due by now,
-    or between: a motion that fails is no loss of identity) and lie together about as in the first frame.
+    It does if the pixels of its colour cover about the right area, which may lie anywhere between its area in
+    the first frame and the expected one (a missed motion is not a loss of identity), and if they are about as
+    compact as in the first frame.
     """
     if not facts.things:
         return None
     kept = np.ones(len(truth), bool)
     for thing, move, seen in zip(facts.things, facts.moves, found.things, strict=True):
         area, spread = np.array(seen.area), np.array(seen.spread)
-        due = area_due(thing, move, facts, truth, rate)
-        kept &= (area >= np.minimum(1.0, due) / AREA_OFF) & (area <= np.maximum(1.0, due) * AREA_OFF)
+        expected = expected_area(thing, move, facts, truth, rate)
+        smallest, largest = np.minimum(1.0, expected) / AREA_OFF, np.maximum(1.0, expected) * AREA_OFF
+        kept &= (area >= smallest) & (area <= largest)
         kept &= (spread >= 1.0 / SPREAD_OFF) & (spread <= SPREAD_OFF)
     return float(kept.mean())
 
 
-def area_due(
+def expected_area(
     thing: drawing.Thing, move: drawing.Move, facts: Facts, truth: np.ndarray, rate: float
 ) -> np.ndarray:
-    """Area that a thing covers inside the picture -> [f], in parts of that in the first frame."""
+    """Area that an object should cover inside the picture -> [f], relative to the first frame."""
     count, height, width, _ = truth.shape
     half = min(height, width) / 2.0
     x, y, radius, angle = drawing.track(thing, move, facts.camera, rate * np.linspace(0.0, 1.0, count))
@@ -139,7 +141,7 @@ def area_due(
 
 
 def in_words(motions: Sequence[str], camera: str) -> str:
-    """What things and camera do: "left", "rotate and still", "pan left", "zoom in, right"."""
+    """Describe the motions: "left", "rotate and still", "pan left", "zoom in, right"."""
     things = " and ".join(motions)
     if camera == "still":
         return things or "still"
@@ -155,7 +157,7 @@ def asked(facts: Facts) -> str:
 
 
 def summarise(made: Sequence[Made], known: dict[str, list[float]], seconds: float) -> Scores:
-    """All scores of one setting; "other" counts in its own score only."""
+    """All scores under one setting; the set "other" enters only `other_motion_accuracy`."""
     sets = {name: [one for one in made if one.item.set == name] for name in ("basic", "other", "all")}
     both = sets["basic"] + sets["all"]
     camera = [one for one in sets["all"] if one.item.facts.camera.kind != "still"]
@@ -186,7 +188,7 @@ def summarise(made: Sequence[Made], known: dict[str, list[float]], seconds: floa
 
 
 def per_motion(made: Sequence[Made]) -> dict[str, dict]:
-    """Motion asked for, of GROUPS -> accuracy, its interval, clips, and what the wrong ones were read as."""
+    """Per requested motion of GROUPS: accuracy, its interval, number of clips, readings of wrong ones."""
     groups: dict[str, list[Made]] = {name: [] for name in GROUPS}
     for one in made:
         groups[group_of(one.item.facts)].append(one)
@@ -203,30 +205,30 @@ def per_motion(made: Sequence[Made]) -> dict[str, dict]:
 
 
 def group_of(facts: Facts) -> str:
-    """The row of a clip, of GROUPS."""
+    """The entry of GROUPS that a clip belongs to."""
     if facts.camera.kind != "still":
         return facts.camera.kind
     return facts.moves[0].kind if len(facts.things) == 1 else TWO_OBJECTS
 
 
 def wilson(right: int, count: int) -> tuple[float, float] | None:
-    """95 % interval of a share by Wilson (1927), which holds near 0 and 1 and for few clips too."""
+    """95 % score interval of a proportion, Wilson (1927); valid near 0 and 1 and for few clips."""
     if count == 0:
         return None
     share, extra = right / count, stats.Z**2 / count
     middle = (share + extra / 2) / (1 + extra)
-    reach = stats.Z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
-    return max(0.0, middle - reach), min(1.0, middle + reach)
+    half_width = stats.Z * math.sqrt(share * (1 - share) / count + extra / (4 * count)) / (1 + extra)
+    return max(0.0, middle - half_width), min(1.0, middle + half_width)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """95 % interval of a mean; None for fewer than two values."""
+    """95 % interval of a mean (Student's t); None for fewer than two values."""
     found = stats.mean(values)
     return None if found.low is None else (found.low, found.high)
 
 
 def share_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The same of values between 0 and 1, which it does not leave."""
+    """`mean_interval` clipped to [0, 1], for values in that range."""
     found = mean_interval(values)
     return found and (max(0.0, found[0]), min(1.0, found[1]))
 

@@ -1,86 +1,86 @@
-"""The last before a UNet computes: torch.compile and CUDA graphs, both optional.
+"""torch.compile and CUDA graphs, both optional. Where they fail, the run goes on without them.
 
-Where they fail, the run goes on without them.
+Blocks are compiled one by one, so that blocks of one shape are compiled once; compiling the whole UNet takes
+minutes and gains nothing more. A CUDA graph replays a whole guidance step without waiting for the CPU, which
+dominates at small sizes.
 
-Compiling goes block by block, so that blocks of one shape are compiled once; the UNet as a whole takes
-minutes and gains nothing more. A CUDA graph plays a whole guidance step again without the CPU's say, which is
-what small sizes wait for.
+Compiled and recorded code does not see hooks. So both are entered only while no module inside is hooked,
+replaced or changed; otherwise the modules are called as usual.
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from i2vgen.diffusion.sampler import Predict
-from i2vgen.fast import machine, speed
+from i2vgen.fast.guard import undisturbed
 from i2vgen.fast.runtime import compile_quickly
-from i2vgen.memory import storage
-from i2vgen.model.unet import UNet
-from i2vgen.settings.config import Config
+from i2vgen.model.unet import Block, UNet
+
+# The first failure of torch.compile; after it all blocks run uncompiled.
+_failed: list[BaseException] = []
 
 
-def make_ready(unet: UNet, config: Config, device: torch.device) -> None:
-    """Give a loaded UNet, of either stage, the form in which `runtime` wants it to compute there."""
-    storage.store(unet, config.runtime.weight_storage)
-    speed.apply(unet, config.runtime, device)
-    if config.runtime.attention == "auto" and device.type == "cuda":
-        machine.choose_attention(unet, config, device)
-    if config.runtime.compile:
-        compile_blocks(unet)
+class CompiledBlock(Block):
+    """A block by torch.compile."""
+
+    plain = Block
+
+    def forward(self, *inputs: object) -> Tensor:
+        if _failed or torch.is_grad_enabled() or not undisturbed(self):
+            return super().forward(*inputs)
+        try:
+            return _code()(self, *inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ImportError) as error:
+            _failed.append(error)
+            warnings.warn(
+                f"runtime.compile does not work here and is left out: {_first_line(error)}", stacklevel=2
+            )
+            return super().forward(*inputs)
+
+
+@functools.cache
+def _code() -> Callable[..., Tensor]:
+    """One piece of code for all blocks; each of their shapes gets a compilation of its own."""
+    return torch.compile(Block.forward)
 
 
 def compile_blocks(unet: UNet) -> None:
-    """Every block of a UNet by torch.compile. The first failure ends it for all, with a warning."""
+    """Run every block of a UNet that is exactly ours by torch.compile from now on."""
     compile_quickly()
-    blocks = list(unet.blocks())
-    # One piece of code for all blocks: each of their shapes may need its own result.
+    _failed.clear()
+    _code.cache_clear()
+    blocks = [block for block in unet.blocks() if type(block) is Block]
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
-    failed: list[BaseException] = []
     for block in blocks:
-        block.forward = _compiled(block.forward, failed)
-
-
-def _compiled(function: Callable[..., Tensor], failed: list[BaseException]) -> Callable[..., Tensor]:
-    fast = None
-
-    def run(*inputs: object) -> Tensor:
-        nonlocal fast
-        if not failed:
-            try:
-                fast = fast or torch.compile(function)
-                return fast(*inputs)
-            except torch.OutOfMemoryError:
-                raise
-            except (RuntimeError, ImportError) as error:
-                failed.append(error)
-                warnings.warn(
-                    f"runtime.compile does not work here and is left out: {_first_line(error)}", stacklevel=2
-                )
-        return function(*inputs)
-
-    return run
+        block.__class__ = CompiledBlock
 
 
 class Recorded:
-    """A network that is recorded at its first call and played again by every later one.
+    """A network under fixed conditions, recorded at its first call and replayed by every later one.
 
-    Inputs are copied to where the recording reads them; another shape is recorded anew. What the network
-    holds otherwise (weights, prepared conditions) is read where it lies, so a change in place is heard.
+    Inputs are copied to where the recording reads them; another shape is recorded anew. Weights and prepared
+    conditions are read where they are, so later in-place changes take effect. While a module of `network` is
+    disturbed (`guard.undisturbed`), nothing is replayed.
     """
 
-    def __init__(self, predict: Predict):
-        self.predict, self.playable = predict, True
+    def __init__(self, predict: Predict, network: nn.Module):
+        self.predict, self.network, self.playable = predict, network, True
         self.inputs: tuple[Tensor, ...] = ()
         self.play: Callable[[], Tensor] | None = None
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.playable and not self._fits(x, t):
+        undisturbed_ = undisturbed(self.network)
+        if self.playable and undisturbed_ and not self._fits(x, t):
             self._record(x, t)
-        if not self.playable:
+        if not (self.playable and undisturbed_):
             return self.predict(x, t)
         for kept, new in zip(self.inputs, (x, t), strict=True):
             kept.copy_(new)
@@ -92,7 +92,7 @@ class Recorded:
         )
 
     def _record(self, x: Tensor, t: Tensor) -> None:
-        # t too where x is: a recording may not fetch it from the CPU.
+        # t is copied to where x is: a recording must not fetch it from the CPU.
         self.inputs, self.play = (x.clone(), t.to(x.device, copy=True)), None
         try:
             self.play = record(lambda: self.predict(*self.inputs))
@@ -106,7 +106,7 @@ class Recorded:
 
 
 def record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """A CUDA graph of `call` -> what plays it and returns its one result, overwritten each time."""
+    """A CUDA graph of `call` -> a function that replays it and returns its result, overwritten each time."""
     if not torch.cuda.is_available():
         raise RuntimeError("there is no CUDA device")
     aside = torch.cuda.Stream()

@@ -1,8 +1,8 @@
-"""DeepCache (Ma et al. 2023, arXiv 2312.00858): most steps compute only the finest blocks of the UNet anew.
+"""DeepCache (Ma et al. 2023, arXiv 2312.00858): most steps recompute only the finest blocks of the UNet.
 
-Neighbouring steps differ little deep inside. Every `interval`-th step runs the whole network and keeps what
-enters its last blocks; the steps between compute the entrance and these blocks, and take the rest from
-there. Unlike the savings of `speed.py` this changes the numbers: it is off by default and stands in `sample`.
+Neighbouring steps differ little deep inside the network. Every `interval`-th step runs all of it and keeps
+what enters its last blocks; the steps between compute only the entrance and these blocks. Unlike the savings
+of this wing it changes the numbers, so it is off by default and its settings are in `sample`.
 """
 
 from __future__ import annotations
@@ -10,28 +10,29 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from i2vgen.diffusion.sampler import Predict
+from i2vgen.fast.unet import Deep, FastUNet
 from i2vgen.model.conditioning import Prepared
-from i2vgen.model.unet import Deep, UNet
+from i2vgen.model.unet import UNet
 
 
 class DeepCache:
-    """Made for one sampling, which owns what it keeps. A step is a new t: two calls at one t are one step."""
+    """Made for one sampling. A step is a new t: two calls at the same t belong to one step."""
 
     def __init__(self, interval: int, blocks: int):
         self.interval, self.blocks = interval, blocks
         self.step, self.t = -1, None
 
-    def over(self, unet: UNet, prepared: Prepared) -> Predict:
-        """The network under these conditions. What it keeps is its own: conditions share nothing."""
-        deep, filled = Deep(self.blocks, []), None
+    def over(self, unet: FastUNet, prepared: Prepared) -> Predict:
+        """The network under these conditions. The features it keeps are used for no others."""
+        features, computed_at = None, None
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal filled
+            nonlocal features, computed_at
             step = self.count(int(t[0]))
-            if filled is None or step - filled >= self.interval:
-                deep.kept.clear()
-                filled = step
-            return unet(x, t.to(x.device), prepared, deep)
+            if features is None or step - computed_at >= self.interval:
+                features, computed_at = None, step
+            out, features = unet(x, t.to(x.device), prepared, deep=Deep(self.blocks, features))
+            return out
 
         return predict
 
@@ -42,17 +43,14 @@ class DeepCache:
 
 
 def check(unet: nn.Module) -> None:
-    """ValueError for a network that is not, or no longer, the one whose deep part can be left out."""
-    kind = type(unet)
-    known = isinstance(unet, UNet) and kind.forward is UNet.forward
-    known = known and kind.blocks_and_head is UNet.blocks_and_head
-    if not known:
+    """ValueError for a network whose deep part cannot be left out."""
+    if type(unet) is UNet:
+        raise ValueError(
+            "sample.deep_cache needs the faster form of the UNet, which runtime.savings=none switches off; "
+            "use runtime.savings=all or sample.deep_cache=0"
+        )
+    if type(unet) is not FastUNet:
         raise ValueError(
             f"sample.deep_cache leaves out parts of i2vgen.model.unet.UNet, but the network is a "
             f"{type(unet).__name__} with a forward of its own; use sample.deep_cache=0"
-        )
-    if unet.control is not None:
-        raise ValueError(
-            "sample.deep_cache leaves out the blocks to which an adapter adds (taps.controlled); "
-            "use sample.deep_cache=0"
         )

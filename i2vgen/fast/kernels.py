@@ -2,7 +2,7 @@
 
 Each has two forms with the same numbers: Triton on CUDA (`triton_kernels.py`), PyTorch's own operations
 everywhere else. To PyTorch each is one operator, so `torch.compile` keeps it whole and a meter counts it as
-one. They have no gradients: a module takes its plain way when those are wanted.
+one. They have no gradients.
 
 Axes: n independent samples, c channels; b batch, f frames, p pixels, m heads, d head width.
 """
@@ -17,27 +17,26 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-MAX_FRAMES = 32  # of `frame_attention`: all of them are held in one program's registers
+MAX_FRAMES = 32  # of `frame_attention`, which holds all of them in one program's registers
 
 
-def choose(setting: str, device: torch.device) -> bool:
-    """`runtime.kernels` -> whether modules on this device shall call the fused operations.
+def available(device: torch.device) -> bool:
+    """Whether Triton runs on this device without being asked for by name: on CUDA, if it is installed."""
+    return device.type == "cuda" and installed()
 
-    auto: on CUDA where Triton is. ValueError where triton is asked for and cannot run.
-    """
-    if setting == "plain" or (setting == "auto" and not (device.type == "cuda" and installed())):
-        return False
+
+def check(device: torch.device) -> None:
+    """ValueError if kernels were asked for by name and cannot run on this device."""
     if not installed():
         raise ValueError(
-            "runtime.kernels is triton, which needs the package triton (pip install triton); "
-            "runtime.kernels=auto goes without"
+            "runtime.savings names kernels, which need the package triton (pip install triton); "
+            "runtime.savings=all leaves out what is not there"
         )
     if device.type not in ("cuda", "meta") and not interpreted():
         raise ValueError(
-            f"runtime.kernels is triton, which needs a CUDA device, but this one is {device.type}; "
-            "runtime.kernels=auto takes what fits"
+            f"runtime.savings names kernels, which need a CUDA device, but this one is {device.type}; "
+            "runtime.savings=all leaves out what cannot run"
         )
-    return True
 
 
 @functools.cache
@@ -47,7 +46,7 @@ def installed() -> bool:
 
 @functools.cache
 def interpreted() -> bool:
-    """Whether Triton was told to compute on the CPU, number by number, as tests do."""
+    """Whether Triton interprets its kernels on the CPU, as tests make it do."""
     if not installed():
         return False
     import triton
@@ -97,13 +96,13 @@ def geglu(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("i2vgen::layer_norm", mutates_args=())
-def layer_norm(x: Tensor, owed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of x [... c] + owed [c] -> like x."""
+def layer_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of x [... c] + shift [c] -> like x."""
     if by_triton(x):
         from i2vgen.fast import triton_kernels
 
-        return triton_kernels.layer_norm(x.contiguous(), owed, weight, bias, eps)
-    return F.layer_norm(x + owed, weight.shape, weight, bias, eps)
+        return triton_kernels.layer_norm(x.contiguous(), shift, weight, bias, eps)
+    return F.layer_norm(x + shift, weight.shape, weight, bias, eps)
 
 
 @torch.library.custom_op("i2vgen::frame_attention", mutates_args=())
@@ -130,7 +129,7 @@ def _(x: Tensor) -> Tensor:
 
 
 @layer_norm.register_fake
-def _(x: Tensor, owed, weight, bias, eps) -> Tensor:
+def _(x: Tensor, shift, weight, bias, eps) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -1,4 +1,4 @@
-"""What this machine has and what is fastest on it: settings that cannot work are refused, `auto` is measured.
+"""What this machine has and what is fastest on it: impossible settings are refused, `auto` is measured.
 
 Axes: n sequences, m heads, d head width; b batch, f frames, p pixels of a frame, k context tokens.
 """
@@ -7,31 +7,38 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from i2vgen.fast import kernels, runtime
-from i2vgen.model.attention import NEEDS, Attention, FrameAttention, attend, works
+from i2vgen.fast import runtime, savings
+from i2vgen.model.attention import Attention, FrameAttention, attend
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import Config
 
 LOGGER = logging.getLogger(__name__)
 CANDIDATES = ("sdpa", "flash", "cudnn", "efficient", "flash3")
-QUERIES = 256  # are compared with the formula: enough to see a wrong kernel, few enough for its scores
+QUERIES = 256  # compared with the formula: enough to notice a wrong kernel, few enough for its scores
+NEEDS = {  # backends that may be missing, and what they need
+    "flash": "a CUDA GPU of compute capability 8.0 or newer with float16 or bfloat16",
+    "cudnn": "a CUDA GPU of compute capability 8.0 or newer with cuDNN 9 and float16 or bfloat16",
+    "efficient": "a CUDA GPU",
+    "flash3": "the package flash_attn_interface (FlashAttention-3), a Hopper GPU, float16 or bfloat16",
+}
 
 
 def refuse_missing(config: Config, device: torch.device) -> None:
-    """ValueError for what this device has not, before anything is loaded."""
+    """ValueError for settings that need what this device does not have, before anything is loaded."""
     name, width, dtype = config.runtime.attention, config.unet.head_width, runtime.dtype(config.runtime)
     if name in NEEDS and not works(name, torch.zeros(1, 1, 16, width, dtype=dtype, device=device)):
         raise ValueError(
             f"runtime.attention is {name}, which does not work with {dtype} and heads of {width} on "
             f"{device}: it needs {NEEDS[name]}; runtime.attention=auto takes what is there"
         )
-    kernels.choose(config.runtime.kernels, device)
+    savings.chosen(config.runtime.savings, device)
     if config.runtime.cuda_graph and device.type != "cuda":
         raise ValueError(
             f"runtime.cuda_graph is true, which needs a CUDA device, but this one is {device}; leave it out"
@@ -44,7 +51,7 @@ def refuse_missing(config: Config, device: torch.device) -> None:
     if config.runtime.cuda_graph and any(changing.values()):
         name = next(name for name, on in changing.items() if on)
         raise ValueError(
-            f"runtime.cuda_graph plays one recorded step again and again, but {name} makes the steps differ; "
+            f"runtime.cuda_graph replays one recorded step, but {name} makes the steps differ; "
             "leave one of the two out"
         )
 
@@ -88,8 +95,19 @@ def choose_attention(unet: UNet, config: Config, device: torch.device) -> dict[s
     return chosen
 
 
+def works(backend: str, like: Tensor) -> bool:
+    """Whether a backend computes attention of tensors like this one: it is tried."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # PyTorch explains why not, kernel by kernel
+        try:
+            attend(like, like, like, backend)
+        except (RuntimeError, ImportError):
+            return False
+    return True
+
+
 def fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The backend that takes the least time among those that are there and right to the dtype's rounding."""
+    """The fastest backend among those that work and are correct up to the dtype's rounding."""
     times = {}
     wanted = attend(*(x.float() for x in (q[:1, :1, :QUERIES], k[:1, :1], v[:1, :1])), "math")
     for name in CANDIDATES:
@@ -102,7 +120,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
-    """Of the best of three calls, after two that warm up."""
+    """The shortest of three calls, after two to warm up."""
     taken = []
     for _ in range(5):
         wait(device)
@@ -114,6 +132,6 @@ def seconds(call: Callable[[], Tensor], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until it has done what it was given; a CPU always has."""
+    """Until the device has finished its work; a CPU always has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

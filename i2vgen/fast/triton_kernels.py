@@ -178,17 +178,17 @@ def geglu(x: Tensor) -> Tensor:
 
 @triton.jit
 def norm_rows(
-    x, owed, weight, bias, y, rows, c,
+    x, shift, weight, bias, y, rows, c,
     EPS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x [rows c], owed [c] -> y [rows c]: layer norm of x + owed."""
+    """x [rows c], shift [c] -> y [rows c]: layer norm of x + shift."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, CHANNELS)
     known = channel < c
     inside = (row < rows)[:, None] & known[None, :]
     at = row[:, None] * c + channel[None, :]
     tile = tl.load(x + at, mask=inside, other=0).to(WIDE)
-    tile += tl.load(owed + channel, mask=known, other=0).to(WIDE)[None, :]
+    tile += tl.load(shift + channel, mask=known, other=0).to(WIDE)[None, :]
     mean = tl.sum(tile, 1) / c
     tile = tl.where(inside, tile - mean[:, None], 0.0)
     scale = 1.0 / tl.sqrt(tl.sum(tile * tile, 1) / c + EPS)
@@ -198,13 +198,13 @@ def norm_rows(
     tl.store(y + at, tile.to(y.dtype.element_ty), mask=inside)
 
 
-def layer_norm(x: Tensor, owed: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     c, y = x.shape[-1], torch.empty_like(x)
     rows, channels = x.numel() // c, triton.next_power_of_2(c)
     at_once = max(1, 2048 // channels)
     wide = tl.float64 if x.dtype == torch.float64 else tl.float32
     norm_rows[(triton.cdiv(rows, at_once),)](
-        x, owed, weight, bias, y, rows, c, EPS=eps, WIDE=wide, ROWS=at_once, CHANNELS=channels
+        x, shift, weight, bias, y, rows, c, EPS=eps, WIDE=wide, ROWS=at_once, CHANNELS=channels
     )
     return y
 

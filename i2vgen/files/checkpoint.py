@@ -6,19 +6,20 @@
     unet-00001-of-00003.safetensors   with unet.safetensors.index.json (`weight_map`: tensor -> file)
 
 Models are built on `meta` and filled strictly: every tensor must be there and none may be left over, except
-what an ablation declares (`unet.declared_drops`). Nothing in a weights folder is ever executed.
+for the difference between the ablated and the released network (`ablation`). Nothing in a weights folder is
+ever executed.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 import json
 import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,14 +29,55 @@ from i2vgen.files import whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.unet import ADDED, Drops, UNet, declared_drops
+from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import SETTINGS_FILE, Config, Use
+from i2vgen.settings.merge import from_dict, read_stored_settings
 
 ORIGIN_FILE = "origin.json"
 PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
-NO_DROPS = Drops((), {})
+
+
+class Ablation(NamedTuple):
+    """How the tensors of an ablated UNet differ from the released one's: names, and slices of axis 1."""
+
+    dropped: frozenset[str] = frozenset()  # the released network has them, the ablated one does not
+    added: frozenset[str] = frozenset()  # the other way round: they start as built
+    slices: tuple[tuple[str, int], ...] = ()  # tensor name, and how many of its input channels remain
+
+
+NO_CHANGE = Ablation()
+
+
+def ablation(unet: settings.UNet, use: Use) -> Ablation:
+    """Found by building both networks on `meta`. ValueError for a switch that changes a tensor otherwise."""
+    if use == Use():
+        return NO_CHANGE
+    with torch.device("meta"):
+        released, ablated = (
+            {name: t.shape for name, t in UNet(unet, u).state_dict().items()} for u in (Use(), use)
+        )
+    slices = []
+    for name in sorted(released.keys() & ablated.keys()):
+        have, want = released[name], ablated[name]
+        if have != want:
+            if (have[:1], have[2:]) != (want[:1], want[2:]) or have[1] < want[1]:
+                raise ValueError(
+                    f"the switches change {name} from {tuple(have)} to {tuple(want)}; a switch may drop or "
+                    "add tensors, or keep a tensor's first input channels: give the changed layer a new name"
+                )
+            slices.append((name, want[1]))
+    dropped, added = released.keys() - ablated.keys(), ablated.keys() - released.keys()
+    return Ablation(frozenset(dropped), frozenset(added), tuple(slices))
+
+
+def ablation_of_folder(config: Config) -> Ablation:
+    """`ablation` of `config`, for weights that may hold tensors which their own switches added."""
+    changed, stored = ablation(config.unet, config.use), from_dict(read_stored_settings(config.weights)).use
+    if stored == config.use:
+        return changed
+    return changed._replace(dropped=changed.dropped | (ablation(config.unet, stored).added - changed.added))
 
 
 def build(part: str, config: Config) -> nn.Module:
@@ -60,18 +102,18 @@ def load(part: str, config: Config, *, device: torch.device | str, dtype: torch.
     model = build(part, config)
     if config.weights == settings.RANDOM:
         state = random_state(model, seed=0)
-        drops = NO_DROPS
+        changed = NO_CHANGE
     else:
         state = read_part(config.weights, part)
-        drops = declared_drops(config.unet, config.use) if part == "unet" else NO_DROPS
+        changed = ablation_of_folder(config) if part == "unet" else NO_CHANGE
     fill(
         model,
         state,
-        drops=drops,
+        changed=changed,
         device=device,
         dtype=dtype,
         source=f"{part} of {config.weights}",
-        added=lambda names: initial(part, config, names),
+        initial=lambda names: initial(part, config, names),
     )
     return model.eval().requires_grad_(False)
 
@@ -80,25 +122,25 @@ def fill(
     model: nn.Module,
     state: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     *,
-    drops: Drops = NO_DROPS,
+    changed: Ablation = NO_CHANGE,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     source: str = "the state dict",
-    added: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
+    initial: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Put a state dict into a model built on `meta`: strictly, tensor by tensor, cast on the way.
 
-    ValueError lists what is missing, left over or of another shape. Tensors that `drops` declares are left
-    out. What is missing of `unet.ADDED` is asked of `added`, with a warning.
+    ValueError lists what is missing, left over or of another shape. Dropped tensors are left out; for added
+    ones that the state lacks, `initial` is called, with a warning.
     """
     wanted = {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
     filled: dict[str, Tensor] = {}
-    problems = []
+    problems, slices = [], dict(changed.slices)
     for name, tensor in state.items() if isinstance(state, Mapping) else state:
-        if matches(name, drops.patterns) or (name not in wanted and matches(name, ADDED)):
+        if name in changed.dropped:
             continue
-        if name in drops.slices:
-            tensor = tensor[:, : drops.slices[name]]
+        if name in slices:
+            tensor = tensor[:, : slices[name]]
         if name not in wanted:
             problems.append(f"unexpected {name}")
         elif tuple(tensor.shape) != wanted[name]:
@@ -106,13 +148,13 @@ def fill(
         else:
             cast = dtype if tensor.is_floating_point() else None
             filled[name] = tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
-    new = [name for name in wanted if name not in filled and matches(name, ADDED)]
-    if new and added is not None:
+    new = [name for name in wanted if name not in filled and name in changed.added]
+    if new and initial is not None:
         warnings.warn(
             f"{source} lacks {len(new)} tensors that the settings add ({new[0]}, ...): they start untrained",
             stacklevel=3,
         )
-        filled |= {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in added(new).items()}
+        filled |= {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in initial(new).items()}
     problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
     if problems:
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
@@ -120,10 +162,6 @@ def fill(
     inner(model).load_state_dict(filled, strict=True, assign=True)
     if isinstance(model, ClipEncoders):
         model.reset_buffers()
-
-
-def matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def initial(part: str, config: Config, names: Iterable[str]) -> dict[str, Tensor]:
@@ -320,8 +358,3 @@ def counter(total: int, on_bytes: Callable[[int, int], None] | None) -> Callable
 
 def _named(problems: list[str], name: str) -> bool:
     return any(problem.startswith(f"{name} has shape") for problem in problems)
-
-
-def full_use(use: Use) -> Use:
-    """The same conventions with every part of the released model: what its checkpoint holds."""
-    return dataclasses.replace(use, **{name: getattr(Use(), name) for name in settings.STRUCTURAL_SWITCHES})

@@ -1,4 +1,4 @@
-"""The measurements of a study: what a variant costs, what it does with the base's weights, what it learns."""
+"""The measurements of a study: cost of a variant, its quality with the base's weights and after training."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from i2vgen import pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.drift import Sampled, counting
 from i2vgen.evaluation.evaluate import Evaluation, Plan
-from i2vgen.fast import runtime, speed
+from i2vgen.fast import runtime, savings
 from i2vgen.files import checkpoint, whole
 from i2vgen.lab import study as studies
 from i2vgen.lab import summary, trace
@@ -30,7 +30,7 @@ from i2vgen.training import data, diffusion, loop
 
 RESULT, STRIP = "result.json", "strip.png"
 STRIPS = 3  # clips in a run's strip
-BATCH = 8  # clips sampled at once
+BATCH = 8  # clips per batch when sampling
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -38,9 +38,11 @@ BATCH = 8  # clips sampled at once
 
 
 def cost(study: Study, budget: Budget) -> dict[str, dict]:
-    """variant -> parameters, FLOPs and activation peak of the UNet, seconds of a call and ratio to the base.
+    """Per variant: parameters, FLOPs and activation peak (bytes) of the UNet, seconds per call, ratio to
+    base.
 
-    The times are those of this thread, one call of each variant in turn, so that a machine's moods meet all.
+    Times are CPU seconds of this thread; calls of the variants alternate, so that fluctuations of the machine
+    affect all of them alike.
     """
     configs = {name: cost_config(study, name, budget) for name in study.variants}
     found, calls = {}, {}
@@ -58,13 +60,13 @@ def cost(study: Study, budget: Budget) -> dict[str, dict]:
         calls[name] = one_call(config)
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     for call in calls.values():
-        call()  # warm
+        call()  # warm-up
     for turn in range(budget.rounds):
         order = list(calls) if turn % 2 == 0 else list(reversed(calls))
         for name in order:
-            begun = time.thread_time()
+            start = time.thread_time()
             calls[name]()
-            seconds[name].append(time.thread_time() - begun)
+            seconds[name].append(time.thread_time() - start)
     for name, times in seconds.items():
         ratios = [mine / base for mine, base in zip(times, seconds[study.base], strict=True)]
         found[name] |= {"seconds": statistics.median(times), "time_ratio": statistics.median(ratios)}
@@ -72,7 +74,7 @@ def cost(study: Study, budget: Budget) -> dict[str, dict]:
 
 
 def cost_config(study: Study, variant: str, budget: Budget) -> Config:
-    """A variant that only training can make has the settings of its training."""
+    """The settings to measure: of the training if the study trains, else of the base's weights."""
     if "trained" in study.measures:
         config = studies.trained(study, variant, budget, 0)[0]
     else:
@@ -81,10 +83,11 @@ def cost_config(study: Study, variant: str, budget: Budget) -> Config:
 
 
 def one_call(config: Config) -> Callable[[], object]:
+    """-> a function that calls a UNet of random weights once."""
     unet = checkpoint.build("unet", config)
     checkpoint.fill(unet, checkpoint.random_state(unet, seed=0), dtype=torch.float32)
     unet.eval().requires_grad_(False)
-    speed.apply(unet, config.runtime)
+    savings.apply(unet, config.runtime)
     x, (t, *_), conditions = trace.inputs(unet, config, 1)
     prepared = unet.prepare(conditions, config.sample.frames)
 
@@ -100,16 +103,16 @@ def one_call(config: Config) -> Callable[[], object]:
 
 
 def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
-    """Do a run, or leave it if it is done -> its result. A training that was killed goes on."""
+    """Do a run unless it is finished -> its result file. A killed training is resumed."""
     result = run.folder / RESULT
     if finished(study, run, budget):
         return result
     run.folder.mkdir(parents=True, exist_ok=True)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     if run.measure == "untrained":
         config, loss = studies.untrained(study, run.variant, budget), None
     else:
-        weights, loss = teach(study, run, budget, device)
+        weights, loss = train_variant(study, run, budget, device)
         sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
         config = load_config(None, sample, weights=str(weights))
     settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
@@ -128,14 +131,14 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "intervals": found.scores.intervals,
         "calls": sampled.whole // math.ceil(len(evaluate.items(plan)) / BATCH),
         "loss": loss,
-        "seconds": round(time.perf_counter() - begun, 1),
+        "seconds": round(time.perf_counter() - start, 1),
     }
     whole.write_json(result, facts, indent=1)
     return result
 
 
 def finished(study: Study, run: Run, budget: Budget) -> bool:
-    """ValueError if the folder holds the result of other settings."""
+    """Whether the run has a result; ValueError if it is the result of other settings."""
     result = run.folder / RESULT
     if not result.exists():
         return False
@@ -147,12 +150,15 @@ def finished(study: Study, run: Run, budget: Budget) -> bool:
     return True
 
 
-def teach(study: Study, run: Run, budget: Budget, device: str) -> tuple[Path, list[tuple[int, float]]]:
-    """Train a variant's UNet beside the base's VAE and CLIP -> its weights folder, (step, loss) pairs."""
+def train_variant(
+    study: Study, run: Run, budget: Budget, device: str
+) -> tuple[Path, list[tuple[int, float]]]:
+    """Train a variant's UNet with the base's VAE and CLIP -> its weights folder, (step, loss) pairs."""
     config, train = studies.trained(study, run.variant, budget, run.seed)
     parts = ("vae", "clip") if study.start == "scratch" else checkpoint.PARTS
     held = {part: dict(checkpoint.read_part(study.weights, part)) for part in parts}
-    # Another architecture may go on from the same parts, so the folder of each says its own settings.
+    # Variants of different architecture start from the same parts, so each run saves its own settings with
+    # them.
     start = checkpoint.save(run.folder / "start", held, config, origin=checkpoint.read_origin(study.weights))
     config = dataclasses.replace(
         config, weights=str(start), runtime=dataclasses.replace(config.runtime, device=device)
@@ -166,7 +172,7 @@ def teach(study: Study, run: Run, budget: Budget, device: str) -> tuple[Path, li
 
 
 def save_strip(found: Evaluation, path: Path) -> None:
-    """The first clips of the basic set, one below the other."""
+    """Save a picture of the first clips of the basic set, stacked vertically."""
     chosen = [one for one in found.shown if one.item.set == "basic"][:STRIPS]
     rows = [pages.strip(one.frames) for one in chosen]
     picture = Image.new("RGBA", (max(row.width for row in rows), sum(row.height + 3 for row in rows)))
@@ -179,14 +185,14 @@ def save_strip(found: Evaluation, path: Path) -> None:
 
 
 def devices() -> list[str]:
-    """One worker each: every GPU, or every core that this process may use."""
+    """Devices to run one worker on each: every GPU, or the CPU once per core."""
     if torch.cuda.is_available():
         return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return ["cpu"] * (os.cpu_count() or 1)
 
 
 def work(study: Study, run: Run, budget: Budget, device: str) -> Path:
-    """In a process of its own."""
+    """`perform` for a worker process, with one thread."""
     torch.set_num_threads(1)
     runtime.apply(load_config(None).runtime)
     return perform(study, run, budget, device)

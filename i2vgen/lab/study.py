@@ -1,10 +1,10 @@
-"""An ablation study: one question, a base, variants of it, and what to measure; read, checked, expanded.
+"""An ablation study: a question, a base, its variants, and what to measure. Reads, checks and expands it.
 
     # The first line of the file is the question that the study asks?
     measures: [cost, untrained, trained]
     scores: [motion_accuracy_basic, first_frame_psnr]
     variants:
-      everything: []                       # the first is what the others are compared with
+      everything: []                       # the first is the base that the others are compared with
       without local tokens: [use.local_tokens=false]
 
 The base is a native weights folder (`weights:`, by default the shipped model) under `settings:`.
@@ -34,12 +34,12 @@ MEASURES = ("cost", "untrained", "trained")
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is spent. None leaves what the weights or the study say."""
+    """How much work to do. None means what the weights or the study say."""
 
-    clips: int  # of `evaluate.py`: each gives three
+    clips: int  # as in `evaluate.py`, which makes three clips of each
     train_steps: int | None
-    seeds: int  # trainings of each variant
-    rounds: int  # of timing, interleaved
+    seeds: int  # trainings per variant
+    rounds: int  # timed calls per variant
     sample_steps: int | None = None
     batch: int | None = None
 
@@ -53,7 +53,7 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class Study:
-    """What a file in configs/ablations says."""
+    """The contents of a file in configs/ablations."""
 
     name: str
     question: str
@@ -66,11 +66,10 @@ class Study:
         "clip_psnr",
     )
     weights: str = SHIPPED
-    settings: tuple[str, ...] = ()  # of every variant, before its own
-    train: dict = field(default_factory=dict)  # how trained variants are trained
-    start: Literal["scratch", "weights"] = (
-        "scratch"  # a new UNet beside the base's VAE and CLIP, or the base's
-    )
+    settings: tuple[str, ...] = ()  # of every variant; its own settings override them
+    train: dict = field(default_factory=dict)  # training settings
+    # Train a new UNet or continue from the base's; VAE and CLIP are the base's in both cases.
+    start: Literal["scratch", "weights"] = "scratch"
 
     @property
     def base(self) -> str:
@@ -78,7 +77,7 @@ class Study:
 
 
 class Run(NamedTuple):
-    """One thing to measure in one folder. `cost` is measured for all variants together and has no runs."""
+    """One measurement of one variant, in its own folder. `cost` measures all variants at once."""
 
     variant: str
     measure: Measure
@@ -87,10 +86,10 @@ class Run(NamedTuple):
 
 
 def read(file: str | Path) -> Study:
-    """ValueError names what is wrong with the file, before anything is run."""
+    """Read and check a study; ValueError says what is wrong with the file."""
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"study {file} does not exist; studies lie in configs/ablations")
+        raise ValueError(f"study {file} does not exist; studies are in configs/ablations")
     text = path.read_text()
     first = text.split("\n", 1)[0]
     if not re.fullmatch(r"#\s*\S.*\?\s*", first):
@@ -98,7 +97,7 @@ def read(file: str | Path) -> Study:
     try:
         held = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from error
     known = {f.name for f in dataclasses.fields(Study)} - {"name", "question"}
     if not isinstance(held, dict) or (wrong := sorted(set(held) - known)):
         what = f"{wrong[0]!r}" if isinstance(held, dict) else "no settings"
@@ -118,7 +117,7 @@ def read(file: str | Path) -> Study:
 def _texts(value, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise ValueError(
-            f"{where} is {value!r}; give a list of texts, for settings [section.name=value, ...]"
+            f"{where} is {value!r}; give a list of strings, for settings [section.name=value, ...]"
         )
     return tuple(value)
 
@@ -130,13 +129,13 @@ def _check(study: Study, file: str | Path) -> None:
         ((study.start,), ("scratch", "weights"), "start"),
     ):
         if wrong := [name for name in names if name not in known]:
-            raise ValueError(f"{file}: there is no {what} {wrong[0]!r}; choose {', '.join(known)}")
+            raise ValueError(f"{file}: there is no {what} {wrong[0]!r}; choose from {', '.join(known)}")
     if not isinstance(study.train, dict):
         raise ValueError(f"{file}: train is {study.train!r}; give name: value pairs")
     folders: dict[str, str] = {}
     for name, words in study.variants.items():
         if not words and name != study.base:
-            raise ValueError(f"{file}: the variant {name!r} changes nothing; only the first, the base, may")
+            raise ValueError(f"{file}: the variant {name!r} changes nothing; only the base, the first, may")
         if slug(name) in folders:
             raise ValueError(
                 f"{file}: the variants {folders[slug(name)]!r} and {name!r} would share the result folder "
@@ -159,7 +158,7 @@ def _check(study: Study, file: str | Path) -> None:
 
 
 def _settings(study: Study, variant: str, budget: Budget) -> tuple:
-    """All that a variant is measured under; ValueError if it cannot be."""
+    """All settings that a variant is measured under; ValueError if they are impossible."""
     found: list = []
     if "trained" in study.measures:
         found += trained(study, variant, budget, 0)
@@ -177,23 +176,23 @@ def slug(name: str) -> str:
 
 
 def words_of(study: Study, variant: str) -> tuple[list[str], list[str]]:
-    """Settings of the model and of the training, as on a command line."""
+    """A variant's settings of the model and of the training, as on a command line."""
     words = [*study.settings, *study.variants[variant]]
     own = [word for word in words if word.startswith(f"{SECTION}.")]
     return [word for word in words if word not in own], own
 
 
 def untrained(study: Study, variant: str, budget: Budget) -> Config:
-    """The base's weights under the variant's settings; ValueError if they do not go together."""
+    """The base's weights under the variant's settings; ValueError if the two are incompatible."""
     words, own = words_of(study, variant)
     if own and "trained" not in study.measures:
-        raise ValueError(f"{own[0]} changes a training, but the study trains nothing")
+        raise ValueError(f"{own[0]} is a training setting, but the study trains nothing")
     sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
     return load_config(None, [*sample, *words], weights=study.weights)
 
 
 def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Config, Train]:
-    """The settings of a new model beside the base's VAE and CLIP, and how it is trained."""
+    """The settings of a variant's model and of its training."""
     words, own = words_of(study, variant)
     settings = _nested_update(read_stored_settings(study.weights), parse_overrides(words)[0])
     config = from_dict(settings)
@@ -201,7 +200,7 @@ def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Conf
     given = [f"train.{name}={json.dumps(value)}" for name, value in study.train.items()]
     given += [f"{name}={value}" for name, value in spent.items() if value is not None]
     train = load_settings(None, [*given, *own, "train.part=diffusion"])[1]
-    if budget.batch and train.cache:  # a handful of clips is all that so few steps see
+    if budget.batch and train.cache:  # so few steps see only a handful of clips
         train = dataclasses.replace(train, cache=False)
     return config, train
 
@@ -219,7 +218,7 @@ def _nested_update(base: dict, changes: dict) -> dict:
 
 
 def runs(study: Study, budget: Budget, output: Path) -> list[Run]:
-    """Every run of a study, untrained ones first."""
+    """All runs of a study, the untrained ones first."""
     found = []
     for measure, seeds in (("untrained", 1), ("trained", budget.seeds)):
         if measure in study.measures:
@@ -231,7 +230,7 @@ def runs(study: Study, budget: Budget, output: Path) -> list[Run]:
 
 
 def fingerprint(study: Study, run: Run, budget: Budget) -> str:
-    """Changes with all that decides a run's result; a finished run of another fingerprint is refused."""
+    """Hash of everything that affects a run's result; finished runs with another hash are refused."""
     weights = {p.name: p.stat().st_size for p in sorted(Path(study.weights).glob("*.safetensors"))}
     facts = [
         run.measure,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen.fast import runtime, speed
+from i2vgen.fast import runtime
 from i2vgen.files import checkpoint
 from i2vgen.memory.meter import Meter
 from i2vgen.model.conditioning import Conditions
@@ -43,9 +43,6 @@ def summarise(part: str, config: Config, depth: int) -> list[Row]:
         "clip": runtime.DTYPES[config.runtime.encoder_dtype],
     }[part]
     network = checkpoint.build(part, config).to(dtype).eval().requires_grad_(False)
-    if part == "unet":
-        # Keys of the context belong to the block that reads them.
-        speed.apply(network, dataclasses.replace(config.runtime, project_once=False))
     return measure(network, lambda: CALLS[part](network, config, dtype), depth)
 
 

@@ -6,7 +6,6 @@ that of another implementation, given whose name answers to whose.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,21 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.files import whole
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import Config
 
 FIGURES = ("mean", "std", "low", "high")
-# Settings of `runtime` under which every module is called as it is written.
-PLAIN = {
-    "project_once": False,
-    "fuse_projections": False,
-    "subpixel_upsampling": False,
-    "in_place": False,
-    "attention": "math",
-}
 
 
 @dataclass(frozen=True)
@@ -167,8 +158,8 @@ def _some(records: Sequence[Record]) -> str:
 
 
 def of_unet(unet: UNet, config: Config, calls: int) -> list[Record]:
-    """The trace of `calls` calls, from the noisiest timestep on; the modules take their plain forms."""
-    speed.apply(unet, dataclasses.replace(config.runtime, **PLAIN))
+    """The trace of `calls` calls, from the noisiest timestep on; the savings are taken out."""
+    savings.remove(unet)
     x, times, conditions = inputs(unet, config, calls)
     with torch.no_grad(), Trace(unet) as trace:
         prepared = unet.prepare(conditions, config.sample.frames)

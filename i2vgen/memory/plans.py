@@ -16,13 +16,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from i2vgen.fast import runtime, speed
-from i2vgen.fast.runtime import GIB
+from i2vgen.adapt.context import cross_attentions
+from i2vgen.fast import machine, runtime, savings
+from i2vgen.fast.compiled import compile_blocks
+from i2vgen.fast.unet import both_branches, projected, under
 from i2vgen.files import checkpoint
 from i2vgen.memory import offload, storage
+from i2vgen.memory.free import GIB, free_memory
 from i2vgen.memory.meter import Meter
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.conditioning import Conditions, Prepared, join
+from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import Config, Runtime
 
@@ -95,7 +98,7 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
     if none does, or the one that was asked for does not: with the plan or the largest size that would.
     """
     if free is None:
-        free = runtime.free_memory(runtime.device(config.runtime))
+        free = free_memory(runtime.device(config.runtime))
     ledger = Ledger(config)
     settled, estimate = fastest(config, ledger, free)
     if estimate.total <= free or not config.runtime.check_memory:
@@ -176,14 +179,13 @@ class Ledger:
     def estimate(self, config: Config, device: str = "") -> Estimate:
         """What settings of a plan take, on their device or the one named."""
         device = device or runtime.device(config.runtime).type
-        speed.apply(self.parts["unet"], config.runtime)
-        self.parts["vae"].set_tile(config.runtime.vae_tile)
-        plain = runtime.estimate_memory(config, self.parts)
+        for part in ("unet", "vae"):
+            savings.apply(self.parts[part], config.runtime)
         needs = {
-            ("VAE encoder", "vae"): peak(lambda: encode(self.parts["vae"], config), plain.decoder),
+            ("VAE encoder", "vae"): peak(lambda: encode(self.parts["vae"], config)),
             ("CLIP towers", "clip"): self._of_clip(config),
-            ("UNet", "unet"): peak(lambda: step(self.parts["unet"], config), plain.unet),
-            ("VAE decoder", "vae"): peak(lambda: decode(self.parts["vae"], config), plain.decoder),
+            ("UNet", "unet"): peak(lambda: step(self.parts["unet"], config)),
+            ("VAE decoder", "vae"): peak(lambda: decode(self.parts["vae"], config)),
         }
         return Estimate(
             config.runtime.memory,
@@ -212,7 +214,7 @@ class Ledger:
     def _of_clip(self, config: Config) -> int:
         b = config.runtime.batch
         if b not in self._clip:
-            self._clip[b] = peak(lambda: clip(self.parts["clip"], config), 0)
+            self._clip[b] = peak(lambda: clip(self.parts["clip"], config))
         return self._clip[b]
 
 
@@ -222,30 +224,31 @@ def dtype(part: str, runtime_: Runtime) -> torch.dtype:
     return runtime.dtype(runtime_) if part == "unet" else runtime.DTYPES[names[part]]
 
 
-def peak(run: Callable[[], object], otherwise: int) -> int:
-    """Bytes alive at most while `run` runs on `meta`; `otherwise` for what cannot run without numbers."""
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes alive at once while `run` runs on `meta`; 0, with a warning, if it cannot run there."""
     try:
         with torch.no_grad(), Meter() as meter:
             run()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        warnings.warn(f"memory is estimated roughly: a part does not run on meta ({reason})", stacklevel=2)
-        return otherwise
+        warnings.warn(
+            f"the memory of a part is not counted, since it does not run on meta ({reason})", stacklevel=2
+        )
+        return 0
     return meter.peak
 
 
 def step(unet: nn.Module, config: Config) -> object:
-    """One guidance step, as `pipeline.network` takes it."""
+    """One guidance step, as the pipeline takes it."""
     b, frames, (h, w) = config.runtime.batch, config.sample.frames, config.latent_size
     x = empty(b, config.vae.embed_dim, frames, h, w)
     t = empty(b, dtype=torch.int64)
-    branches = [unet.prepare(conditions(config), frames) for _ in range(1 + (config.sample.guidance != 1.0))]
-    both = None
-    if len(branches) == 2 and config.runtime.share_prefix and isinstance(branches[0], Prepared):
-        both = join(branches)
-    if both is not None:
-        return unet(x, t, both)
-    return torch.cat([unet(x, t, branch) for branch in branches])
+    branches = [
+        projected(unet, unet.prepare(conditions(config), frames))
+        for _ in range(1 + (config.sample.guidance != 1.0))
+    ]
+    predict = both_branches(unet, *branches) if len(branches) == 2 else under(unet, branches[0])
+    return predict(x, t)
 
 
 def conditions(config: Config) -> Conditions:
@@ -286,6 +289,16 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # Doing it
 
 
+def prepare_unet(unet: UNet, config: Config, device: torch.device) -> None:
+    """What `runtime` asks for of a loaded UNet of either stage: storage, savings, attention, compilation."""
+    storage.store(unet, config.runtime.weight_storage)
+    savings.apply(unet, config.runtime, device)
+    if config.runtime.attention == "auto" and device.type == "cuda":
+        machine.choose_attention(unet, config, device)
+    if config.runtime.compile:
+        compile_blocks(unet)
+
+
 @dataclass(frozen=True)
 class Streamable:
     """Blocks of a part that run one after the other, and what of them is used outside of their `forward`."""
@@ -297,9 +310,11 @@ class Streamable:
 def streamable(module: nn.Module) -> Streamable | None:
     """None for a part that knows no such blocks: it comes and goes as a whole."""
     if isinstance(module, UNet):
-        # Guidance begins the first block piece by piece; `prepare` asks every reader for its keys.
+        # Guidance computes the first block in two parts, and the keys of all readers before the first step.
         blocks = list(module.blocks())[1:]
-        projections = [layer for part in module.readers() for layer in (part.to_k, part.to_v)]
+        projections = [
+            layer for part in cross_attentions(module).values() for layer in (part.to_k, part.to_v)
+        ]
         return Streamable(blocks, [t for layer in projections for t in offload.tensors(layer)])
     if isinstance(module, ClipEncoders):
         return Streamable(list(module.blocks()), [])

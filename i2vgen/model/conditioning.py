@@ -1,8 +1,8 @@
-"""The hierarchical image encoders: everything the UNet is told that does not depend on the timestep.
+"""The hierarchical image encoders: every condition of the UNet that does not depend on the timestep.
 
 One picture conditions the video three times: its CLIP vector as a few global tokens, its VAE latent pooled
 to 8 x 8 local tokens, and the same latent at full resolution as extra input channels. `ConditionStem.prepare`
-computes all of it once per video; the UNet then reads the result at every step.
+computes all of it once per video, and the UNet reads the result at every step.
 
 Axes: b batch, f frames, h w latent rows and columns, c channels, k context tokens, d context width,
 v width of the CLIP image vector, e embedding width.
@@ -10,7 +10,6 @@ v width of the CLIP image vector, e embedding width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,23 +17,23 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from i2vgen.model.attention import Keys, for_any_heads, one_batch
+from i2vgen.model.attention import for_any_heads
 from i2vgen.model.layers import Conv, Mlp, per_frame, sinusoid, zero_
 from i2vgen.model.temporal import FrameEncoder
 from i2vgen.settings import config
 
 
 class Conditions(NamedTuple):
-    """What the encoders give, any float dtype. A part that its switch turned off is not read."""
+    """The encoders' outputs, in any float dtype. Those whose switch is off are not read."""
 
     text: Tensor | None  # [b k d] penultimate CLIP text tokens
-    image_vector: Tensor | None  # [b v] pooled CLIP image vector, not normalised; None leaves its tokens out
+    image_vector: Tensor | None  # [b v] pooled CLIP image vector, not normalised; None omits its tokens
     image_latent: Tensor | None  # [b c h w] scaled VAE latent of the first frame
-    fps: Tensor | None  # [b] the motion asked for, in frames per second
+    fps: Tensor | None  # [b] the requested motion, in frames per second
 
 
 class Unconditional(Conditions):
-    """The same of the branch that guidance leads away from, for whoever has to tell the two apart."""
+    """The conditions of guidance's unconditional branch, so that adapters can tell the two branches apart."""
 
     __slots__ = ()
 
@@ -45,36 +44,11 @@ class Prepared(NamedTuple):
     context: Tensor  # [b k d] text, local and global tokens, in this order
     concat: Tensor | None  # [b f h w c] extra input channels, gain applied
     fps_embedding: Tensor | None  # [b e]
-    keys: tuple[Keys, ...] | None = None  # of every cross-attention; None: they read `context`
-
-
-def join(branches: Sequence[Prepared]) -> Prepared | None:
-    """Conditions that differ in nothing but their context -> one set for all of them, or None.
-
-    The UNet then computes each sample once until it first reads the context, and parts it there. Decided
-    from the numbers: branches with other pictures or another fps have nothing to share.
-    """
-    first = branches[0]
-    for other in branches[1:]:
-        pairs = ((first.concat, other.concat), (first.fps_embedding, other.fps_embedding))
-        if other.context.shape != first.context.shape or not all(_same(a, b) for a, b in pairs):
-            return None
-    keys = None
-    if all(branch.keys is not None for branch in branches):
-        readers = list(zip(*(branch.keys for branch in branches), strict=True))
-        if not all(each[0].fits(other) for each in readers for other in each[1:]):
-            return None
-        keys = tuple(one_batch(each) for each in readers)
-    return first._replace(context=torch.cat([branch.context for branch in branches]), keys=keys)
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a.is_meta:  # on `meta` there are no numbers that could differ
-        return (a is None) == (b is None)
-    return torch.equal(a, b)
 
 
 class ConditionStem(nn.Module):
+    """All condition encoders of one UNet; those whose switch is off are not built."""
+
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.use = use
@@ -94,7 +68,10 @@ class ConditionStem(nn.Module):
             self.concat = ConcatBranch(unet, use, backend=backend)
 
     def prepare(self, conditions: Conditions, frames: int, dtype: torch.dtype) -> Prepared:
-        """Everything that stays the same over a video's steps, cast to `dtype` at this door."""
+        """Conditions of b samples -> what stays the same over all steps of a video, in `dtype`.
+
+        ValueError if no context token is left.
+        """
         text, vector, latent, fps = conditions
         latent = latent.to(dtype) if self.use.local_tokens or self.use.concat else None
         context = []
@@ -152,7 +129,7 @@ class ConcatBranch(nn.Module):
     def __init__(self, unet: config.UNet, use: config.Use, *, backend: str):
         super().__init__()
         self.gain, self.planes = use.concat_gain, use.frame_planes
-        self.later = use.later_frames
+        self.later_frames = use.later_frames
         self.conv1 = Conv(unet.image_channels, unet.concat_hidden, 3, padding=1)
         self.conv2 = Conv(unet.concat_hidden, unet.concat_hidden, 3, padding=1)
         self.conv3 = Conv(unet.concat_hidden, unet.concat_channels, 3, padding=1)
@@ -172,8 +149,8 @@ class ConcatBranch(nn.Module):
     def forward(self, latent: Tensor, frames: int) -> Tensor:
         """[b c h w] -> [b f h w c]"""
         x = frame_planes(latent, frames, self.planes)
-        if self.later != "position":
-            x = without_position(x, self.later)
+        if self.later_frames != "position":
+            x = without_position(x, self.later_frames)
         x = F.silu(per_frame(self.conv1, x))
         x = F.silu(per_frame(self.conv2, x))
         x = per_frame(self.conv3, x)
@@ -195,8 +172,8 @@ def frame_planes(latent: Tensor, frames: int, rounding: str = "float32") -> Tens
     return torch.cat([first, planes], dim=1)
 
 
-def without_position(planes: Tensor, later: str) -> Tensor:
-    """[b f h w c] of `frame_planes` -> "picture" or "zeros" in the place of the frames after the first"""
+def without_position(planes: Tensor, later_frames: str) -> Tensor:
+    """Planes [b f h w c] -> the "picture" again, or "zeros", in every frame after the first"""
     first = planes[:, :1]
-    rest = first if later == "picture" else torch.zeros_like(first)
+    rest = first if later_frames == "picture" else torch.zeros_like(first)
     return torch.cat([first, rest.expand_as(planes[:, 1:])], dim=1)

@@ -1,14 +1,13 @@
 """The KL autoencoder of Stable Diffusion 2.1, or a smaller one of its family: pixels <-> scaled latents.
 
-It knows no frames: a video is decoded frame by frame, in chunks of any size with the same result, and a frame
-in bands of rows (`bands.py`). Channels are last inside; the public functions speak [n c h w].
+It works on single frames, so a video can be decoded in chunks of any size with the same result. Tensors are
+channels-last inside; the public functions take and return [n c h w].
 
 Axes: n pictures or frames, c channels, h w rows and columns, p = h w flattened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,13 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.fast import bands
 from i2vgen.model.attention import attend
-from i2vgen.model.layers import TRANSFORMER_EPS, Conv, GroupNorm, as_written, untouched
+from i2vgen.model.layers import TRANSFORMER_EPS, Conv, GroupNorm
 from i2vgen.model.spatial import nearest_twice
 from i2vgen.settings import config
 
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # the posterior's log-variance is clamped so
+LOG_VARIANCE_RANGE = (-30.0, 20.0)  # the posterior's log-variance is clamped to this
 
 
 class Posterior(NamedTuple):
@@ -52,7 +50,7 @@ class Posterior(NamedTuple):
 
 
 class ResBlock(nn.Module):
-    rows = 0  # at once; 0: all; see `bands.py`
+    """Two convolutions and a skip around both."""
 
     def __init__(self, width_in: int, width: int, groups: int):
         super().__init__()
@@ -64,10 +62,6 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[n h w c] -> [n h w c']"""
-        if bands.pays(self.rows, x) and as_written(self, GroupNorm, Conv, nn.Identity):
-            y = bands.convolved(self.conv1, x, self.rows, bands.norm_silu(self.norm1, x, self.rows))
-            y = bands.convolved(self.conv2, y, self.rows, bands.norm_silu(self.norm2, y, self.rows))
-            return bands.add(y, self.skip, x, self.rows)
         y = self.conv1(F.silu(self.norm1(x)))
         y = self.conv2(F.silu(self.norm2(y)))
         return self.skip(x) + y
@@ -104,20 +98,18 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    rows = 0  # at once; 0: all; see `bands.py`
+    """Twice the size by repetition, then a convolution."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = Conv(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        if bands.pays(self.rows, x) and as_written(self, Conv):
-            return bands.convolved(self.conv, x, self.rows, nearest_twice, enlarge=2)
         return self.conv(nearest_twice(x))
 
 
 class Level(nn.Module):
-    """Blocks of one resolution, each followed by attention where asked, then the resampling."""
+    """The blocks of one resolution, each followed by attention if there is any, then the resampling."""
 
     def __init__(self, blocks: list[ResBlock], attentions: list[SelfAttention], resample: nn.Module | None):
         super().__init__()
@@ -126,29 +118,16 @@ class Level(nn.Module):
         self.resample = resample
 
     def forward(self, x: Tensor) -> Tensor:
-        for part in self.parts():
-            x = part(x)
-        return x
-
-    def parts(self) -> Iterator[nn.Module]:
         for i, block in enumerate(self.blocks):
-            yield block
+            x = block(x)
             if len(self.attentions):
-                yield self.attentions[i]
-        if self.resample is not None:
-            yield self.resample
-
-
-def each_part(levels: Iterable[nn.Module]) -> Iterator[nn.Module]:
-    """One by one, so that nobody holds on to what entered a level; a level that was changed as a whole."""
-    for level in levels:
-        if untouched(level, Level):
-            yield from level.parts()
-        else:
-            yield level
+                x = self.attentions[i](x)
+        return x if self.resample is None else self.resample(x)
 
 
 class Middle(nn.Module):
+    """ResBlock, attention, ResBlock at the coarsest resolution."""
+
     def __init__(self, width: int, groups: int, backend: str):
         super().__init__()
         self.block1 = ResBlock(width, width, groups)
@@ -183,15 +162,13 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        for part in each_part(self.down):
-            x = part(x)
+        for level in self.down:
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
 
 
 class Decoder(nn.Module):
-    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run backwards."""
-
-    rows = 0  # at once; 0: all; see `bands.py`
+    """Features [n h w z] -> pixels [n H W 3]; levels are numbered finest first and run from the last."""
 
     def __init__(self, vae: config.VAE, backend: str):
         super().__init__()
@@ -213,18 +190,14 @@ class Decoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid(self.conv_in(x))
-        for part in each_part(reversed(self.up)):
-            x = part(x)
-        if (
-            bands.pays(self.rows, x)
-            and untouched(self.norm_out, GroupNorm)
-            and untouched(self.conv_out, Conv)
-        ):
-            return bands.convolved(self.conv_out, x, self.rows, bands.norm_silu(self.norm_out, x, self.rows))
+        for level in reversed(self.up):
+            x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class AutoencoderKL(nn.Module):
+    """Encoder, decoder and the two 1 x 1 convolutions between them and the latent."""
+
     def __init__(self, vae: config.VAE, *, backend: str = "sdpa"):
         super().__init__()
         self.scale = vae.scale
@@ -233,14 +206,11 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = Conv(2 * vae.z_channels, 2 * vae.embed_dim, 1)
         self.post_quant_conv = Conv(vae.embed_dim, vae.z_channels, 1)
 
-    def set_tile(self, rows: int) -> None:
-        """How many rows of a picture a wide layer computes at once; 0: all. The numbers stay."""
-        for module in self.modules():
-            if isinstance(module, ResBlock | Upsample | Decoder):
-                module.rows = rows
-
     def posterior(self, pixels: Tensor) -> Posterior:
-        """Pixels [n 3 H W] in [-1, 1] -> posterior of unscaled latents; odd rests of H and W are cut."""
+        """Pixels [n 3 H W] in [-1, 1] -> posterior of unscaled latents.
+
+        Rows and columns beyond a multiple of the downsampling factor are cut off.
+        """
         return Posterior.from_moments(self.moments(pixels))
 
     def moments(self, pixels: Tensor) -> Tensor:
@@ -249,10 +219,10 @@ class AutoencoderKL(nn.Module):
         return rearrange(self.quant_conv(self.encoder(x)), "n h w c -> n c h w")
 
     def encode(self, pixels: Tensor, noise: Tensor | None, *, chunk: int | None = None) -> Tensor:
-        """Pixels [n 3 H W] in [-1, 1] -> scaled latents [n c h w]: a posterior sample, or the mode without
-        noise.
+        """Pixels [n 3 H W] in [-1, 1] -> scaled latents [n c h w].
 
-        noise [n c h w] is standard normal. `chunk` pictures at a time; the result does not depend on it.
+        A sample of the posterior by `noise` [n c h w], which is standard normal, or its mode if that is None.
+        `chunk` pictures are encoded at a time; None means all. The result does not depend on it.
         """
         latents = []
         for i in range(0, pixels.shape[0], chunk or pixels.shape[0]):
@@ -264,7 +234,7 @@ class AutoencoderKL(nn.Module):
         return self.scale * torch.cat(latents)
 
     def decode(self, latents: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Scaled latents [n c h w] -> pixels [n 3 H W], not clamped; `chunk` frames at a time."""
+        """Scaled latents [n c h w] -> pixels [n 3 H W], not clamped; `chunk` frames at a time (None: all)."""
         return torch.cat([self._decode(part) for part in latents.split(chunk or latents.shape[0])])
 
     def _decode(self, latents: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Parity: what the official model computed (golden files) against what this package computes.
+"""Parity: compares this package with what the official model computed, stored in golden files.
 
-`python scripts/parity.py FILE...` is the door. A golden file says what it holds in its metadata entry
-`kind`; `KINDS` in `i2vgen/parity/kinds.py` maps that to the function that runs our implementation on it.
-This wing sees the whole package and the conversion tables; nothing of the road from picture to video
-sees this wing.
+Run `python scripts/parity.py FILE...`. The metadata entry `kind` of a golden file says what it holds; `KINDS`
+in `i2vgen/parity/kinds.py` maps it to the function that runs our implementation. These modules import the
+whole package and the conversion tables; generation imports none of them.
 """

@@ -1,6 +1,7 @@
-"""Kind `diffusers_pipeline`: a whole tiny run of diffusers' port against ours in its conventions.
+"""Kind `diffusers_pipeline`: a whole tiny run of diffusers' port, compared with ours under its conventions.
 
-The port adds the concat branch once, ends DDIM at abar = 1 and takes exactly n steps: named settings here.
+The port adds the concat branch once, ends DDIM at abar = 1 and takes exactly n steps; we have settings for
+all three.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ from weights_conversion import clip as clip_tables
 from weights_conversion import diffusers_configs, rules, unet_diffusers
 from weights_conversion import vae as vae_tables
 
-# The README's bounds: one network call, and whole trajectories. diffusers' abar table is float32 (7.7e-7 from
-# ours) also in its float64 run, so there a trajectory cannot come closer than in float32; one call can.
+# Bounds of the goldens' README, for one network call and for whole trajectories. diffusers' abar table is
+# float32 (7.7e-7 from ours) even in its float64 run, which limits trajectories to float32 accuracy but not
+# single calls.
 CALL_L2 = {torch.float64: 1e-9, torch.float32: 5e-6, torch.float16: 3e-2, torch.bfloat16: 0.25}
 LOOP_L2 = {torch.float64: 5e-5, torch.float32: 5e-5, torch.float16: 0.1, torch.bfloat16: 0.5}
 STAGES = ("unet", "vae", "text_encoder", "image_encoder")
@@ -38,11 +40,11 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
     call, loop = CALL_L2[settings.dtype], LOOP_L2[settings.dtype]
 
     def row(name: str, got: Tensor, bound: float) -> Iterator[Row]:
-        """Against the float64 run where it is stored and we run in float64; else against the float32 run."""
+        """Compare with the float64 run if we run in float64 and it is stored, else with the float32 run."""
         exact = f"{reference}/{name}" in golden
         stored = f"{reference}/{name}" if exact else f"io/{name}"
         if stored in golden:
-            # A float32 run of theirs bounds how close a float64 run of ours can come.
+            # The rounding of their float32 run limits how close our float64 run can come.
             limit = bound if exact or settings.dtype != torch.float64 else max(bound, CALL_L2[torch.float32])
             yield compare(name, got.reshape(golden[stored].shape), golden[stored], relative_l2=limit)
 
@@ -68,12 +70,12 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def _sample(golden, settings, model, cond, uncond, row, call: float, loop: float) -> Iterator[Row]:
-    """The loop as diffusers ran it; both passes of every step are kept."""
+    """The sampling loop as diffusers ran it, comparing both passes of every step."""
     cfg, calls = model.config, []
     with torch.no_grad():
         positive, negative = (model.unet.prepare(c, cfg.sample.frames) for c in (cond, uncond))
 
-    def watched(prepared):
+    def recorded(prepared):
         def predict(x: Tensor, t: Tensor) -> Tensor:
             calls.append((int(t[0]), model.unet(x, t, prepared)))
             return calls[-1][1]
@@ -82,7 +84,7 @@ def _sample(golden, settings, model, cond, uncond, row, call: float, loop: float
 
     steps = []
     latents = sampler.ddim(
-        sampler.guided(watched(positive), watched(negative), cfg.sample.guidance),
+        sampler.guided(recorded(positive), recorded(negative), cfg.sample.guidance),
         golden["io/input.init_latents"].to(settings.device).to(_wide(settings.dtype)),
         model.schedule,
         steps=cfg.sample.steps,
@@ -109,7 +111,7 @@ def _sample(golden, settings, model, cond, uncond, row, call: float, loop: float
 
 
 def settings_of(description: Mapping) -> config.Config:
-    """The golden's constructor arguments and call as ours, with diffusers' conventions."""
+    """The golden's constructor and call arguments as our settings, with diffusers' conventions."""
     call = description["call"]
     schedule, _ = diffusers_configs.schedule_settings(description["scheduler"])
     clip = clip_tables.settings_from_transformers(description["text_encoder"], description["image_encoder"])

@@ -1,12 +1,14 @@
-"""Parity of schedules, samplers and losses (golden kinds pipeline_schedules, _ddim, _forward_loss).
+"""Kinds `pipeline_schedules`, `pipeline_ddim` and `pipeline_forward_loss`: schedules, samplers and losses.
 
-The goldens hold no UNet: a closed-form stand-in takes its place, so everything here is sampler arithmetic.
-Each function goes by the file's metadata and by the tensors it finds.
+The goldens use a closed-form stand-in for the UNet, so these comparisons test sampler arithmetic only. The
+file's metadata and tensors decide what is compared.
 
-Why sampling is compared within tolerances although we keep the official order of operations: float32
-`sqrt` and `tanh` differ in their last bit between builds of torch and between CPUs (they come from a vector
-library that does not round correctly), and the loop hands such a bit on. The rows `<case>.step.<i>` take that
-out and ask for equal bits.
+Whole runs are compared within tolerances although we keep the official order of operations: float32 `sqrt`
+and `tanh` come from a vector library that does not round correctly, so their last bit differs between builds
+of torch and between CPUs, and the loop amplifies it. The rows `<case>.step.<i>` avoid this and require equal
+bits.
+
+Axes: b batch, f frames, c channels, h w latent rows and columns; t timestep.
 """
 
 from __future__ import annotations
@@ -27,17 +29,19 @@ from i2vgen.parity.report import Golden, Row, Settings, check, compare
 TABLE_TOLERANCE = 1e-12  # absolute, float64 tables
 SIGMA_TOLERANCE = 1e-6  # absolute; the official sigma tables were computed in float32
 FLOAT64_TOLERANCE = 1e-9  # relative L2 of float64 runs against stored float64 ones; measured 1e-15
-STATED_TOLERANCE = 1e-5  # of forward quantities and losses, relative to the largest value
+STATED_TOLERANCE = 1e-5  # forward quantities and losses, relative to the largest value
 
-# Absolute tolerance on final latents, and the size of the latents it was stated for (larger ones scale it).
-# Where eps is recovered from x0 near t = 0 the division is ill-conditioned; hence the two after v. The
-# stand-in is no denoiser, and x_{t-1} prediction divides its output by about 1e-3 in every step: such a loop
-# amplifies the last bit without bound, so there the proof lies in the single steps and in float64.
+# Absolute tolerance on final latents, and the latents' magnitude it is stated for (larger ones scale it).
+# Recovering eps from x0 near t = 0 is ill-conditioned, so "eps" and "x0" have larger tolerances. The stand-in
+# is not a denoiser, and x_{t-1} prediction divides its output by about 1e-3 in every step, which amplifies
+# the last bit without bound; "previous" is tested by the single steps and in float64.
 LATENT_TOLERANCE = {"v": (1e-5, 2.0), "eps": (5e-4, 444.0), "x0": (4e-4, 1.0), "previous": (1e-1, 1.0)}
-HALF_OUTPUT_TOLERANCE = 1e-3  # absolute at latent size 2: the network's output is rounded to float16
-FLOAT64_AGAINST_FLOAT32 = 3.0  # room for the rounding of the stored float32 run itself, 0.7 of the bound
-HALF_OUTPUT_STEPS = 1e-3  # relative L2 of what lies between, for which no tolerance is stated
-INVERSION_FLOAT64 = 1e-4  # relative to the largest value: the stored float32 runs are that far off themselves
+HALF_OUTPUT_TOLERANCE = 1e-3  # absolute at latent magnitude 2, for network outputs rounded to float16
+FLOAT64_AGAINST_FLOAT32 = (
+    3.0  # factor for the rounding of the stored float32 run, which reaches 0.7 of the bound
+)
+HALF_OUTPUT_STEPS = 1e-3  # relative L2 of intermediate states, for which no tolerance is stated
+INVERSION_FLOAT64 = 1e-4  # relative to the largest value: the error of the stored float32 runs
 
 # Relative L2 when our stand-in computes in half precision: guidance 9 multiplies one rounding of the output
 # (2^-11 and 2^-8) about 17 times, and the steps add up.
@@ -74,7 +78,7 @@ def stand_in(
         out = out + 0.2 * local_image
     if fps is not None:
         out = out + 0.05 * _scalar(fps.to(x.dtype)) / 16
-    return out.double().tanh().to(x.dtype)  # float32 tanh differs in the last bit between builds of torch
+    return out.double().tanh().to(x.dtype)  # the last bit of float32 tanh depends on the build of torch
 
 
 def _scalar(values: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ def _scalar(values: Tensor) -> Tensor:
 
 
 def schedules(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Beta tables, all derived from them, timestep grids, NaN step counts; the same under all settings."""
+    """Beta tables, tables derived from them, timestep grids, NaN step counts; `settings` has no effect."""
     for name, case in golden.config.get("cases", {}).items():
         made = _schedule(case["schedule"], case)
         yield from _table(golden, f"{name}.betas", made.betas)
@@ -102,7 +106,7 @@ def schedules(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def _derived(made: Schedule) -> dict[str, Tensor]:
-    """-> our tables by the official names"""
+    """Our tables under the official names."""
     return {
         "betas": made.betas,
         "alphas_cumprod": made.abar,
@@ -121,17 +125,17 @@ def _derived(made: Schedule) -> dict[str, Tensor]:
 
 
 def _table(golden: Golden, name: str, got: Tensor) -> Iterator[Row]:
-    """1e-12 absolute; relative to the largest finite entry where that exceeds 1 (1/sqrt(abar) does)."""
+    """Bound 1e-12, times the largest finite entry if that exceeds 1 (as in 1/sqrt(abar))."""
     if name in golden:
         expected = golden[name]
         yield compare(name, got, expected, max_abs=TABLE_TOLERANCE * max(1.0, _largest(expected)))
 
 
 def _sigma_tables(golden: Golden) -> Iterator[Row]:
-    """Sigma tables of the refiner. They have no metadata; a name may end in the two shifts, "..._2_4"."""
+    """Sigma tables of the refiner. They have no metadata; a name may end in the two shifts, as "..._2_4"."""
     for name in _names(golden, "sigma."):
         num_timesteps = len(golden[name])
-        if name == "sigma.cosine_zsnr_flag":  # the flag does nothing in the sigma-based class
+        if name == "sigma.cosine_zsnr_flag":  # the flag has no effect in the sigma-based class
             made = schedule_module.make_betas(
                 kind="cosine", num_timesteps=num_timesteps, zero_terminal_snr=False
             )
@@ -158,7 +162,7 @@ def _grids(golden: Golden, num_timesteps: int) -> Iterator[Row]:
 
 
 def _nan_step_counts(ranges: list[list[int]], made: Schedule) -> Iterator[Row]:
-    """All step counts, in real sampling runs on one-element latents; counts that share a grid share a run."""
+    """Test all step counts by sampling one-element latents; counts with the same grid share a run."""
     grids: dict[tuple[int, ...], list[int]] = {}
     for steps in range(1, made.num_timesteps + 1):
         grid = schedule_module.timesteps(made.num_timesteps, steps, "official")
@@ -186,7 +190,7 @@ def _run_is_nan(made: Schedule, steps: int, eps_form: schedule_module.EpsForm) -
 
 
 def ddim(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Whole DDIM runs with the stand-in network: official form, direct form, and single steps."""
+    """Whole DDIM runs with the stand-in network in the official and the direct form, and single steps."""
     for name, case in golden.config["cases"].items():
         made = _diffusion(case["diffusion"], PREDICTIONS[case["mean_type"]])
         network = _network(
@@ -198,7 +202,7 @@ def ddim(golden: Golden, settings: Settings) -> Iterator[Row]:
         )
         yield from _official_run(golden, settings, name, case, made, network)
         direct = _run(golden, settings, name, case, made, network, "direct")
-        if golden[f"{name}.final"].isnan().any():  # official NaN; only eps prediction leaves us without x0
+        if golden[f"{name}.final"].isnan().any():  # the official form gives NaN; ours too for eps prediction
             finite = bool(direct.isfinite().all()) or made.prediction == "eps"
             yield check(f"{name}.final (direct)", finite, "finite where the official form is NaN")
             continue
@@ -224,7 +228,7 @@ def _official_run(
     if settings.dtype == torch.float64 and f"{name}.final_fp64" in golden:
         expected = golden[f"{name}.final_fp64"]
         bound = FLOAT64_TOLERANCE
-        yield compare(f"{name}.final_fp64", *_shown_nan(final, expected), relative_l2=bound)
+        yield compare(f"{name}.final_fp64", *_without_shared_nan(final, expected), relative_l2=bound)
     for call in (call for call in case.get("kept_calls", []) if call < len(seen)):
         for kind, got in (("xt_after", seen[call].x), ("x0_pred", seen[call].x0)):
             key = f"{name}.{kind}.{call}"
@@ -269,23 +273,25 @@ def _ddim_draws(golden: Golden, name: str, case: dict) -> Iterable[Tensor]:
 def _latents(
     name: str, got: Tensor, expected: Tensor, settings: Settings, case: dict, *, between: bool = False
 ) -> Row:
-    """The tolerance by prediction type and precision; `between` for states and x0 before the last step."""
+    """Compare latents; the tolerance depends on prediction and precision. `between`: before the last step."""
     if settings.half:
-        return compare(name, *_shown_nan(got, expected), relative_l2=HALF_TOLERANCE[settings.dtype])
+        return compare(name, *_without_shared_nan(got, expected), relative_l2=HALF_TOLERANCE[settings.dtype])
     if case.get("half") and between:
-        return compare(name, *_shown_nan(got, expected), relative_l2=HALF_OUTPUT_STEPS)
+        return compare(name, *_without_shared_nan(got, expected), relative_l2=HALF_OUTPUT_STEPS)
     bound, size = LATENT_TOLERANCE[PREDICTIONS[case["mean_type"]]]
     if case.get("half"):
         bound, size = HALF_OUTPUT_TOLERANCE, LATENT_TOLERANCE["v"][1]
     if settings.dtype == torch.float64:
         bound *= FLOAT64_AGAINST_FLOAT32
-    return compare(name, *_shown_nan(got, expected), max_abs=bound * max(1.0, _largest(expected) / size))
+    return compare(
+        name, *_without_shared_nan(got, expected), max_abs=bound * max(1.0, _largest(expected) / size)
+    )
 
 
 def _single_steps(
     golden: Golden, settings: Settings, name: str, case: dict, made: Schedule, network: Predict
 ) -> Iterator[Row]:
-    """From a stored state: x0 by one call, and the stored next state from the stored x0, to the bit."""
+    """From stored states: x0 by one network call, and the next state from the stored x0, bit for bit."""
     levels = schedule_module.next_levels(made.num_timesteps, case["n"], "official")
     for call, now in zip(case.get("kept_calls", []), case.get("kept_t", []), strict=True):
         before = "noise" if call == 0 else f"{name}.xt_after.{call - 1}"
@@ -306,7 +312,7 @@ def _single_steps(
 
 
 def _equal_step(name: str, x0: Tensor, eps: Tensor, made: Schedule, level: int, expected: Tensor) -> Row:
-    """One deterministic step is equal to the bit, but for one last place in each of its two square roots."""
+    """One deterministic step must be bit-identical, except for the last bit of its two square roots."""
     abar = made.pick(made.abar, torch.full((len(x0),), level), x0)
     signals, noises = _neighbours(abar), _neighbours(1 - abar)
     distances = [
@@ -317,7 +323,7 @@ def _equal_step(name: str, x0: Tensor, eps: Tensor, made: Schedule, level: int, 
 
 
 def _neighbours(squared: Tensor) -> list[Tensor]:
-    """float32 -> its square root rounded correctly, and the float32 below and above"""
+    """float32 -> its correctly rounded square root, and the float32 numbers below and above."""
     root = squared.double().sqrt().float()
     limits = (torch.full_like(root, -torch.inf), torch.full_like(root, torch.inf))
     return [root, *(torch.nextafter(root, limit) for limit in limits)]
@@ -330,19 +336,19 @@ def forward_loss(golden: Golden, settings: Settings) -> Iterator[Row]:
     """Noising, posterior, one-step distributions, losses, offset noise, inversion, ancestral sampling."""
     for name, got in _forward_values(golden, settings):
         if name in golden:
-            yield _close(name, got, golden[name], settings)
+            yield _compare_value(name, got, golden[name], settings)
 
 
-def _close(name: str, got: Tensor, expected: Tensor, settings: Settings) -> Row:
+def _compare_value(name: str, got: Tensor, expected: Tensor, settings: Settings) -> Row:
     if settings.half:
-        return compare(name, *_shown_nan(got, expected), relative_l2=HALF_TOLERANCE[settings.dtype])
+        return compare(name, *_without_shared_nan(got, expected), relative_l2=HALF_TOLERANCE[settings.dtype])
     inversion = name.startswith("reverse") and settings.dtype == torch.float64
     bound = INVERSION_FLOAT64 if inversion else STATED_TOLERANCE
-    return compare(name, *_shown_nan(got, expected), max_abs=bound * _largest(expected))
+    return compare(name, *_without_shared_nan(got, expected), max_abs=bound * _largest(expected))
 
 
 def _forward_values(golden: Golden, settings: Settings) -> Iterator[tuple[str, Tensor]]:
-    """-> (tensor name, our value); names that a file does not hold are computed only where that is cheap."""
+    """-> (tensor name, our value). May give names that the file lacks, if they are cheap to compute."""
     yield from _noising(golden, settings)
     yield from _distributions(golden, settings)
     yield from _offset_noise(golden, settings)
@@ -369,7 +375,7 @@ def _noising(golden: Golden, settings: Settings) -> Iterator[tuple[str, Tensor]]
 
 
 def _distributions(golden: Golden, settings: Settings) -> Iterator[tuple[str, Tensor]]:
-    """p.<prediction>.<nocfg | cfg9>.<quantity>, and p.fixed_large.<var | logvar>"""
+    """Names p.<prediction>.<nocfg | cfg9>.<quantity> and p.fixed_large.<var | logvar>."""
     diffusion = golden.config["diffusion"]
     prefixes = sorted({name.rpartition(".")[0] for name in _names(golden, "p.") if name.count(".") > 1})
     for prefix in prefixes:
@@ -409,7 +415,7 @@ def _loss(golden: Golden, settings: Settings, name: str, case: dict) -> Tensor:
     extra = case.get("extra", [])
     t = golden["p.t" if "at_p_t" in name else "t"].to(settings.device)
     mask = None
-    if "loss_mask" in extra:  # stored as b f channels h w, of which the official code takes the first channel
+    if "loss_mask" in extra:  # stored as b f c h w; the official code uses the first channel
         mask = _state(golden["loss_mask"], settings)[:, :, 0].unsqueeze(1)
     return loss.training_loss(
         _network(golden, settings, None, rescale=_rescale(diffusion, made)),
@@ -420,7 +426,7 @@ def _loss(golden: Golden, settings: Settings, name: str, case: dict) -> Tensor:
         kind=case["loss_type"],
         weight=_state(golden["weight"], settings) if "weight" in extra else None,
         mask=mask,
-        # the official code ignores the switch for other predictions than eps
+        # the official code ignores the switch unless the prediction is eps
         diversity="use_div_loss" in extra and made.prediction == "eps",
     )
 
@@ -434,7 +440,7 @@ def _inversion(golden: Golden, settings: Settings, case: dict) -> Tensor:
 
 
 def _single_inversions(golden: Golden, settings: Settings) -> Iterator[tuple[str, Tensor]]:
-    """reverse_step.<prediction>.<next | x0>: from `q_sample` at `p.t`, unguided, in a loop of 50 steps"""
+    """Names reverse_step.<prediction>.<next | x0>: one unguided step of 50, from `q_sample` at `p.t`."""
     kinds = sorted({name.split(".")[1] for name in _names(golden, "reverse_step.")})
     for kind in kinds:
         made = _diffusion(golden.config["diffusion"], PREDICTIONS[kind])
@@ -447,7 +453,7 @@ def _single_inversions(golden: Golden, settings: Settings) -> Iterator[tuple[str
 
 
 def _ancestral(golden: Golden, settings: Settings, name: str, case: dict) -> Tensor:
-    """ancestral<T>.<prediction>.<variance>"""
+    """Names ancestral<T>.<prediction>.<variance>."""
     series, kind, variance = name.split(".")
     diffusion = golden.config["diffusion"] | {"schedule_param": case["schedule_param"]}
     made = _diffusion(diffusion, PREDICTIONS[kind], variance)
@@ -486,7 +492,7 @@ def _schedule(
 
 
 def _rescale(diffusion: dict, made: Schedule) -> float:
-    """What the timestep is multiplied by before the network sees it (official option `rescale_timesteps`)."""
+    """Factor on the timestep before it enters the network (official option `rescale_timesteps`)."""
     return 1000 / made.num_timesteps if diffusion.get("rescale_timesteps") else 1.0
 
 
@@ -498,15 +504,15 @@ def _network(
     half_output: bool = False,
     rescale: float = 1.0,
 ) -> Predict:
-    """The stand-in under the golden's conditions, in the dtype under test; so is guidance, as official."""
+    """The stand-in with the golden's conditions; network and guidance use the dtype under test."""
 
     def branch(suffix: str) -> Predict:
         names = (f"y{suffix}", f"image{suffix}", "local_image", "fps")
         conditions = [settings.cast(golden[name]) if name in golden else None for name in names]
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            told = t if rescale == 1.0 else t.float() * rescale
-            out = stand_in(x.to(settings.dtype), told, *conditions)
+            scaled_t = t if rescale == 1.0 else t.float() * rescale
+            out = stand_in(x.to(settings.dtype), scaled_t, *conditions)
             return out.half() if half_output else out
 
         return predict
@@ -516,8 +522,8 @@ def _network(
     return sampler.guided(branch(""), branch("_neg"), scale, precision="network")
 
 
-def _shown_nan(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
-    """Both with 0 for NaN if they have it at the same places (the official code makes it at abar = 0)."""
+def _without_shared_nan(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace NaN by 0 in both if they have it in the same places (the official code does, at abar = 0)."""
     got, expected = got.cpu(), expected.cpu()
     if got.shape != expected.shape or not torch.equal(got.isnan(), expected.isnan()):
         return got, expected
@@ -536,12 +542,12 @@ def _guidance(tag: str) -> float | None:
 
 
 def _state(tensor: Tensor, settings: Settings) -> Tensor:
-    """On the device under test, in the dtype of the sampler's state: at least float32."""
+    """Move to the device under test, in the dtype of the sampler's state: at least float32."""
     return tensor.to(settings.device, torch.promote_types(settings.dtype, torch.float32))
 
 
 def _replay(draws: Iterable[Tensor], settings: Settings) -> Noise:
-    """-> a noise source that hands out recorded draws in turn"""
+    """A noise source that returns recorded draws in order."""
     stream = iter(draws)
     return lambda x: _state(next(stream), settings)
 

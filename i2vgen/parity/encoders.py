@@ -1,4 +1,7 @@
-"""Kinds `pipeline_vae` and `pipeline_clip`: both frozen encoders, stage by stage."""
+"""Kinds `pipeline_vae` and `pipeline_clip`: both frozen encoders, stage by stage.
+
+Axes: n frames, c channels, h w rows and columns, d width.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from i2vgen.settings import config
 from weights_conversion import rules
 from weights_conversion import vae as vae_tables
 
-# The READMEs' absolute tolerances in float32; float64 is held to the same, for the goldens are float32
-# themselves.
+# Absolute tolerances of the goldens' README for float32. They hold for float64 too, because the goldens are
+# float32.
 VAE_ABS = {torch.float64: 3e-5, torch.float32: 3e-5, torch.float16: 0.1, torch.bfloat16: 0.8}
 CLIP_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.25}
 
@@ -27,9 +30,9 @@ CLIP_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.03, torch
 def build_vae(
     ddconfig: Mapping[str, Any], embed_dim: int, scale: float, seed: int, settings: Settings
 ) -> tuple[AutoencoderKL, list[rules.Row], dict[str, Tensor]]:
-    """Our autoencoder with the golden's weights, the mapping used, and the weights under official names."""
+    """-> our autoencoder with the golden's weights, the mapping used, the weights under official names."""
     vae = vae_tables.settings(ddconfig, embed_dim, scale)
-    model = checkpoint.build("vae", _with(vae=vae, embed_dim=embed_dim))
+    model = checkpoint.build("vae", _config_with(vae=vae, embed_dim=embed_dim))
     mapping = vae_tables.rows(vae)
     shapes = rules.to_theirs(mapping, model.state_dict())
     theirs = {key: fan_in_weight(key, tuple(t.shape), seed) for key, t in shapes.items()}
@@ -40,7 +43,7 @@ def build_vae(
 def build_clip(
     card: Mapping[str, Any], quick_gelu: bool, seed: int, settings: Settings
 ) -> tuple[ClipEncoders, dict[str, Tensor]]:
-    """Our CLIP encoders with the golden's weights, and those weights (open_clip's names are ours)."""
+    """-> our CLIP encoders with the golden's weights, and those weights (we use open_clip's names)."""
     clip = config.Clip(
         embed_dim=card["embed_dim"], vision=card["vision_cfg"], text=card["text_cfg"], quick_gelu=quick_gelu
     )
@@ -54,7 +57,7 @@ def build_clip(
 
 @torch.no_grad()
 def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Encoder, posterior and decoder per stored size, inner modules where stored, and the clamp."""
+    """Encoder, posterior, decoder and stored activations for each size, and the clamp of the log variance."""
     meta, bound = golden.config, VAE_ABS[settings.dtype]
     model, mapping, theirs = build_vae(
         meta["ddconfig"], meta["embed_dim"], meta["scale_factor"], meta["weight_seed"], settings
@@ -80,7 +83,7 @@ def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
             "kl": posterior.kl(),
             "latent_scaled": model.encode(pixels, settings.cast(golden[f"{case}.sample_noise"])),
         }
-        # The decoder starts from the golden's own latent, so that an encoder's error is not counted twice.
+        # The decoder starts from the golden's latent, so that errors of the encoder do not affect it.
         latent = settings.cast(golden[f"{case}.latent_scaled"])
         found["decode_in"] = latent / model.scale
         found["decoded"] = model.decode(latent)
@@ -88,7 +91,7 @@ def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
             handle.remove()
         for name, got in found.items():
             if f"{case}.{name}" in golden:
-                # The KL is a sum over the whole latent; its tolerance grows with its size.
+                # The KL is a sum over the whole latent, so its bound is relative.
                 relative = 1e-5 if settings.dtype in (torch.float32, torch.float64) else 0.2
                 limits = {"relative_l2": relative} if name == "kl" else {"max_abs": bound}
                 yield compare(f"{case}.{name}", got, golden[f"{case}.{name}"], **limits)
@@ -104,7 +107,7 @@ def vae(golden: Golden, settings: Settings) -> Iterator[Row]:
                     yield compare(name, got, golden[name], max_abs=bound)
     if "clamp.parameters" in golden:
         parameters = settings.cast(golden["clamp.parameters"])
-        wide = torch.promote_types(parameters.dtype, torch.float32)  # exp(20) is no float16
+        wide = torch.promote_types(parameters.dtype, torch.float32)  # exp(20) overflows float16
         posterior = Posterior.from_moments(parameters.to(wide))
         for name, got in (
             ("logvar", posterior.log_variance),
@@ -127,7 +130,7 @@ def _our_module(theirs: str, ours: Mapping[str, str]) -> str | None:
 
 @torch.no_grad()
 def clip(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Tokens exactly; text tokens, pooled vectors, image vectors and inner blocks."""
+    """Token ids (exactly), text tokens, pooled vectors, image vectors and blocks of the towers."""
     meta, bound = golden.config, CLIP_ABS[settings.dtype]
     model, state = build_clip(meta["clip_config"], meta["quick_gelu"], meta["weight_seed"], settings)
     yield check("weights", fingerprint(state) == meta["state_dict_sha256"], "SHA-256 of the golden")
@@ -147,7 +150,7 @@ def clip(golden: Golden, settings: Settings) -> Iterator[Row]:
     taps |= {f"tap.vision.{n}": f"visual.{n}" for n in ("ln_pre", "ln_post")}
     for name, module in taps.items():
         if name in golden and module in seen:
-            yield from _tap(name, seen[module], golden[name], bound)
+            yield from _stored_samples(name, seen[module], golden[name], bound)
 
     last = _with_layer(model, "last").text(golden["tokens"].to(settings.device))
     if "text_tokens_last" in golden:
@@ -161,8 +164,8 @@ def clip(golden: Golden, settings: Settings) -> Iterator[Row]:
             yield compare(name, pooled[: len(stored)], stored, max_abs=bound)
 
 
-def _tap(name: str, got: Tensor, stored: Tensor, bound: float) -> Iterator[Row]:
-    """A tap holds some samples only (the metadata says which in words): find each row in ours."""
+def _stored_samples(name: str, got: Tensor, stored: Tensor, bound: float) -> Iterator[Row]:
+    """Compare an activation stored for some samples only: each with the nearest of ours."""
     got = got[:, 0] if got.ndim == stored.ndim + 1 else got
     for i, row in enumerate(stored):
         if row.shape != got.shape[1:]:  # ln_post after pooling: [1, d] against tokens
@@ -172,7 +175,7 @@ def _tap(name: str, got: Tensor, stored: Tensor, bound: float) -> Iterator[Row]:
 
 
 def _with_layer(model: ClipEncoders, layer: str) -> ClipEncoders:
-    """The same weights read at another text layer."""
+    """The same model with another text layer as its output."""
     other = ClipEncoders.__new__(ClipEncoders)
     nn.Module.__init__(other)
     other.tokenizer, other.model = model.tokenizer, model.model
@@ -187,8 +190,8 @@ def _with_layer(model: ClipEncoders, layer: str) -> ClipEncoders:
     return other
 
 
-def _with(*, vae: config.VAE, embed_dim: int) -> config.Config:
-    """A whole configuration around one autoencoder (its other parts are not built)."""
+def _config_with(*, vae: config.VAE, embed_dim: int) -> config.Config:
+    """A valid configuration with this autoencoder; the other parts are not built."""
     unet = config.UNet(in_channels=embed_dim, image_channels=embed_dim)
     size = vae.factor * unet.factor
     return config.Config(unet=unet, vae=vae, sample=config.Sample(width=size, height=size))

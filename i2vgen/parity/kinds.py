@@ -1,4 +1,4 @@
-"""Which function runs our implementation on which kind of golden file."""
+"""The function that runs our implementation, for each kind of golden file."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ KINDS: dict[str, Callable[[Golden, Settings], Iterator[Row]]] = {
 
 
 def run(path: str | Path, settings: Settings) -> list[Row]:
-    """Every comparison the file allows. ValueError for an unknown kind or a damaged file."""
+    """All comparisons for a golden file. ValueError for an unknown kind or a damaged file."""
     golden = Golden(path)
     if golden.kind not in KINDS:
-        raise ValueError(f"{path} is of kind {golden.kind!r}; known are {', '.join(KINDS)}")
+        raise ValueError(f"{path} is of the unknown kind {golden.kind!r}; known are {', '.join(KINDS)}")
     try:
         return list(KINDS[golden.kind](golden, settings))
     except KeyError as error:
-        raise ValueError(f"{path} (kind {golden.kind}) lacks {error}, which its kind must hold") from error
+        raise ValueError(f"{path} lacks {error}, which files of kind {golden.kind} must hold") from error

@@ -1,7 +1,6 @@
-"""Parity of image preparation and video write-out with what the official code computed.
+"""Kinds `pipeline_preprocess`, `pipeline_preprocess_full` and `pipeline_video_out`: pictures in, frames out.
 
-Kinds `pipeline_preprocess`, `pipeline_preprocess_full` and `pipeline_video_out`. Everything is read
-from the file: cases, sizes, modes, constants.
+Cases, sizes, modes and constants are all read from the file. Axes: f frames, h w pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from i2vgen.files import images, video
 from i2vgen.parity.report import Golden, Row, Settings, check, compare, synthetic_picture
 
 FLOAT_BOUND = 1e-6
-MOMENT_BOUND = 1e-5  # means and deviations of a whole picture: float32 sums differ by their order
+MOMENT_BOUND = 1e-5  # means and deviations of a whole picture; float32 sums depend on their order
 
 
 def preprocess(golden: Golden, settings: Settings) -> Iterator[Row]:
     """Small pictures of many shapes and modes: every intermediate picture and both tensors.
 
-    Pictures are 8-bit PIL work on the CPU ending in float32, so `settings` changes nothing here.
+    `settings` has no effect: PIL works on 8-bit pictures on the CPU, and the result is float32.
     """
     config = golden.config
     width, height = config["resolution"]
@@ -54,9 +53,9 @@ def preprocess(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def preprocess_full(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Pictures of real-life sizes: hashes of the whole results, sparse values, black edges.
+    """Pictures of realistic sizes: hashes of the whole results, sparse values, black edges.
 
-    `settings` changes nothing, as in `preprocess`.
+    `settings` has no effect, as in `preprocess`.
     """
     config = golden.config
     width, height = config["resolution"]
@@ -95,7 +94,7 @@ def preprocess_full(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def video_out(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Float videos [1, 3, f, h, w] -> the uint8 frames handed to the encoder, after the last-frame rule."""
+    """Float videos [1 3 f h w] -> uint8 frames for the video encoder, after the last-frame rule."""
     cases = golden.config["cases"]
     for name, case in cases.items():
         given = golden[f"{name}.video"]
@@ -117,7 +116,7 @@ def video_out(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def build_picture(case: dict) -> Image.Image:
-    """The picture of a case {width, height, k, mode} by the goldens' rule -> PIL image in its mode."""
+    """The picture of a case {width, height, k, mode}, by the goldens' formula -> PIL image in its mode."""
     mode, size, k = case["mode"], (case["width"], case["height"]), case["k"]
     if mode in ("L", "1"):
         grey = Image.fromarray(synthetic_picture(*size, k, 1)[..., 0])
@@ -125,7 +124,7 @@ def build_picture(case: dict) -> Image.Image:
     if mode == "P":
         return Image.fromarray(synthetic_picture(*size, k)).quantize(16, dither=Image.Dither.NONE)
     if mode == "F" or mode.startswith("I"):
-        raise ValueError(f"the goldens have no rule for pictures of mode {mode}")
+        raise ValueError(f"the goldens define no pictures of mode {mode}")
     channels = len(Image.new(mode, (1, 1)).getbands())
     return Image.frombytes(mode, size, synthetic_picture(*size, k, channels).tobytes())
 
@@ -139,11 +138,11 @@ def _sizes(
 
 
 def _clean(name: str, picture: Image.Image, resized: list[int], official: Image.Image) -> Row:
-    """Where the official resize covers, clean equals it; where it falls short, clean covers."""
+    """Clean mode equals the official one if that covers the target size, and covers it in any case."""
     width, height = official.size
     bounded = (
         resized[0] * resized[1] > images.MAX_RESIZED_PIXELS
-    )  # clean then crops first: same up to rounding
+    )  # clean mode then crops first, equal only up to rounding
     if resized[0] >= width and resized[1] >= height and not bounded:
         clean = images.center_crop_wide(picture, width, height, mode="clean")
         return compare(f"{name} = official", _tensor(clean), _tensor(official), exact=True)
@@ -166,12 +165,12 @@ def _views(picture: Image.Image, config: dict, square: int) -> images.Pictures:
 
 
 def _from_minus_one(stored: Tensor, config: dict) -> Tensor:
-    """A stored picture [3, h, w], normalised by the file's mean and std -> the same in [-1, 1], our range."""
+    """A stored picture [3 h w], normalised with the file's mean and std -> in our range [-1, 1]."""
     mean = torch.tensor(config.get("mean", (0.5, 0.5, 0.5)), dtype=torch.float64).view(3, 1, 1)
     std = torch.tensor(config.get("std", (0.5, 0.5, 0.5)), dtype=torch.float64).view(3, 1, 1)
     return (stored.double() * std + mean) * 2 - 1
 
 
 def _tensor(image: Image.Image) -> Tensor:
-    """PIL RGB -> uint8 [h, w, 3]"""
+    """PIL RGB -> uint8 [h w 3]."""
     return torch.from_numpy(np.array(image))

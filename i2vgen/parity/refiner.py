@@ -1,7 +1,8 @@
-"""Kinds `refiner_unet` and `i2v_v1`: the UNets of the preview cascade against ours, under their own settings.
+"""Kinds `refiner_unet` and `i2v_v1`: the UNets of the preview cascade against ours, under their settings.
 
-The second one holds a sampling run and the offset noise of the preview base too. Sampling of the refiner is
-in `refiner_flow.py`.
+`i2v_v1` also holds a sampling run and the offset noise of the preview base. For sampling with the refiner,
+see `refiner_flow.py`. Axes: b batch, f frames, n frames of all clips, c channels, h w rows and columns, k
+context tokens, d width.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from i2vgen.parity.unet import keep
 from i2vgen.settings import config
 from weights_conversion import rules, unet_vgen
 
-# Bounds of the goldens' README on the outputs, tighter ones of our own where rounding allows: the goldens
-# themselves are 3.5e-6 from float64.
+# Bounds of the goldens' README on the outputs, tightened where rounding allows; the goldens themselves differ
+# from float64 by 3.5e-6.
 OUTPUT_ABS = {torch.float64: 1e-5, torch.float32: 2e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
 OUTPUT_L2 = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1.5e-2, torch.bfloat16: 8e-2}
 ACTIVATION_L2 = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 2e-1}
@@ -33,7 +34,7 @@ SAMPLING_ABS = 1e-4
 
 
 def refiner_unet(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Output of both releases on the same weights, everything between, gradients of the first one."""
+    """Outputs and activations of both releases with the same weights, and gradients of the first."""
     inputs = {name: settings.cast(golden[f"in.{name}"]) for name in ("x", "y", "R")}
     t = golden["in.t"].to(settings.device)
     conditions = Conditions(inputs["y"], None, None, None)
@@ -47,7 +48,7 @@ def refiner_unet(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def i2v_v1(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """The preview base: network, a DDIM run of its schedule with the closed-form model, offset noise."""
+    """The preview base: network, a DDIM run with its schedule and the closed-form model, offset noise."""
     model, _ = build(golden, settings, config.V1_USE)
     vector = settings.cast(golden["in.y"]).flatten(1)
     t, fps = (golden[f"in.{name}"].to(settings.device) for name in ("t", "fps"))
@@ -60,13 +61,13 @@ def i2v_v1(golden: Golden, settings: Settings) -> Iterator[Row]:
     noise, y, negative = (wide.cast(golden[f"ddim.{name}"]) for name in ("noise", "y", "y_neg"))
     visited = []
 
-    def watched(x: Tensor, t: Tensor) -> Tensor:
+    def recorded(x: Tensor, t: Tensor) -> Tensor:
         visited.append(int(t[0]))
         return closed_form(y)(x, t)
 
     meta = golden.meta["ddim"]
     out = ddim(
-        guided(watched, closed_form(negative), meta["guide"]),
+        guided(recorded, closed_form(negative), meta["guide"]),
         noise,
         Schedule(v1_betas()),
         steps=meta["steps"],
@@ -85,7 +86,7 @@ def v1_betas() -> Tensor:
 
 
 def closed_form(y: Tensor) -> Predict:
-    """The goldens' stand-in for a network, told y [b k d]: its formula stands in their README."""
+    """The goldens' stand-in for a network with context y [b k d]; the formula is in their README."""
     mean = y.mean(dim=(1, 2)).view(-1, 1, 1, 1, 1)
 
     def predict(x: Tensor, t: Tensor) -> Tensor:
@@ -100,7 +101,7 @@ def closed_form(y: Tensor) -> Predict:
 
 
 def build(golden: Golden, settings: Settings, use: config.Use) -> tuple[UNet, list[rules.Row]]:
-    """Our network with the golden's weights under `use`, and the mapping that brought them here."""
+    """-> our network with the golden's weights and the switches `use`, and the mapping used."""
     unet, _ = unet_vgen.settings({**golden.meta["config"], **golden.meta["fixed"]})
     with torch.device("meta"):
         model = UNet(unet, use)
@@ -121,7 +122,7 @@ def forward(
     mid: str,
     out: str,
 ) -> Iterator[Row]:
-    """Every stored activation below `mid`, then the output named `out`."""
+    """Compare every stored activation with the prefix `mid`, then the output named `out`."""
     seen: dict[str, Tensor] = {}
     handles = [m.register_forward_hook(keep(seen, name)) for name, m in model.named_modules()]
     with torch.no_grad():
@@ -140,7 +141,7 @@ def forward(
 
 
 def entries(model: UNet) -> dict[str, str]:
-    """Official module path -> ours, of everything that has one."""
+    """Official module path -> ours, for all modules that exist in both."""
     found = {"time_embed": "time", "fps_embedding": "stem.fps", "context_embedding": "stem.global_tokens.mlp"}
     found |= {"input_blocks.0.0": "conv_in", "input_blocks.0.1": "temporal_in"}
 
@@ -183,7 +184,7 @@ def gradients(
     inputs: dict[str, Tensor],
     t: Tensor,
 ) -> Iterator[Row]:
-    """Of mean(out.vid2vid * in.R), for x and for the parameters that the golden names."""
+    """Gradients of mean(out.vid2vid * in.R) for x and for the parameters that the golden names."""
     x = inputs["x"].clone().requires_grad_()
     model.requires_grad_(True)
     prepared = model.prepare(Conditions(inputs["y"], None, None, None), x.shape[2])
@@ -197,6 +198,6 @@ def gradients(
     model.requires_grad_(False)
 
 
-def beside(golden: Golden, name: str) -> Golden:
-    """Another golden file of the same folder, which this one needs."""
+def sibling(golden: Golden, name: str) -> Golden:
+    """Another golden file in the same folder."""
     return Golden(Path(golden.path).parent / name)

@@ -1,7 +1,7 @@
-"""Kinds `refiner_schedule`, `refiner_sampling`, `refiner_e2e`, `refiner_prepost`: how the refiner works.
+"""Kinds `refiner_schedule`, `refiner_sampling`, `refiner_e2e`, `refiner_prepost`: sampling with the refiner.
 
-The official tables are float32 and where no signal is left their last bit decides: lists and quantities that
-follow from a table are therefore computed on the golden's own, and the tables are compared by themselves.
+The official tables are float32, and near zero signal their last bit matters. Quantities that follow from a
+table are therefore computed from the golden's table, and the tables are compared separately.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from i2vgen.diffusion.sampler import Predict, guided_pair
 from i2vgen.diffusion.schedule import Schedule, make_betas
+from i2vgen.fast.unet import both_branches
 from i2vgen.files import images, video
-from i2vgen.model.conditioning import Conditions, join
+from i2vgen.model.conditioning import Conditions
 from i2vgen.model.spatial import damp_lowest
 from i2vgen.parity import refiner
 from i2vgen.parity.report import Golden, Row, Settings, check, compare
@@ -35,7 +36,7 @@ from i2vgen.refiner.sampler import (
 from i2vgen.settings import config
 
 TABLE_ABS = 1e-6
-# Levels grow to infinity at the noisy end, so there the bound is relative.
+# Levels grow to infinity at the noisy end, so their bound is relative.
 TABLE_L2 = 1e-6
 SMALL_ALPHA = 0.2
 SAMPLING = {"max_abs": 1e-4, "relative_l2": 1e-4}
@@ -47,7 +48,7 @@ PIXELS_ABS = 1e-5
 
 
 def schedule(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Tables, step lists, the maps between level and index, posterior quantities. Always in float64."""
+    """Tables, step lists, maps between level and index, posterior quantities; always in float64."""
     ours, cosine = refiner_levels(), Schedule(cosine_betas())
     tables = {
         "interp_sigma": ours.sigmas,
@@ -60,7 +61,8 @@ def schedule(golden: Golden, settings: Settings) -> Iterator[Row]:
     for name, table in tables.items():
         if f"schedule.{name}" in golden and name != "interp_alpha":
             yield compare(f"schedule.{name}", table, golden[f"schedule.{name}"], max_abs=TABLE_ABS)
-    # Where alpha is small one bit of a float32 sigma moves it by more than the bound: its square is compared.
+    # For small alpha, one bit of a float32 sigma changes it by more than the bound, so its square is
+    # compared.
     theirs = golden["schedule.interp_alpha"].double()
     large = theirs > SMALL_ALPHA
     yield compare("schedule.interp_alpha, large", ours.alphas[large], theirs[large], max_abs=TABLE_ABS)
@@ -75,8 +77,8 @@ def schedule(golden: Golden, settings: Settings) -> Iterator[Row]:
             )
             place = name.removesuffix(".sigmas")
             yield compare(name, torch.tensor(grid.levels), golden[name], relative_l2=TABLE_L2)
-            told = torch.tensor(told_timesteps(grid, solver))
-            yield compare(f"{place}.model_t", told, golden[f"{place}.model_t"], exact=True)
+            visited = torch.tensor(call_timesteps(grid, solver))
+            yield compare(f"{place}.model_t", visited, golden[f"{place}.model_t"], exact=True)
     found = torch.tensor([theirs.index(s) for s in golden["map.sigma"].tolist()], dtype=torch.float64)
     yield compare("map.sigma_to_t", found, golden["map.sigma_to_t"], relative_l2=TABLE_L2)
     found = torch.tensor([theirs.level(t) for t in golden["map.t"].tolist()], dtype=torch.float64)
@@ -85,22 +87,22 @@ def schedule(golden: Golden, settings: Settings) -> Iterator[Row]:
         yield from posterior(golden, theirs, kind)
 
 
-def told_timesteps(grid: Grid, solver: str) -> list[int]:
-    """What the network is told, call by call: Heun looks ahead at the next level's timestep."""
-    told = []
+def call_timesteps(grid: Grid, solver: str) -> list[int]:
+    """The timestep of every network call; Heun also evaluates at the next level."""
+    visited = []
     for i, t in enumerate(grid.timesteps):
-        told.append(t)
+        visited.append(t)
         if solver == "heun" and grid.levels[i] < float("inf") and grid.levels[i + 1] > 0:
-            told.append(grid.timesteps[i + 1])
-    return told
+            visited.append(grid.timesteps[i + 1])
+    return visited
 
 
 def posterior(golden: Golden, table: Levels, kind: str) -> Iterator[Row]:
-    """q(x_{t-1} | x_t, x0) with x0 from the network's output, in the golden's float32."""
+    """q(x_{t-1} | x_t, x0), with x0 from the network's output, in float32 as the golden."""
     t = golden["post.t_eps" if kind == "eps" else "post.t"]
     x, out = golden["post.x"], golden["post.model_out"]
-    alpha, sigma = (picked(values, t) for values in (table.alphas, table.sigmas))
-    alpha_to = picked(table.alphas, t - 1)
+    alpha, sigma = (per_sample(values, t) for values in (table.alphas, table.sigmas))
+    alpha_to = per_sample(table.alphas, t - 1)
     sigma_to = (1 - alpha_to**2).sqrt()
     x0 = {"v": alpha * x - sigma * out, "eps": (x - sigma * out) / alpha, "x0": out}[kind]
     beta = 1 - (alpha / alpha_to) ** 2
@@ -118,12 +120,12 @@ def posterior(golden: Golden, table: Levels, kind: str) -> Iterator[Row]:
         yield compare(f"post.{kind}.{name}", value, stored, relative_l2=TABLE_L2, max_abs=1e-5)
 
 
-def picked(table: Tensor, t: Tensor) -> Tensor:
+def per_sample(table: Tensor, t: Tensor) -> Tensor:
     return table[t].float().view(-1, 1, 1, 1, 1)
 
 
 def cosine_betas() -> Tensor:
-    """The table on which SR600 inverts, another than the one it denoises on."""
+    """The schedule with which SR600 inverts; it denoises with another."""
     return make_betas(kind="cosine", num_timesteps=1000, zero_terminal_snr=False)
 
 
@@ -132,7 +134,7 @@ def cosine_betas() -> Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """One sampling run of the golden; its settings stand in the goldens' README only."""
+    """Settings of one sampling run, which only the goldens' README lists."""
 
     steps: int = 6
     total: int = 600
@@ -160,7 +162,7 @@ RUNS = {
 
 
 def sampling(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Whole runs with the closed-form model: starts, levels, inputs, estimates and results."""
+    """Whole runs with the closed-form model: start, levels, inputs, estimates of x0, result."""
     y, negative, z0, noise = (settings.cast(golden[f"in.{name}"]) for name in ("y", "y_neg", "z0", "noise"))
     cond, uncond = refiner.closed_form(y), refiner.closed_form(negative)
     table = refiner_levels()
@@ -170,7 +172,7 @@ def sampling(golden: Golden, settings: Settings) -> Iterator[Row]:
         yield from inversion(golden, uncond, z0, total=700, steps=30)
     for tag in sorted({name.removesuffix(".x0_steps") for name in golden if name.endswith(".x0_steps")}):
         if tag not in RUNS:
-            raise ValueError(f"{golden.path}: nothing tells the settings of its run {tag!r}")
+            raise ValueError(f"{golden.path}: the settings of its run {tag!r} are unknown; add them to RUNS")
         yield from sampling_run(golden, settings, tag, RUNS[tag], table, cond, uncond)
 
 
@@ -191,7 +193,7 @@ def sampling_run(
         )
     seen = {"xt": [], "t": [], "x0": []}
 
-    def watched(x: Tensor, t: Tensor) -> Tensor:
+    def recorded(x: Tensor, t: Tensor) -> Tensor:
         out = network(x, t)
         seen["xt"].append(x)
         seen["t"].append(int(t[0]))
@@ -199,7 +201,7 @@ def sampling_run(
         return out
 
     out = refine(
-        watched,
+        recorded,
         settings.cast(golden[f"{tag}.noise"]),
         table,
         grid,
@@ -217,7 +219,7 @@ def sampling_run(
 
 
 def injected(golden: Golden, settings: Settings, tag: str) -> Callable[[Tensor], Tensor] | None:
-    """The recorded unit noise in the order in which it was used; none left at the end is an error of ours."""
+    """A noise source that returns the recorded unit noise in order, None if none is recorded."""
     if f"{tag}.step_noise" not in golden:
         return None
     recorded = iter(settings.cast(golden[f"{tag}.step_noise"]))
@@ -243,10 +245,10 @@ def inversion(golden: Golden, uncond: Predict, z0: Tensor, *, total: int, steps:
 
 
 def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Both pipelines' latents with the small UNet, its weights in `refiner_unet_tiny` beside the file."""
-    weights = refiner.beside(golden, golden.meta["weights"].removeprefix("those of "))
+    """Latents of both pipelines with the small UNet, whose weights are in another file of the folder."""
+    weights = refiner.sibling(golden, golden.meta["weights"].removeprefix("those of "))
     if weights.meta["config"] != golden.meta["config"]:
-        raise ValueError(f"{golden.path} was made with another network than {weights.path} holds")
+        raise ValueError(f"{golden.path} was made with another network than that in {weights.path}")
     table = refiner_levels()
     cast = {name: settings.cast(golden[f"in.{name}"]) for name in ("y", "y_neg", "z0", "noise")}
     for tag, skip_filter in (("ms", "none"), ("vgen", "sr600")):
@@ -256,10 +258,7 @@ def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
         frames = cast["z0"].shape[2]
         with torch.no_grad():
             prepared = [model.prepare(Conditions(cast[n], None, None, None), frames) for n in ("y", "y_neg")]
-        both, alone = join(prepared), prepared[1]
-
-        def network(x: Tensor, t: Tensor, model=model, conditions=both) -> Tensor:
-            return model(x, t, conditions)
+        network, alone = both_branches(model, *prepared), prepared[1]
 
         if tag == "ms":
             start = table.noised(cast["z0"], cast["noise"], run["T"] - 1)
@@ -292,7 +291,7 @@ def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def prepost(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Frames to tensor and resized, floats back to bytes, the skip filter, v1's picture, chunk sizes."""
+    """Frames to resized tensors, floats to bytes, the skip filter, v1's picture, chunk sizes."""
     frames = golden["in.frames_uint8_hwc"].numpy()
     stored = golden["pre.normalized"]
     rows, columns = stored.shape[-2:]
@@ -318,7 +317,7 @@ def prepost(golden: Golden, settings: Settings) -> Iterator[Row]:
         yield compare("v1.pre.clip_input", view, golden["v1.pre.clip_input"], max_abs=PIXELS_ABS)
     for name, sizes in golden.meta.get("chunks", {}).items():
         count, per = map(int, name.split("/"))
-        # The frames decoded at once there; `runtime.vae_chunk` may be any, the result is the same.
+        # The official chunk size; our result does not depend on `runtime.vae_chunk`.
         at_once = -(-count // (count // per))
         got = [min(at_once, count - start) for start in range(0, count, at_once)]
         yield check(f"chunks {name}", got == sizes, "sizes equal")

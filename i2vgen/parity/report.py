@@ -1,4 +1,4 @@
-"""The golden file as an object, and one row of the parity table."""
+"""Golden files, and the rows of the parity table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Settings:
-    """How to run our side: arithmetic `dtype` and `device` of everything that computes in floats."""
+    """How to run our side: `dtype` and `device` of all floating-point arithmetic."""
 
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
@@ -26,14 +26,14 @@ class Settings:
         return self.dtype in (torch.float16, torch.bfloat16)
 
     def cast(self, tensor: Tensor) -> Tensor:
-        """Float tensors to the dtype under test, all tensors to the device under test."""
+        """Move to the device under test; float tensors also to the dtype under test."""
         tensor = tensor.to(self.device)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison. `bound` is the sentence that `passed` decides, e.g. "relative L2 <= 1e-05"."""
+    """One comparison. `bound` describes the criterion of `passed`, e.g. "relative L2 <= 1e-05"."""
 
     name: str
     relative_l2: float
@@ -53,8 +53,8 @@ def compare(
 ) -> Row:
     """Compare two tensors (any float or integer dtype, any device) in float64.
 
-    Every bound that is given must hold; `exact` asks for equal values. NaN or a wrong shape fails,
-    except that equal infinities at equal places count as equal (the official tables hold two).
+    All given bounds must hold; `exact` requires equal values. NaN or a wrong shape fails. Equal infinities in
+    the same place count as equal (the official tables hold two).
     """
     assert exact or relative_l2 is not None or max_abs is not None, "a comparison needs a bound"
     bounds = ["equal"] if exact else []
@@ -79,15 +79,15 @@ def compare(
 
 
 def check(name: str, passed: bool, what: str) -> Row:
-    """A row for a yes/no fact (a hash, a count) that has no distance."""
+    """A row for a yes/no fact, such as a hash or a count."""
     return Row(name, 0.0 if passed else float("inf"), 0.0 if passed else float("inf"), what, bool(passed))
 
 
 class Golden(Mapping):
-    """A golden file: `golden["tensor name"]` reads one tensor, `golden.meta` is its parsed metadata.
+    """A golden file: `golden["tensor name"]` reads one tensor, `golden.meta` is the parsed metadata.
 
-    Metadata values that are JSON are parsed; the pipeline goldens keep everything under one entry
-    `config`, the UNet goldens use one entry per fact.
+    Metadata values are parsed as JSON where possible. The pipeline goldens keep everything in the entry
+    `config`; the UNet goldens use one entry per fact.
     """
 
     def __init__(self, path: str | Path):
@@ -99,10 +99,10 @@ class Golden(Mapping):
                 raw = file.metadata() or {}
                 self.names = list(file.keys())
         except SafetensorError as error:
-            raise ValueError(f"{self.path} is no readable safetensors file: {error}") from error
+            raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
         self.meta = {key: _parsed(value) for key, value in raw.items()}
         if "kind" not in self.meta:
-            raise ValueError(f"{self.path} has no metadata entry `kind`, so nothing says how to read it")
+            raise ValueError(f"{self.path} has no metadata entry `kind`; give a golden file")
 
     @property
     def kind(self) -> str:
@@ -133,7 +133,7 @@ def _parsed(value: str):
 
 
 def synthetic_picture(width: int, height: int, k: int, channels: int = 3) -> np.ndarray:
-    """The picture of the preprocessing goldens by its closed rule. -> uint8 (height, width, channels)"""
+    """The picture of the preprocessing goldens, by its formula -> uint8 [h w c]."""
     y, x, c = np.meshgrid(np.arange(height), np.arange(width), np.arange(channels), indexing="ij")
     value = x * (7 + k) + y * (13 + 2 * k) + 29 * c + (x * y) % 251 + 17 * ((x // 3 + y // 5 + c) % 7)
     return (value % 256).astype(np.uint8)

@@ -1,4 +1,7 @@
-"""Kind `vgen_unet`: the official UNet's inputs, inner activations, output and gradients against ours."""
+"""Kind `vgen_unet`: activations, output and gradients of the official UNet, compared with ours.
+
+Axes: b batch, f frames, n frames of all clips, c channels, h w rows and columns, p = h w positions.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +18,17 @@ from i2vgen.parity.report import Golden, Row, Settings, check, compare
 from i2vgen.parity.weights import fingerprint, grid_weight
 from weights_conversion import rules, unet_vgen
 
-# Bounds of the goldens' README. Half precision is a smoke bound there.
+# Bounds of the goldens' README; those for half precision are only a sanity check.
 OUTPUT_L2 = {torch.float64: 1e-6, torch.float32: 1e-5, torch.float16: 1.5e-2, torch.bfloat16: 8e-2}
 OUTPUT_ABS = {torch.float64: 1e-6, torch.float32: 5e-5, torch.float16: 5e-2, torch.bfloat16: 3e-1}
-# The activations were stored by the float32 run, so float64 cannot come closer than that run's own rounding.
+# Activations are stored from the float32 run, whose rounding also limits comparisons in float64.
 ACTIVATION_L2 = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 3e-2, torch.bfloat16: 2e-1}
-FLOAT64 = 1e-12  # of the output that the reference computed in float64 too
+FLOAT64 = 1e-12  # for the output that the reference computed in float64
 GRADIENT = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
 def run(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Every stored tensor that has a place in our network, then output and gradients."""
+    """Compare every stored activation that our network has, then output and gradients."""
     model, mapping, state_row = build(golden, settings)
     yield state_row
     inputs = {name: settings.cast(golden[f"inputs/{name}"]) for name in _names(golden, "inputs/")}
@@ -62,7 +65,7 @@ def run(golden: Golden, settings: Settings) -> Iterator[Row]:
 
 
 def build(golden: Golden, settings: Settings) -> tuple[UNet, list[rules.Row], Row]:
-    """Our network with the golden's weights, the mapping used, and the check of those weights."""
+    """-> our network with the golden's weights, the mapping used, and the row that checks the weights."""
     unet, use = unet_vgen.settings(golden.meta["config"])
     with torch.device("meta"):
         model = UNet(unet, use)
@@ -72,7 +75,7 @@ def build(golden: Golden, settings: Settings) -> tuple[UNet, list[rules.Row], Ro
     missing, unexpected = rules.audit(mapping, exponents)
     if missing or unexpected:
         named = ", ".join([*missing, *unexpected][:5])
-        raise ValueError(f"{golden.path}: its parameters are not ours after mapping, e.g. {named}")
+        raise ValueError(f"{golden.path}: its parameters do not map one to one to ours, e.g. {named}")
     theirs = {k: grid_weight(k, tuple(v.shape), seed, exponents[k]) for k, v in shapes.items()}
     same = fingerprint(theirs) == golden.meta["state_dict_sha256"]
     state = rules.to_ours(mapping, theirs)
@@ -83,7 +86,7 @@ def build(golden: Golden, settings: Settings) -> tuple[UNet, list[rules.Row], Ro
 def _conditions(inputs: dict[str, Tensor]) -> Conditions:
     x, latent, vector = inputs["x"], inputs["local_image"], inputs.get("image")
     text = inputs.get("y")
-    if text is None:  # the official class then repeats the first token of its `zero_y`
+    if text is None:  # then the official class repeats the first token of `zero_y`
         text = inputs["zero_y"][:, :1].expand(x.shape[0], -1, -1)
     return Conditions(
         text=text,
@@ -96,7 +99,7 @@ def _conditions(inputs: dict[str, Tensor]) -> Conditions:
 def _activations(
     model: UNet, seen: dict[str, Tensor], conditions: Conditions, prepared, frames: int, t: Tensor
 ) -> dict[str, Tensor]:
-    """Our values under the golden's names for everything before the first block."""
+    """Our values, under the golden's names, of everything before the first block."""
     found = {}
     found["sin_t"] = sinusoid(t, model.base_width)
     found["sin_fps"] = sinusoid(conditions.fps, model.base_width)
@@ -120,7 +123,7 @@ def _activations(
 def _entries(
     model: UNet, seen: dict[str, Tensor], expected: dict[str, Tensor], bound: float
 ) -> Iterator[Row]:
-    """The official entries `input_blocks.N`, `middle_block.N`, `output_blocks.N` in their order."""
+    """Compare the official entries `input_blocks.N`, `middle_block.N`, `output_blocks.N` in order."""
 
     def row(entry: str, module: str) -> Iterator[Row]:
         if f"{entry}" in expected:
@@ -163,9 +166,7 @@ def _details(
     bound: float,
     shape: torch.Size,
 ) -> Iterator[Row]:
-    """`detail/<official module path>`: convolutions, linears and norms, found through the conversion
-    table.
-    """
+    """Compare `detail/<official module path>`: convolutions, linears and norms in the conversion table."""
     ours = {row.theirs.removesuffix(".weight"): row.ours[0].removesuffix(".weight") for row in mapping}
     for name in sorted(expected):
         module = ours.get(name.removeprefix("detail/")) if name.startswith("detail/") else None
@@ -177,7 +178,7 @@ def _details(
 
 
 def _as_layout(got: Tensor, shape: torch.Size, b: int, f: int) -> Tensor | None:
-    """Our channels-last tensor in the official module's layout; None where the rank is ambiguous."""
+    """Our channels-last tensor in the official module's layout; None if the layout is ambiguous."""
     if got.ndim == 4 and got.shape[:2] == (b, f):  # temporal: [b f p c]
         if len(shape) == 5:
             return rearrange(got, "b f (h w) c -> b c f h w", h=shape[3])
@@ -188,7 +189,7 @@ def _as_layout(got: Tensor, shape: torch.Size, b: int, f: int) -> Tensor | None:
         return rearrange(got, "n h w c -> n c h w")
     if got.ndim == 5 and len(shape) == 5:
         return rearrange(got, "b f h w c -> b c f h w")
-    if got.ndim == 3 and len(shape) == 3 and got.numel() == shape.numel():  # frames folded either way
+    if got.ndim == 3 and len(shape) == 3 and got.numel() == shape.numel():  # both fold the frames
         return got.reshape(shape)
     return got if got.shape == shape else None
 
@@ -196,7 +197,7 @@ def _as_layout(got: Tensor, shape: torch.Size, b: int, f: int) -> Tensor | None:
 def _gradients(
     golden: Golden, settings: Settings, model: nn.Module, mapping: list[rules.Row], inputs: dict[str, Tensor]
 ) -> Iterator[Row]:
-    """Gradients of sum(out * probe): for x, and the L2 norm for every parameter under its official name."""
+    """Gradients of sum(out * probe): for x, and their L2 norm for every parameter of the official model."""
     x = inputs["x"].clone().requires_grad_()
     model.requires_grad_(True)
     prepared = model.prepare(_conditions(inputs), x.shape[2])
@@ -205,20 +206,20 @@ def _gradients(
     yield compare("grads/x", x.grad, golden["grads/x"], relative_l2=max(bound, 1e-6))
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-    # A parameter without influence (q and k of a one-frame clip, say) may have no gradient at all: zero.
+    # A parameter without influence, such as q and k for a single frame, may have no gradient; it counts as 0.
     zeros = {name: torch.zeros_like(p) if gradients[name] is None else gradients[name]
              for name, p in model.named_parameters()}  # fmt: skip
     theirs = rules.to_theirs(mapping, zeros)
     norms = torch.stack([theirs[key].double().norm() for key in golden.meta["grad_keys"]])
     expected = golden["grads/param_l2"]
-    # Parameters without influence (a bias before a norm of one-channel groups) have gradients of pure
-    # rounding.
+    # The gradient of a parameter without influence, such as a bias before a norm of single channels, is
+    # rounding error.
     dead = expected < 1e-9 * expected.max()
     relative = torch.where(dead, 0.0, (norms.cpu() - expected).abs() / expected)
     worst = golden.meta["grad_keys"][int(relative.argmax())]
     yield compare(f"grads/param_l2, worst {worst}", relative, torch.zeros_like(relative), max_abs=bound)
-    dust = norms.cpu()[dead] / expected.max()
-    yield compare("grads/param_l2, dead parameters", dust, torch.zeros_like(dust), max_abs=1e-6)
+    rounding = norms.cpu()[dead] / expected.max()
+    yield compare("grads/param_l2, dead parameters", rounding, torch.zeros_like(rounding), max_abs=1e-6)
 
 
 def keep(seen: dict[str, Tensor], name: str):

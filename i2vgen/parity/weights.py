@@ -1,4 +1,4 @@
-"""The closed rules by which the goldens' weights follow from official parameter names and shapes."""
+"""Formulas for the goldens' random weights, computed from the official parameter names and shapes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def _normal(key: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
 
 
 def grid_weight(key: str, shape: tuple[int, ...], seed: int, exponent: int) -> Tensor:
-    """UNet goldens: integers of -127..127 times a power of two, so that every float format holds them."""
+    """UNet goldens: integers in -127..127 times a power of two, exact in every float format."""
     center, scale = (64, 10) if len(shape) == 1 and key.endswith("weight") else (0, 32)
     code = np.clip(np.rint(center + scale * _normal(key, shape, seed)), -127, 127).astype(np.int8)
     return torch.from_numpy(code.astype(np.float32) * 2.0**exponent)
 
 
 def fan_in_weight(key: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """Pipeline goldens (VAE, CLIP): scaled by fan-in, norm weights near 1, biases small."""
+    """Pipeline goldens (VAE, CLIP): scaled by fan-in, with norm weights near 1 and small biases."""
     if not shape:
         return torch.tensor(math.log(1 / 0.07))  # CLIP's logit_scale
     z = _normal(key, shape, seed)

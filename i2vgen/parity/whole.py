@@ -1,4 +1,4 @@
-"""Kinds `pipeline_e2e` and `pipeline_rng`: the whole road on tiny parts, and the official random draws."""
+"""Kinds `pipeline_e2e` and `pipeline_rng`: the whole pipeline on tiny parts, the official random draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from i2vgen import pipeline
-from i2vgen.fast import runtime
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.parity.diffusion import stand_in
@@ -21,17 +21,16 @@ from i2vgen.settings import config
 LATENT_ABS = {torch.float64: 2e-5, torch.float32: 2e-5, torch.float16: 0.02, torch.bfloat16: 0.1}
 DECODED_ABS = {torch.float64: 2e-4, torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.5}
 FRAME_LEVELS = {torch.float64: 1, torch.float32: 1, torch.float16: 12, torch.bfloat16: 60}
-# One level is the room of a value that lies next to a whole number; a rounding instead of a truncation would
-# use it in half of all bytes. Measured: right 8e-5, rounded 4e-3.
+# A value next to an integer may differ by one level. Rounding instead of truncating would change half of all
+# bytes by one level: relative L2 4e-3 instead of 8e-5.
 FRAMES_L2 = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 ENCODER_ABS = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 0.03, torch.bfloat16: 0.25}
-# The stored draws are thinned: every 5th frame (0, 5, 10, 15), every 8th row and column of the full-size
-# noise.
+# The stored draws are subsampled: every 5th frame, every 8th row and column of the full-size noise.
 FRAME_STRIDE, PIXEL_STRIDE = 5, 8
 
 
 class StandInUNet:
-    """The goldens' closed-form network behind the UNet's two doors, so that the real road can be driven."""
+    """The goldens' closed-form network with the UNet's interface, to run the real pipeline with it."""
 
     def __init__(self, settings: Settings):
         self.settings = settings
@@ -47,7 +46,7 @@ class StandInUNet:
 
 
 def e2e_config(meta: dict) -> config.Config:
-    """The golden's settings as ours, in the official forms; one UNet level, so sizes follow the VAE."""
+    """The golden's settings as ours, in the official forms; a UNet of one level allows all VAE sizes."""
     clip, dd = meta["clip_config"], meta["vae_ddconfig"]
     width, height = meta["resolution"]
     return config.Config(
@@ -78,7 +77,7 @@ def e2e_config(meta: dict) -> config.Config:
 
 
 def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """Picture and prompt to frames, every round after one seed, through `pipeline.generate` itself."""
+    """Picture and prompt to frames with `pipeline.generate`; the rounds share one seeded generator."""
     meta = golden.config
     cfg = e2e_config(meta)
     ddconfig = meta["vae_ddconfig"]
@@ -104,7 +103,7 @@ def e2e(golden: Golden, settings: Settings) -> Iterator[Row]:
             max_abs=LATENT_ABS[settings.dtype],
         )
         steps: list[Tensor] = []
-        generator.set_state(before)  # `generate` draws the same numbers itself
+        generator.set_state(before)  # `generate` draws the same numbers again
         frames = pipeline.generate(
             model,
             [picture],
@@ -137,8 +136,8 @@ def _inputs(
     generator: torch.Generator,
     latent: tuple[int, ...],
 ) -> tuple[Conditions, Conditions, Tensor]:
-    """Conditions and initial noise, drawn in the road's order."""
-    draws = runtime.SampleNoise(generator)
+    """Conditions and initial noise, drawn in the pipeline's order."""
+    draws = SampleNoise(generator)
     cond, uncond = pipeline.encode(model, [picture], [prompt], draws.draw(latent))
     noise = draws.draw((latent[0], model.config.sample.frames, *latent[1:]))
     return cond, uncond, noise
@@ -163,12 +162,12 @@ def _shared(
 
 
 def _frames(generator: torch.Generator, size: tuple[int, ...], stored: int, facts: dict) -> int:
-    """How many frames were drawn: of the lengths whose thinning keeps `stored` frames, the one that fits."""
+    """The number of frames drawn: of the lengths that leave `stored` frames, the one that fits `facts`."""
     lengths = range((stored - 1) * FRAME_STRIDE + 1, stored * FRAME_STRIDE + 1)
     for frames in lengths:
         trial = torch.Generator()
         trial.set_state(generator.get_state())
-        draws = runtime.SampleNoise(trial)
+        draws = SampleNoise(trial)
         draws.draw(size)
         last = draws.draw((size[0], frames, *size[1:])).flatten()[-4:]
         if (last - torch.tensor(facts["noise_last4"])).abs().max() <= 1e-6:
@@ -177,9 +176,9 @@ def _frames(generator: torch.Generator, size: tuple[int, ...], stored: int, fact
 
 
 def rng(golden: Golden, settings: Settings) -> Iterator[Row]:
-    """From the official generator state before the first item: posterior and initial noise of every round.
+    """Posterior and initial noise of every round, from the official generator state before the first item.
 
-    Vectorised `randn` may differ in the last bit between CPU families, hence 1e-6 and no hash of the draws.
+    The last bit of vectorised `randn` depends on the CPU, hence the tolerance 1e-6 instead of a hash.
     """
     meta = golden.config
     state = golden["rng_state_before_first_item"]
@@ -189,7 +188,7 @@ def rng(golden: Golden, settings: Settings) -> Iterator[Row]:
         yield check("generator after seeding", same, "SHA-256 of the golden")
     generator = torch.Generator()
     generator.set_state(state)
-    draws = runtime.SampleNoise(generator)
+    draws = SampleNoise(generator)
     _, c, f, h, w = golden["initial_noise_sparse.0"].shape
     size = (c, h * PIXEL_STRIDE, w * PIXEL_STRIDE)
     frames = _frames(generator, size, f, meta["rounds"][0])

@@ -21,14 +21,17 @@ import torch
 from einops import rearrange, repeat
 from torch import Tensor, nn
 
-from i2vgen.diffusion.sampler import OnStep, Predict, at_least_float32, guided, guided_pair
+from i2vgen.diffusion.noise import SampleNoise
+from i2vgen.diffusion.sampler import OnStep, Predict, at_least_float32, guided_pair
 from i2vgen.diffusion.schedule import Schedule
-from i2vgen.fast import compiled, machine, runtime
+from i2vgen.fast import machine, runtime, savings
+from i2vgen.fast.unet import both_branches, projected, under
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
+from i2vgen.memory.free import free_memory
 from i2vgen.memory.offload import Guest
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.conditioning import Conditions, Prepared, Unconditional, join
+from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.refiner import fitting
@@ -71,7 +74,7 @@ def refine(
     config, job = model.config, model.config.refine
     frames = frames[: job.frames or None]
     shape = geometry(config, (frames.shape[2], frames.shape[1]))
-    draws = runtime.SampleNoise(seed)
+    draws = SampleNoise(seed)
     table = levels(config)
 
     with plans.here(model.waiting, "vae"):
@@ -80,13 +83,16 @@ def refine(
     states = texts(model, prompt)
     with plans.here(model.waiting, "unet"):
         kinds = zip((Conditions, Unconditional), states, strict=True)
-        cond, uncond = (model.unet.prepare(kind(one[None], None, None, None), 1) for kind, one in kinds)
+        cond, uncond = (
+            projected(model.unet, model.unet.prepare(kind(one[None], None, None, None), 1))
+            for kind, one in kinds
+        )
         if job.start == "noise":
             noise = job.noise * draws.draw(tuple(latents.shape[1:])).to(latents)
             start = table.noised(latents, noise, job.noise_level - 1)
         else:
             start = sampling.invert(
-                windows(model, under(model, uncond)),
+                windows(model, under(model.unet, uncond)),
                 latents,
                 inversion_schedule(config),
                 total=job.noise_level,
@@ -120,7 +126,7 @@ def geometry(config: Config, size: tuple[int, int]) -> fitting.Geometry:
     )
 
 
-def encode(model: Refiner, frames: np.ndarray, shape: fitting.Geometry, draws: runtime.SampleNoise) -> Tensor:
+def encode(model: Refiner, frames: np.ndarray, shape: fitting.Geometry, draws: SampleNoise) -> Tensor:
     """Frames uint8 [f h w 3] -> latents [c f h w], a few frames at a time, in at least float32."""
     job, chunk, latents = model.config.refine, model.config.runtime.vae_chunk, []
     width, height = (side // model.config.vae.factor for side in shape.legal)
@@ -191,15 +197,8 @@ def network(model: Refiner, cond: Prepared, uncond: Prepared) -> Predict:
     """The UNet under rescaled guidance; the part that reads no text runs once for both branches."""
     job = model.config.refine
     if job.guidance == 1.0:
-        return under(model, cond)
-    both = join([cond, uncond]) if model.config.runtime.share_prefix else None
-    if both is not None:
-        return guided_pair(under(model, both), job.guidance, rescale=job.rescale)
-    return guided(under(model, cond), under(model, uncond), job.guidance, rescale=job.rescale)
-
-
-def under(model: Refiner, prepared: Prepared) -> Predict:
-    return lambda x, t: model.unet(x, t.to(x.device), prepared)
+        return under(model.unet, cond)
+    return guided_pair(both_branches(model.unet, cond, uncond), job.guidance, rescale=job.rescale)
 
 
 def windows(model: Refiner, predict: Predict) -> Predict:
@@ -288,7 +287,7 @@ def choose_plan(config: Config, size: tuple[int, int], frames: int) -> tuple[Con
         ),
         runtime=dataclasses.replace(config.runtime, batch=1),
     )
-    ledger, free = plans.Ledger(sized), runtime.free_memory(runtime.device(config.runtime))
+    ledger, free = plans.Ledger(sized), free_memory(runtime.device(config.runtime))
     settled, estimate = plans.fastest(sized, ledger, free)
     if config.runtime.check_memory and estimate.total > free:
         plan = plans.leaner(sized, ledger, free)
@@ -332,8 +331,8 @@ def load(
         tell(estimate)
     config = dataclasses.replace(config, runtime=sized.runtime)
     parts = load_parts(config, homes, device)
-    compiled.make_ready(parts["unet"], sized, device)
-    parts["vae"].set_tile(config.runtime.vae_tile)
+    plans.prepare_unet(parts["unet"], sized, device)
+    savings.apply(parts["vae"], config.runtime, device)
     return Refiner(config, **parts, device=device, waiting=plans.guests(parts, config, device))
 
 

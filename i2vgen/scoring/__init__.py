@@ -1,1 +1,1 @@
-"""Scores of any clips: the user's own videos, by any model. Nothing here needs the procedural world."""
+"""Scores of arbitrary videos, by any model. Nothing here needs the procedural world."""

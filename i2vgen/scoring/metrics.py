@@ -1,6 +1,7 @@
-"""Numbers of pictures and clips that need no network: numpy and torch alone, in float64.
+"""Picture and clip metrics that need no network, computed in float64.
 
-Pictures are uint8 [.. h w 3], clips uint8 [f h w 3]; "levels" are those of a byte, 0 to 255.
+Pictures are uint8 [.. h w 3], clips uint8 [f h w 3]; values are in levels, 0 to 255.
+Axes: f frames, h w pixel rows and columns, n pictures.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MAX_PSNR = 99.0  # of equal pictures, in place of infinity
+MAX_PSNR = 99.0  # PSNR of equal pictures, instead of infinity
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 # Wang et al. 2004, "Image quality assessment: from error visibility to structural similarity", section III.
 SSIM_WINDOW, SSIM_SIGMA, SSIM_K1, SSIM_K2 = 11, 1.5, 0.01, 0.03
 
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
-    """uint8 [..], uint8 [..] -> peak signal-to-noise ratio in dB, higher is nearer; equal ones have MAX_PSNR.
+    """uint8 [..], uint8 [..] -> peak signal-to-noise ratio in dB, higher is better, at most MAX_PSNR.
 
-    10 log10(255^2 / mean squared error), the error over all values of the two at once.
+    10 log10(255^2 / mean squared error), with the mean over all values.
     """
     same_shape(one, other)
     error = np.square(one.astype(np.float64) - other).mean()
@@ -29,10 +30,10 @@ def psnr(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def ssim(one: np.ndarray, other: np.ndarray) -> float:
-    """uint8 [.. h w 3], uint8 [.. h w 3] -> structural similarity, -1 to 1, higher is nearer.
+    """uint8 [.. h w 3], uint8 [.. h w 3] -> structural similarity, -1 to 1, higher is better.
 
-    Wang et al. 2004, equation 13: a Gaussian window of 11 x 11 pixels with deviation 1.5, where it fits in
-    whole; mean over pixels, colour channels and pictures.
+    Wang et al. 2004, equation 13: Gaussian window of 11 x 11 pixels with standard deviation 1.5, without
+    padding; mean over pixels, colour channels and pictures.
     """
     same_shape(one, other)
     if min(one.shape[-3:-1]) < SSIM_WINDOW:
@@ -42,7 +43,7 @@ def ssim(one: np.ndarray, other: np.ndarray) -> float:
         )
     c1, c2 = (SSIM_K1 * 255) ** 2, (SSIM_K2 * 255) ** 2
     found = []
-    for a, b in zip(_planes(one), _planes(other), strict=True):  # a picture at a time: memory
+    for a, b in zip(_planes(one), _planes(other), strict=True):  # one picture at a time, to save memory
         mean_a, mean_b = _window(a), _window(b)
         var_a, var_b = _window(a * a) - mean_a**2, _window(b * b) - mean_b**2
         cov = _window(a * b) - mean_a * mean_b
@@ -54,7 +55,7 @@ def ssim(one: np.ndarray, other: np.ndarray) -> float:
 def sharpness(clip: np.ndarray) -> float:
     """uint8 [.. h w 3] -> variance of the luma's Laplacian, in squared levels; detail and noise raise it.
 
-    Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy": the 4-neighbour Laplacian,
+    Pech-Pacheco et al. 2000, "Diatom autofocusing in brightfield microscopy", with the 4-neighbour Laplacian;
     variance per picture, mean over pictures.
     """
     y = luma(clip)
@@ -64,9 +65,9 @@ def sharpness(clip: np.ndarray) -> float:
 
 
 def frame_change(clip: np.ndarray) -> float:
-    """uint8 [f h w 3] -> mean absolute difference of neighbouring frames, in levels; 0 stands still.
+    """uint8 [f h w 3] -> mean absolute difference of neighbouring frames, in levels; 0 for a still clip.
 
-    Motion and flicker both show, so neither direction is better. VBench's temporal flickering is
+    Motion and flicker both raise it, so neither direction is better. VBench's temporal flickering is
     (255 - this) / 255.
     """
     need_frames(clip, 2, "frame_change")
@@ -74,10 +75,10 @@ def frame_change(clip: np.ndarray) -> float:
 
 
 def flicker(clip: np.ndarray) -> float:
-    """uint8 [f h w 3] -> mean of |x[k+1] - 2 x[k] + x[k-1]| / 2, in levels, lower is steadier.
+    """uint8 [f h w 3] -> mean of |x[i+1] - 2 x[i] + x[i-1]| / 2 over frames i, in levels, lower is steadier.
 
-    How far a frame is from midway between its neighbours: what changes evenly counts nothing, what comes
-    and goes counts whole. Fast motion of edges shows in it too; `warp_error` follows the motion.
+    The distance of a frame from the mean of its neighbours, so uniform change counts as zero. Fast edges
+    raise it too; `warp_error` compensates for motion.
     """
     need_frames(clip, 3, "flicker")
     found = []
@@ -88,20 +89,20 @@ def flicker(clip: np.ndarray) -> float:
 
 
 def luma(pictures: np.ndarray) -> np.ndarray:
-    """uint8 [.. h w 3] -> float64 [.. h w], brightness by BT.601."""
+    """uint8 [.. h w 3] -> float64 [.. h w], luma of ITU-R BT.601."""
     return pictures.astype(np.float64) @ np.array(LUMA)
 
 
 def same_shape(one: np.ndarray, other: np.ndarray) -> None:
     if one.shape != other.shape:
         raise ValueError(
-            f"cannot compare pictures of shapes {one.shape} and {other.shape}; expected equal ones"
+            f"cannot compare pictures of shapes {one.shape} and {other.shape}; expected equal shapes"
         )
 
 
 def need_frames(clip: np.ndarray, count: int, name: str) -> None:
     if len(clip) < count:
-        raise ValueError(f"{name} needs {count} frames or more, this clip has {len(clip)}")
+        raise ValueError(f"{name} needs at least {count} frames, but this clip has {len(clip)}")
 
 
 def _pairs(clip: np.ndarray):
@@ -110,13 +111,13 @@ def _pairs(clip: np.ndarray):
 
 
 def _planes(pictures: np.ndarray):
-    """uint8 [.. h w 3] -> float64 [3 1 h w], one picture after another."""
+    """uint8 [.. h w 3] -> yields float64 [3 1 h w], one picture at a time."""
     for picture in pictures.reshape(-1, *pictures.shape[-3:]):
         yield torch.from_numpy(picture.astype(np.float64)).permute(2, 0, 1)[:, None]
 
 
 def _window(x: Tensor) -> Tensor:
-    """[n 1 h w] -> Gaussian mean around every pixel whose window lies inside, [n 1 h-10 w-10]"""
+    """[n 1 h w] -> [n 1 h-10 w-10], Gaussian-weighted mean over the window, without padding."""
     place = torch.arange(SSIM_WINDOW, dtype=x.dtype) - SSIM_WINDOW // 2
     line = torch.exp(-place.square() / (2 * SSIM_SIGMA**2))
     line = line / line.sum()

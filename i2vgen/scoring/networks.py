@@ -1,13 +1,15 @@
-"""The networks that some scores need, all given by the user: CLIP, LPIPS, and the features of FVD.
+"""Networks that some scores need and the user must provide: CLIP, LPIPS, and the features for FVD.
 
-None comes with the package and none is fetched. CLIP is weights alone, read as everywhere in this project:
-nothing in the file runs. LPIPS and FVD are programs, and a program is trusted or not, so each is loaded only
-where the user names it:
+None is part of the package, and none is downloaded. A CLIP is read as weights only; no code in the file is
+executed. LPIPS and FVD networks are code, so they are loaded only if the user names them; load only code you
+trust:
 
-    FILE.py:NAME     a function or class in a file; called without arguments, it gives the network
+    FILE.py:NAME     a function or class in a file, which returns the network when called without arguments
     MODULE:NAME      the same from an installed package, for example lpips:LPIPS
-    FILE             a TorchScript file (torch.jit.save). It runs no Python, but what it holds is a program of
-                     torch operations, which can read and write files: load only what you trust
+    FILE             a TorchScript file (torch.jit.save): no Python, but a program of torch operations, which
+                     can read and write files
+
+Axes: n pictures, f frames, h w pixel rows and columns, d width of a feature vector.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ from i2vgen.model.clip import ClipEncoders
 from i2vgen.settings.merge import first_line, load_config
 
 Network = Callable[..., Tensor]
-FVD_SIDE = 224  # what every I3D of the literature was trained on
-BATCH = 16  # frames at once
-# What the road asks of its own CLIP (widths of tokens, a block before the last) does not bind a judge.
+FVD_SIDE = 224  # input size of the published I3D networks
+BATCH = 16  # frames per forward pass
+# A CLIP used for scoring need not meet the requirements of the video UNet (token widths, penultimate layer).
 JUDGE = ("use.text=false", "use.global_tokens=false", "clip.text_layer=last")
-# The three arguments of the TorchScript I3D that most published FVDs come from (StyleGAN-V's).
-I3D_WORDS = {"rescale": False, "resize": False, "return_features": True}
+# Arguments of StyleGAN-V's TorchScript I3D, which most published FVD values use.
+I3D_ARGUMENTS = {"rescale": False, "resize": False, "return_features": True}
 
 
 class Sizes(NamedTuple):
-    """What CLIP wants of a picture."""
+    """Size and normalisation of CLIP's input pictures."""
 
     side: int
     mean: tuple[float, float, float]
@@ -55,7 +57,7 @@ class Sizes(NamedTuple):
 
 
 class ClipJudge:
-    """Unit vectors of pictures and texts by an open_clip model."""
+    """Embeds pictures and texts as unit vectors with an open_clip model."""
 
     def __init__(self, encoders: ClipEncoders):
         settings = encoders.settings
@@ -64,7 +66,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def pictures(self, frames: Sequence[np.ndarray]) -> Tensor:
-        """uint8 [h w 3] each -> float32 [n v] of length 1. The centre square is seen, resized bilinearly."""
+        """uint8 [h w 3] each -> unit vectors, float32 [n d], of the centre squares, resized bilinearly."""
         found = []
         for start in range(0, len(frames), BATCH):
             views = [self.view(frame) for frame in frames[start : start + BATCH]]
@@ -74,7 +76,7 @@ class ClipJudge:
 
     @torch.no_grad()
     def text(self, prompt: str) -> Tensor:
-        """-> float32 [v] of length 1"""
+        """-> unit vector, float32 [d]."""
         tokens = self.encoders.tokenize([prompt]).to(self.encoders.device)
         return F.normalize(self.encoders.model.encode_text(tokens).float(), dim=-1)[0].cpu()
 
@@ -91,7 +93,7 @@ def clip_from_weights(folder: str, device: torch.device) -> ClipJudge:
 
 
 def clip_from_checkpoint(model: str, file: str, device: torch.device) -> ClipJudge:
-    """An open_clip model by name, or by a JSON file of open_clip's, with the weights of a local file."""
+    """An open_clip model, by its name or JSON configuration file, with weights from a local file."""
     settings = load_config(None, [f"clip.model={model}", *JUDGE])
     encoders = checkpoint.build("clip", settings)
     state = read_state(file)
@@ -100,7 +102,7 @@ def clip_from_checkpoint(model: str, file: str, device: torch.device) -> ClipJud
 
 
 def read_state(file: str) -> dict[str, Tensor]:
-    """An open_clip checkpoint -> its tensors by name. Nothing in the file is executed."""
+    """Read an open_clip checkpoint -> tensors by name. No code in the file is executed."""
     check_file("clip_checkpoint", file)
     try:
         if file.endswith(".safetensors"):
@@ -110,31 +112,31 @@ def read_state(file: str) -> dict[str, Tensor]:
     except (SafetensorError, UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f"clip_checkpoint={file} cannot be read as weights: {first_line(error)}; give a "
-            ".safetensors file or one of torch.save with plain tensors (OpenAI's own .pt are programs: take "
-            "open_clip's copy of them)"
+            ".safetensors file or a torch.save file of plain tensors (OpenAI's original .pt files contain "
+            "code; use open_clip's version of them)"
         ) from error
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # open_clip's own trainings
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):  # saved by open_clip
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"clip_checkpoint={file} holds no state dict of tensors; give an open_clip checkpoint"
+            f"clip_checkpoint={file} is not a state dict of tensors; give an open_clip checkpoint"
         )
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
 
 # ---------------------------------------------------------------------------------------------------
-# Programs that the user names
+# Networks named by the user
 
 
 def check(setting: str, spec: str) -> None:
-    """ValueError for what can be wrong with a network's name before it is loaded."""
+    """ValueError if a network's name is malformed or its file or package is missing; loads nothing."""
     place, colon, name = spec.rpartition(":")
     if not colon:
         check_file(setting, spec)
         if not zipfile.is_zipfile(spec):
             raise ValueError(
-                f"{setting}={spec} is no TorchScript file; give one of torch.jit.save, or FILE.py:NAME or "
-                "MODULE:NAME of a function that returns the network"
+                f"{setting}={spec} is not a TorchScript file; give one written by torch.jit.save, or "
+                "FILE.py:NAME or MODULE:NAME of a function that returns the network"
             )
     elif not name.isidentifier() or not place:
         raise ValueError(
@@ -143,7 +145,7 @@ def check(setting: str, spec: str) -> None:
     elif place.endswith(".py"):
         check_file(setting, place)
     elif not all(part.isidentifier() for part in place.split(".")):
-        raise ValueError(f"{setting}={spec}: {place} is no module's name; write FILE.py:NAME or MODULE:NAME")
+        raise ValueError(f"{setting}={spec}: {place} is not a module name; write FILE.py:NAME or MODULE:NAME")
     elif importlib.util.find_spec(place.split(".")[0]) is None:
         raise ValueError(
             f"{setting}={spec} needs the package {place.split('.')[0]}, which is not installed: "
@@ -158,16 +160,16 @@ def check_file(setting: str, path: str) -> None:
 
 
 def load(setting: str, spec: str, device: torch.device) -> Network:
-    """A network by its name, see the top of this file, in eval mode on `device`."""
+    """Load a network by its name (see the top of this file), in eval mode on `device`."""
     check(setting, spec)
     place, colon, name = spec.rpartition(":")
     if not colon:
         try:
-            with warnings.catch_warnings():  # PyTorch has other plans for the format; published I3Ds have not
+            with warnings.catch_warnings():  # PyTorch deprecates TorchScript, but published I3Ds use it
                 warnings.simplefilter("ignore", FutureWarning)
                 network = torch.jit.load(spec, map_location=device)
         except RuntimeError as error:
-            raise ValueError(f"{setting}={spec} is no TorchScript file: {first_line(error)}") from error
+            raise ValueError(f"{setting}={spec} is not a TorchScript file: {first_line(error)}") from error
         return network.eval()
     if place.endswith(".py"):
         found = importlib.util.spec_from_file_location(Path(place).stem, place)
@@ -180,14 +182,15 @@ def load(setting: str, spec: str, device: torch.device) -> Network:
         raise ValueError(f"{setting}={spec}: {place} has no function {name}")
     network = make()
     if not callable(network):
-        raise ValueError(f"{setting}={spec}: {name}() gave {type(network).__name__}, expected a network")
+        raise ValueError(f"{setting}={spec}: {name}() returned {type(network).__name__}, expected a network")
     return network.eval().to(device) if isinstance(network, torch.nn.Module) else network
 
 
 class Lpips:
-    """Zhang et al. 2018, "The unreasonable effectiveness of deep features": 0 is equal, lower is nearer.
+    """Zhang et al. 2018, "The unreasonable effectiveness of deep features": 0 for equal pictures, lower is
+    better.
 
-    The network takes two batches of pictures, float32 [n 3 h w] in [-1, 1], and gives n distances.
+    The network maps two batches of pictures, float32 [n 3 h w] in [-1, 1], to n distances.
     """
 
     def __init__(self, network: Network, device: torch.device):
@@ -195,44 +198,44 @@ class Lpips:
 
     @torch.no_grad()
     def __call__(self, one: np.ndarray, other: np.ndarray) -> float:
-        """uint8 [n h w 3], uint8 [n h w 3] -> mean distance over the n pairs"""
+        """uint8 [n h w 3], uint8 [n h w 3] -> mean distance over the n pairs."""
         found = []
         for start in range(0, len(one), BATCH):
             pair = [unit(x[start : start + BATCH]).to(self.device) for x in (one, other)]
             out = torch.as_tensor(self.network(*pair)).reshape(-1).double().cpu()
             if len(out) != len(pair[0]):
                 raise ValueError(
-                    f"lpips_network gave {len(out)} numbers for {len(pair[0])} pairs; expected one each"
+                    f"lpips_network returned {len(out)} numbers for {len(pair[0])} pairs; expected one each"
                 )
             found.append(out)
         return float(torch.cat(found).mean())
 
 
 class FvdFeatures:
-    """The vector of a clip: float32 [1 3 f 224 224] in [-1, 1] -> [1 d] by the user's network.
+    """The feature vector of a clip: the user's network maps float32 [1 3 f 224 224] in [-1, 1] to [1 d].
 
-    Scaled to cover 224 x 224, by box filter, and cut to the centre. StyleGAN-V's TorchScript I3D is told
-    not to rescale or resize again, and to give features.
+    Frames are scaled with a box filter to cover 224 x 224 and centre-cropped. StyleGAN-V's TorchScript I3D is
+    called so that it does not rescale or resize again and returns features.
     """
 
     def __init__(self, network: Network, device: torch.device):
         self.network, self.device = network, device
-        self.words = {}
+        self.arguments = {}
         if isinstance(network, torch.jit.ScriptModule):
             known = {argument.name for argument in network.forward.schema.arguments}
-            self.words = I3D_WORDS if I3D_WORDS.keys() <= known else {}
+            self.arguments = I3D_ARGUMENTS if I3D_ARGUMENTS.keys() <= known else {}
 
     @torch.no_grad()
     def __call__(self, clip: np.ndarray) -> np.ndarray:
-        """uint8 [f h w 3] -> float64 [d]"""
+        """uint8 [f h w 3] -> float64 [d]."""
         square = [images.center_crop_wide(Image.fromarray(frame), FVD_SIDE, FVD_SIDE) for frame in clip]
         x = unit(np.stack([np.asarray(frame) for frame in square])).transpose(0, 1)[None].to(self.device)
-        out = torch.as_tensor(self.network(x, **self.words))
+        out = torch.as_tensor(self.network(x, **self.arguments))
         if out.shape[0] != 1:
-            raise ValueError(f"fvd_network gave shape {tuple(out.shape)} for one clip; expected [1 d]")
+            raise ValueError(f"fvd_network returned shape {tuple(out.shape)} for one clip; expected [1 d]")
         return out.reshape(-1).double().cpu().numpy()
 
 
 def unit(pictures: np.ndarray) -> Tensor:
-    """uint8 [n h w 3] -> float32 [n 3 h w] in [-1, 1]"""
+    """uint8 [n h w 3] -> float32 [n 3 h w] in [-1, 1]."""
     return torch.from_numpy(pictures.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1

@@ -1,7 +1,9 @@
-"""Every score by name, what each needs, and the run over the clips of one model or two.
+"""All scores by name with their requirements, and their computation on the clips of one or two models.
 
-What a score needs (a picture, a package, a network) is looked at before any clip is read; a score that is not
-asked for loads and computes nothing.
+Requirements (a picture, a package, a network) are checked before any clip is read. Scores that were not
+requested load and compute nothing.
+
+Axes: f frames, h w pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ NEEDS = {
     "lpips": "lpips_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
     "fvd": "fvd_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
 }
-SETS = ("fvd",)  # numbers of all clips together
+SETS = ("fvd",)  # scores of a whole set of clips
 
 
 class Metric(NamedTuple):
     unit: str
-    better: Literal["higher", "lower", ""]  # "": neither; it describes
+    better: Literal["higher", "lower", ""]  # "": neither; descriptive
     needs: tuple[str, ...]
     says: str
 
@@ -65,16 +67,14 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked for; empty text and tuples: not given."""
+    """The user's request; empty strings and tuples mean not given."""
 
     videos: str
     against: str = ""
     reference: str = ""
-    metrics: tuple[str, ...] = ()  # none named: all whose needs are met
-    frames: int = 0  # the first so many of every clip; 0: all
-    fit: Literal["refuse", "crop"] = (
-        "refuse"  # true clips of another size: refused, or cropped as pictures are
-    )
+    metrics: tuple[str, ...] = ()  # empty: all whose requirements are met
+    frames: int = 0  # use the first N frames of every clip; 0: all
+    fit: Literal["refuse", "crop"] = "refuse"  # for true clips of another size
     clip_weights: str = ""
     clip_model: str = ""
     clip_checkpoint: str = ""
@@ -84,7 +84,7 @@ class Plan:
 
     def __post_init__(self):
         if wrong := [name for name in self.metrics if name not in METRICS]:
-            raise ValueError(f"there is no metric {wrong[0]}; known are {', '.join(METRICS)}")
+            raise ValueError(f"there is no metric {wrong[0]}; choose from {', '.join(METRICS)}")
         if self.frames < 0:
             raise ValueError(f"frames is {self.frames}; give a number of frames, 0 for all")
         if self.fit not in ("refuse", "crop"):
@@ -96,7 +96,7 @@ class Plan:
 
 
 class Model(NamedTuple):
-    """The clips of one model and what is asked of them."""
+    """The clips of one model and the folder, list or file they come from."""
 
     place: str
     clips: tuple[Clip, ...]
@@ -107,13 +107,13 @@ class Job:
     plan: Plan
     models: tuple[Model, ...]  # one, or two whose clips have the same names in the same order
     names: tuple[str, ...]  # of METRICS
-    left_out: dict[str, str]  # metrics that nobody asked for by name -> what they lack
-    unpaired: tuple[str, ...] = ()  # clips that only one of two models has
+    left_out: dict[str, str]  # metrics left out -> their missing requirement
+    unpaired: tuple[str, ...] = ()  # clips that only one of the two models has
 
 
 @dataclass
 class Judges:
-    """The networks that the asked scores need."""
+    """The networks that the requested scores need."""
 
     clip: networks.ClipJudge | None = None
     lpips: networks.Lpips | None = None
@@ -122,21 +122,21 @@ class Judges:
 
 @dataclass
 class Found:
-    """The numbers of one model."""
+    """The scores of one model."""
 
     place: str
     clips: list[Clip] = field(default_factory=list)
     rows: list[dict[str, float | None]] = field(default_factory=list)  # one per clip
     means: dict[str, Mean] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)  # clip -> why it could not be read
+    skipped: dict[str, str] = field(default_factory=dict)  # unreadable clip -> reason
 
 
 # ---------------------------------------------------------------------------------------------------
-# Before the work
+# Preparing
 
 
 def prepare(plan: Plan) -> Job:
-    """Everything that can be said before a clip is read: what is there, what is lacking."""
+    """Find the clips and check all requirements before any clip is read. ValueError if one is not met."""
     places = [plan.videos, *([plan.against] if plan.against else [])]
     found = [files.find(name, place) for name, place in zip(("videos", "against"), places, strict=False)]
     found, unpaired = pair(found, places)
@@ -158,7 +158,7 @@ def prepare(plan: Plan) -> Job:
             raise ValueError(f"{name} needs {lacking[missing[0]]}")
         else:
             left_out[name] = lacking[missing[0]]
-    idle(plan, names)
+    refuse_unused(plan, names)
     if any("picture" in METRICS[name].needs for name in names):
         for file in dict.fromkeys(clip.image for clips in found for clip in clips):
             images.open_picture(file)
@@ -167,11 +167,11 @@ def prepare(plan: Plan) -> Job:
 
 
 def lacks(plan: Plan, clips: Sequence[Clip]) -> Iterable[tuple[str, str]]:
-    """Needs that are not met -> what to do."""
+    """Unmet requirements, each with what to do about it."""
     for need, which in (("picture", "image"), ("prompt", "prompt"), ("reference", "reference")):
         without = [str(clip.file) for clip in clips if not getattr(clip, which)]
         if without:
-            some = f" ({len(without)} of {len(clips)} lack it, the first is {without[0]})"
+            some = f" ({len(without)} of {len(clips)} lack it, such as {without[0]})"
             yield need, NEEDS[need] + (some if len(without) < len(clips) else "")
     if importlib.util.find_spec("cv2") is None:
         yield "opencv", NEEDS["opencv"]
@@ -182,8 +182,8 @@ def lacks(plan: Plan, clips: Sequence[Clip]) -> Iterable[tuple[str, str]]:
             yield need, NEEDS[need]
 
 
-def idle(plan: Plan, names: Sequence[str]) -> None:
-    """ValueError for something that was given and that no asked score reads."""
+def refuse_unused(plan: Plan, names: Sequence[str]) -> None:
+    """ValueError if an input was given that no requested score uses."""
     given = {
         "reference": plan.reference,
         "clip": plan.clip_weights or plan.clip_model,
@@ -194,34 +194,40 @@ def idle(plan: Plan, names: Sequence[str]) -> None:
     for need, value in given.items():
         if value and need not in needed:
             some = [name for name, metric in METRICS.items() if need in metric.needs]
-            raise ValueError(f"{value} is read by none of the scores asked for; ask for {' or '.join(some)}")
+            raise ValueError(
+                f"{value} is used by none of the requested scores; add {' or '.join(some)} to metrics="
+            )
 
 
 def pair(found: list[list[Clip]], places: Sequence[str]) -> tuple[list[list[Clip]], tuple[str, ...]]:
-    """Two models' clips -> those of the same names, in one order; names of the others."""
+    """Clips of two models -> those with a partner of the same name, in the same order; names of the others.
+
+    One model's clips are returned as they are. ValueError if none match or a pair has different conditions.
+    """
     if len(found) == 1:
         return found, ()
     first, second = ({clip.name: clip for clip in clips} for clips in found)
     both = [name for name in first if name in second]
     if not both:
         raise ValueError(
-            f"no clip of {places[0]} has a partner of its name in {places[1]} ({next(iter(first))}, ... "
-            f"against {next(iter(second))}, ...); name them alike, or give lists with the field name"
+            f"no clip of {places[0]} has a partner of the same name in {places[1]} ({next(iter(first))}, ... "
+            f"against {next(iter(second))}, ...); use the same names, or give lists with the field name"
         )
     alone = tuple(name for name in (*first, *second) if (name in first) != (name in second))
     for name in both:
         one, other = first[name], second[name]
-        told = [(c.prompt, Path(c.image).name) for c in (one, other)]
-        if all(c.prompt is not None and c.image for c in (one, other)) and told[0] != told[1]:
+        made = [(c.prompt, Path(c.image).name) for c in (one, other)]
+        if all(c.prompt is not None and c.image for c in (one, other)) and made[0] != made[1]:
             raise ValueError(
-                f"{one.file} and {other.file} have one name but were made from {told[0][1]}, {told[0][0]!r} "
-                f"and {told[1][1]}, {told[1][0]!r}; clips of the same picture and prompt can be paired"
+                f"{one.file} and {other.file} have the same name but were made from {made[0][1]}, "
+                f"{made[0][0]!r} and {made[1][1]}, {made[1][0]!r}; pair only clips of the same picture and "
+                "prompt"
             )
     return [[first[name] for name in both], [second[name] for name in both]], alone
 
 
 def load_judges(job: Job) -> Judges:
-    """The networks that the job's scores need, and no other."""
+    """Load only the networks that the job's scores need."""
     needed = {need for name in job.names for need in METRICS[name].needs}
     plan, judges = job.plan, Judges()
     device = runtime.device(Runtime(device=plan.device))
@@ -239,11 +245,14 @@ def load_judges(job: Job) -> Judges:
 
 
 # ---------------------------------------------------------------------------------------------------
-# The work
+# Scoring
 
 
 def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) -> list[Found]:
-    """The scores of every model. A clip that cannot be read is skipped, by name, for all models."""
+    """Score every model. An unreadable clip is skipped for all models and recorded with the reason.
+
+    ValueError if no clip can be read.
+    """
     found = [Found(model.place) for model in job.models]
     features: list[list[np.ndarray]] = [[] for _ in job.models]
     true_features: list[list[np.ndarray]] = [[] for _ in job.models]
@@ -280,19 +289,19 @@ def needs_truth(job: Job) -> bool:
 
 
 def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
-    """The true clip, of as many frames and of the size of the generated one. ValueError if it is not."""
+    """The true clip at the length and size of the generated one; ValueError if they differ (size: `fit`)."""
     truth = video.load(clip.reference)[0]
     truth = truth[: job.plan.frames] if job.plan.frames else truth
     count, height, width, _ = frames.shape
     if len(truth) != count:
         raise ValueError(
-            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give as "
-            f"many, or frames={min(count, len(truth))} to compare the first ones"
+            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give clips "
+            f"of equal length, or frames={min(count, len(truth))} to compare the first frames"
         )
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
             f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "
-            f"{truth.shape[2]} x {truth.shape[1]}; fit=crop prepares true clips as pictures are prepared"
+            f"{truth.shape[2]} x {truth.shape[1]}; fit=crop scales and crops true clips as it does pictures"
         )
     return files.cropped(truth, width, height)
 
@@ -300,10 +309,10 @@ def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
 def score(
     clip: Clip, frames: np.ndarray, truth: np.ndarray | None, names: Sequence[str], judges: Judges
 ) -> dict[str, float | None]:
-    """uint8 [f h w 3] -> the asked scores of one clip, by name. ValueError names the clip."""
+    """Frames and true frames uint8 [f h w 3] -> requested scores of one clip. ValueError names the clip."""
     wanted, picture = set(names), None
     try:
-        row = alone(frames, wanted)
+        row = scores_without_inputs(frames, wanted)
         if any("picture" in METRICS[name].needs for name in names):
             picture = files.picture(clip, frames.shape[2], frames.shape[1])
             row |= against_picture(frames, picture, wanted, judges)
@@ -338,7 +347,7 @@ def against_truth(frames: np.ndarray, truth: np.ndarray, wanted: set[str], judge
     return row
 
 
-def alone(frames: np.ndarray, wanted: set[str]) -> dict:
+def scores_without_inputs(frames: np.ndarray, wanted: set[str]) -> dict:
     row = {}
     for name in ("flicker", "frame_change", "sharpness"):
         if name in wanted:

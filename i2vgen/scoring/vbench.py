@@ -1,13 +1,13 @@
-"""Samples for VBench-I2V (Huang et al. 2025, "VBench++"): its pictures and prompts in, its file names out.
+"""Samples for VBench-I2V (Huang et al. 2025, "VBench++"): reads its pictures and prompts, uses its file
+names.
 
-The benchmark describes itself in a JSON list, one entry per prompt (`prompt_en`, `image_name`, `dimension`),
-and ships every picture cropped to four shapes (crop/1-1, 8-5, 7-4, 16-9). It wants five samples per prompt in
-one folder, as `{prompt}-{index}.mp4`, and takes the ending of whatever file that folder lists first: nothing
-else may lie there. So clips are made, with their records, in one folder and linked under their long names
-into another:
+The benchmark has a JSON list with one entry per prompt (`prompt_en`, `image_name`, `dimension`) and every
+picture cropped to four shapes (crop/1-1, 8-5, 7-4, 16-9). It expects five samples per prompt in one folder,
+named `{prompt}-{index}.mp4`, and assumes that all files there have the suffix of the first. Clips and their
+records are therefore written to one folder, and the clips linked under their long names into another:
 
-    OUTPUT/clips/000012-3.mp4, .json    made and resumed here; what each was made from stands beside it
-    OUTPUT/videos/{prompt}-3.mp4        the same files, as the benchmark reads them
+    OUTPUT/clips/000012-3.mp4, .json    clips with their records; a stopped run resumes from these
+    OUTPUT/videos/{prompt}-3.mp4        the same clips, as the benchmark reads them
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from i2vgen.files import whole
 from i2vgen.jobs import Job
 from i2vgen.settings.config import MAX_SEED, Config
 
-SAMPLES = 5  # per prompt, what the benchmark looks for
-RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, as its folders are called
-CAMERA = re.compile(r", camera [a-z ]+$")  # how a prompt of camera_motion ends
-LONGEST_NAME = 255  # bytes, of a file name
+SAMPLES = 5  # per prompt, as the benchmark expects
+RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, the names of the benchmark's folders
+CAMERA = re.compile(r", camera [a-z ]+$")  # the end of a prompt of the dimension camera_motion
+LONGEST_NAME = 255  # bytes in a file name
 
 
 class Entry(NamedTuple):
@@ -40,36 +40,38 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip to make, and what the benchmark calls it."""
+    """One clip to generate, and the benchmark's name for it."""
 
     job: Job
     name: str
 
 
 def read_info(path: str, dimensions: Sequence[str] = ()) -> list[tuple[int, Entry]]:
-    """The benchmark's list -> (place in it, entry), those of the dimensions asked for; none named: all.
+    """Read the benchmark's list -> (index in it, entry) for the given dimensions; all if none are given.
 
-    Early versions of the list give no picture to prompts with a camera move: theirs is that of the prompt
-    without it.
+    Early versions of the list name no picture for prompts with a camera move; they use the picture of the
+    prompt without it.
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
         rows = [(row["prompt_en"], row.get("image_name", ""), tuple(row["dimension"])) for row in raw]
         if not all(isinstance(text, str) for row in rows for text in (*row[:2], *row[2])):
-            raise TypeError("a text was expected")
+            raise TypeError("expected text")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"info={path} is no list of VBench-I2V ({error!r}); give its vbench2_i2v_full_info.json"
+            f"info={path} is not a VBench-I2V list ({error!r}); give its vbench2_i2v_full_info.json"
         ) from error
     pictures = {prompt: image for prompt, image, _ in rows if image}
     found: dict[str, tuple[int, Entry]] = {}
     for place, (prompt, image, dims) in enumerate(rows):
         image = image or pictures.get(CAMERA.sub("", prompt), "")
         if not image:
-            raise ValueError(f"info={path}: {prompt!r} names no picture, and no prompt without a camera does")
+            raise ValueError(
+                f"info={path}: {prompt!r} names no picture, nor does the same prompt without a camera move"
+            )
         if prompt in found and found[prompt][1].image_name != image:
             raise ValueError(
-                f"info={path}: {prompt!r} stands there with {found[prompt][1].image_name} and with {image}; "
+                f"info={path}: {prompt!r} appears with {found[prompt][1].image_name} and with {image}; "
                 "samples are named by the prompt, so it can have one picture only"
             )
         before = found[prompt][1].dimensions if prompt in found else ()
@@ -86,23 +88,23 @@ def read_info(path: str, dimensions: Sequence[str] = ()) -> list[tuple[int, Entr
 
 
 def crops(folder: str, width: int, height: int, ratio: str = "") -> tuple[Path, str]:
-    """The benchmark's picture folder -> that of the shape nearest to the clips', and the shape's name.
+    """The benchmark's picture folder -> subfolder of the shape nearest to the clips', and the shape's name.
 
-    A folder without such subfolders is taken as it is, its shape then said by `ratio`.
+    A folder without such subfolders is used as it is; `ratio` overrides the shape.
     """
     place = Path(folder)
     if not place.is_dir():
-        raise ValueError(f"images={folder} is no folder; give the benchmark's crop folder")
+        raise ValueError(f"images={folder} is not a folder; give the benchmark's crop folder")
     there = [name for name in RATIOS if (place / name).is_dir()]
     if ratio and ratio not in RATIOS:
-        raise ValueError(f"ratio={ratio} is none of the benchmark's; give {', '.join(RATIOS)}")
+        raise ValueError(f"ratio={ratio} is not one of the benchmark's; give {', '.join(RATIOS)}")
     nearest = ratio or min(RATIOS, key=lambda name: abs(math.log(width / height / shape(name))))
     if not there:
         return place, nearest
     if nearest not in there:
         raise ValueError(
             f"images={folder} has no {nearest}, the shape for {width} x {height} pixels; it has "
-            f"{', '.join(there)}: fetch it, or give one of these as ratio="
+            f"{', '.join(there)}: add the missing folder, or give one of these as ratio="
         )
     return place / nearest, nearest
 
@@ -116,10 +118,10 @@ def shape(ratio: str) -> float:
 def plan(
     entries: Sequence[tuple[int, Entry]], pictures: Path, output: Path, config: Config, samples: int = SAMPLES
 ) -> list[Sample]:
-    """What is to be made. Seeds are all different: `sample.seed` + samples x place in the list + index."""
+    """The clips to generate. Each has its own seed: `sample.seed` + samples x index in the list + number."""
     base = config.sample.seed[0]
     if len(config.sample.seed) > 1:
-        raise ValueError(f"seed is {list(config.sample.seed)}; give one, from which every clip's is counted")
+        raise ValueError(f"seed is {list(config.sample.seed)}; give one; the clips' seeds count up from it")
     made = []
     for place, entry in entries:
         for index in range(samples):
@@ -127,29 +129,29 @@ def plan(
             seed = base + samples * place + index
             if seed > MAX_SEED:
                 raise ValueError(
-                    f"seed {base} counts up to {seed}; the largest is {MAX_SEED}, give a smaller"
+                    f"seed {base} counts up to {seed}, but the largest is {MAX_SEED}; give a smaller one"
                 )
             clip = output / "clips" / f"{place:06}-{index}.mp4"
             made.append(Sample(Job(str(pictures / entry.image_name), entry.prompt, seed, clip), name))
     if lacking := [s.job.image for s in made if not Path(s.job.image).is_file()]:
         lacking = list(dict.fromkeys(lacking))
-        raise ValueError(f"{len(lacking)} of the pictures are not there, the first is {lacking[0]}")
+        raise ValueError(f"{len(lacking)} pictures are missing, such as {lacking[0]}; check images=")
     return made
 
 
 def file_name(prompt: str, index: int) -> str:
-    """ValueError where the benchmark's own rule gives no file name."""
+    """The benchmark's name for a sample; ValueError if it is not a valid file name."""
     name = f"{prompt}-{index}.mp4"
     if "/" in name or "\0" in name or len(name.encode()) > LONGEST_NAME:
         raise ValueError(
-            f"the prompt {prompt!r} cannot be a file's name: it holds a slash or is longer than "
-            f"{LONGEST_NAME} bytes; the benchmark finds samples by their prompts only"
+            f"the prompt {prompt!r} cannot be a file name: it contains a slash or is longer than "
+            f"{LONGEST_NAME} bytes; the benchmark finds samples only by their prompts"
         )
     return name
 
 
-def lay_out(samples: Sequence[Sample], output: Path) -> Path:
-    """Links every clip that is there under the benchmark's name -> the folder of the links."""
+def link_samples(samples: Sequence[Sample], output: Path) -> Path:
+    """Link every existing clip under the benchmark's name -> the folder of the links."""
     folder = output / "videos"
     folder.mkdir(parents=True, exist_ok=True)
     for sample in samples:
@@ -159,7 +161,7 @@ def lay_out(samples: Sequence[Sample], output: Path) -> Path:
 
 
 def link(clip: Path, name: Path) -> None:
-    """`name` becomes the same file as `clip`, or a copy where the disk knows no links."""
+    """Make `name` a hard link to `clip`, or a copy if the file system has no hard links."""
     if name.exists() and os.path.samefile(clip, name):
         return
     with whole.replacing(name) as temporary:
@@ -169,6 +171,6 @@ def link(clip: Path, name: Path) -> None:
             shutil.copyfile(clip, temporary)
 
 
-def strangers(folder: Path) -> list[str]:
-    """Files of the benchmark's folder that are no videos: it would take their ending for that of all."""
+def other_files(folder: Path) -> list[str]:
+    """Files in the benchmark's folder that are not samples; the benchmark could pick up their suffix."""
     return sorted(p.name for p in folder.iterdir() if p.suffix != ".mp4") if folder.is_dir() else []

@@ -1,11 +1,10 @@
-"""Every setting of the project, once: frozen dataclasses whose defaults are the released model.
+"""All settings of the project: frozen dataclasses whose defaults are the released model.
 
-They are the lowest of the layers that `config_layers.py` lays over each other. `sample.quality` is short for
-several settings at once, at the place where it is given: it overrides what comes before in that order, and
-what is named beside it or later overrides it.
+`merge.py` layers YAML files, weights folders and command lines over these defaults. `sample.quality` stands
+for several settings: it overrides those of earlier layers, and settings given with it or later override it.
 
-Typos and impossible combinations end here, before any work, with a ValueError that names the fields.
-Sizes are pixels and always given as width, height; the latent is `vae.factor` times smaller.
+Impossible values and combinations raise a ValueError that names the fields, before any work. Sizes are in
+pixels, in the order width, height; the latent is `vae.factor` times smaller.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from typing import Any, Literal, Optional
 
 import yaml
 
-# What the released model was always sampled with; part of its behaviour, so it is the default.
+# The negative prompt that the released model is always sampled with.
 NEGATIVE_PROMPT = (
     "Distorted, discontinuous, Ugly, blurry, low resolution, motionless, static, disfigured, "
     "disconnected limbs, Ugly faces, incomplete arms"
 )
-# The texts of MS-Vid2Vid-XL: what is added behind a refine prompt, and its unconditional branch.
+# The texts of MS-Vid2Vid-XL: suffix of the refine prompt, and prompt of the unconditional branch.
 REFINE_SUFFIX = (
     ", cinematic, High Contrast, highly detailed, unreal engine, taken using a Canon EOS R camera, "
     "hyper detailed photo - realistic maximum detail, 32k, Color Grading, ultra HD, extreme meticulous "
@@ -38,63 +37,64 @@ REFINE_NEGATIVE_PROMPT = (
 )
 MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
-RANDOM = "random"  # `weights=random`: seeded random weights, so that the road can be driven without a model
-SHIPPED = str(Path(__file__).parents[1] / "assets" / "small")  # the small model that comes with the package
-SHIPPED_REFINER = str(Path(__file__).parents[1] / "assets" / "small_refiner")  # and its second stage
+RANDOM = "random"  # `weights=random`: seeded random weights, to run the pipeline without a model
+SHIPPED = str(Path(__file__).parents[1] / "assets" / "small")  # the small model in the package
+SHIPPED_REFINER = str(Path(__file__).parents[1] / "assets" / "small_refiner")  # its second stage
 SETTINGS_FILE = "settings.json"
 FORMAT = 1  # of native weights folders
-# What open_clip takes where a model's JSON is silent; without it our ViT-H-14 defaults would shine through.
+# open_clip's defaults for values missing in a model's JSON; our own defaults are those of ViT-H-14.
 OPEN_CLIP_VISION = {"image_size": 224, "patch_size": 16, "layers": 12, "width": 768, "head_width": 64}
 OPEN_CLIP_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
 
 
 @dataclass(frozen=True)
 class Use:
-    """Every ablation switch. A part switched off is not built, so its parameters are gone, not ignored.
+    """All ablation switches. A part that is switched off is not built, so its parameters do not exist.
 
-    What a checkpoint of the released model then loses is declared in `unet.declared_drops`, and what it lacks
-    for a switch that is off by default in `unet.ADDED`.
+    Loading finds out by itself which tensors of the released model are then left out, and which ones start
+    untrained because a switch adds or replaces a part (`checkpoint.ablation`).
     """
 
     text: bool = True  # the prompt's tokens in cross-attention (77)
     global_tokens: bool = True  # CLIP image vector as tokens in cross-attention (4)
     local_tokens: bool = True  # first-frame latent as tokens in cross-attention (64)
     concat: bool = True  # first-frame latent and frame positions as extra input channels
-    concat_temporal: bool = True  # the small transformer over frames inside the concat branch
+    concat_temporal: bool = True  # the small transformer over frames in the concat branch
     fps: bool = True  # fps embedding added to the timestep embedding
-    temporal_attention: bool = True  # every temporal transformer, the one after the input conv included
+    temporal_attention: bool = True  # all temporal transformers, including the one after the input conv
     temporal_convolution: bool = True  # the four temporal convolutions after every ResBlock
     temporal_second_attention: bool = True  # second self-attention of every temporal transformer
-    frame_positions: bool = False  # temporal transformers know the number of a frame (released: they do not)
-    # The official code adds the concat branch twice and the weights were trained so; diffusers adds it once.
+    frame_positions: bool = False  # position embeddings in temporal transformers (released model: none)
+    # Factor on the concat branch. The official code adds it twice, in training too; diffusers adds it once.
     concat_gain: float = 2.0
-    # The float32 formula of the sinusoidal embedding: official `pow`; diffusers `exp`, up to 6e-5 apart.
+    # Float32 formula of the sinusoidal embedding: `pow` (official) or `exp` (diffusers); they differ by up to
+    # 6e-5.
     sinusoid: Literal["pow", "exp"] = "pow"
-    # How the frame-position planes k/(f-1) are rounded: official float32; diffusers the network's dtype.
+    # Dtype of the frame-position planes i/(f-1): float32 (official) or the network's (diffusers).
     frame_planes: Literal["float32", "network"] = "float32"
-    # What the concat branch sees of the frames after the first: a plane with the frame's position k/(f-1)
+    # Input of the concat branch for frames after the first: a plane of the frame's position i/(f-1)
     # (official), zeros, or the picture again.
     later_frames: Literal["position", "zeros", "picture"] = "position"
-    # "half": every level has half the rows and columns of the one above it. "margin", the refiners': one row
-    # more above and below, cut off again on the way up. It fixes which heights fit, see `UNet.margin`.
+    # "half": every level has half the rows and columns of the one above it. "margin" (the refiners): one
+    # extra row at the top and bottom, removed when upsampling. It restricts the heights, see `UNet.margin`.
     resampling: Literal["half", "margin"] = "half"
-    # What the decoder's first two blocks do to backbone and skip before joining them; "sr600" is SR600's.
+    # Filter on backbone and skip in the decoder's first two blocks; "sr600" is SR600's.
     skip_filter: Literal["none", "sr600"] = "none"
 
     def __post_init__(self):
         if not (self.text or self.global_tokens or self.local_tokens):
             raise ValueError(
-                "use.text, use.global_tokens and use.local_tokens are all off, which leaves cross-attention "
-                "without a single context token; keep at least one of them"
+                "use.text, use.global_tokens and use.local_tokens are all off, so cross-attention has no "
+                "context tokens; keep at least one of them"
             )
         if not math.isfinite(self.concat_gain):
             raise ValueError(f"use.concat_gain is {self.concat_gain}; give a finite number (official 2.0)")
 
 
-# The other two networks that carry the name; their key sets nest in the released model's.
-V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: the picture's vector and fps
+# The two other networks of the lineage; their parameters are subsets of the released model's.
+V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: image vector and fps only
 REFINER_USE = Use(global_tokens=False, local_tokens=False, concat=False, fps=False, resampling="margin")
-# Switches of `Use` that decide which parameters exist; the others only change arithmetic.
+# Switches of `Use` that decide which parameters exist; the others change only the arithmetic.
 STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
 
 
@@ -109,7 +109,7 @@ class UNet:
     blocks_per_level: int = 2
     attention_levels: tuple[bool, ...] = (True, True, True, False)  # spatial and temporal transformers
     head_width: int = 64
-    first_temporal_heads: int = 8  # the temporal transformer after the input conv has its own head count
+    first_temporal_heads: int = 8  # heads of the temporal transformer after the input conv
     context_width: int = 1024
     norm_groups: int = 32
     dropout: float = 0.1  # ResBlocks
@@ -140,12 +140,12 @@ class UNet:
         for level, width in enumerate(self.widths):
             if width % self.norm_groups:
                 raise ValueError(
-                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is not a multiple of "
                     f"unet.norm_groups = {self.norm_groups}"
                 )
             if width % self.head_width and (self.attention_levels[level] or level == levels - 1):
                 raise ValueError(
-                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is no multiple of "
+                    f"unet.base_width x unet.width_multipliers[{level}] = {width} is not a multiple of "
                     f"unet.head_width = {self.head_width}"
                 )
         if self.local_grid % 4:
@@ -161,7 +161,7 @@ class UNet:
         return tuple(self.base_width * multiplier for multiplier in self.width_multipliers)
 
     def context_tokens(self, text_length: int) -> int:
-        """Of cross-attention, with all of them on."""
+        """The number of context tokens of cross-attention, if all kinds are on."""
         return text_length + (self.local_grid // 4) ** 2 + self.num_global_tokens
 
     @property
@@ -170,14 +170,14 @@ class UNet:
 
     @property
     def factor(self) -> int:
-        """How often the latent must be divisible: once by two per downsampling."""
+        """The latent's rows and columns must be multiples of this: a factor of two per downsampling."""
         return 2 ** (len(self.width_multipliers) - 1)
 
     def margin(self, use: Use) -> int:
-        """What latent rows must leave when divided by `factor`; columns always leave nothing.
+        """The number of latent rows modulo `factor`; the number of columns modulo `factor` is always 0.
 
-        With `use.resampling=margin` n rows become n / 2 + 1 on the way down and 2 n - 2 on the way up, which
-        meet again at every level if and only if n = 2 modulo `factor`.
+        With `use.resampling=margin`, h rows become h / 2 + 1 when downsampling and 2 h - 2 when upsampling.
+        These agree at every level if and only if h = 2 modulo `factor`.
         """
         return 2 % self.factor if use.resampling == "margin" else 0
 
@@ -192,10 +192,10 @@ class VAE:
     blocks_per_level: int = 2
     z_channels: int = 4  # channels inside, before quant_conv
     embed_dim: int = 4  # channels of the latent
-    resolution: int = 256  # with attention_resolutions: which levels carry attention besides the middle
+    resolution: int = 256  # of level 0; attention_resolutions lists the levels with attention, as resolutions
     attention_resolutions: tuple[int, ...] = ()
     norm_groups: int = 32
-    scale: float = 0.18215  # latent = scale x posterior; the one place where this number stands
+    scale: float = 0.18215  # latent = scale x posterior sample
 
     def __post_init__(self):
         _positive(self, "vae", skip=("attention_resolutions",))
@@ -204,14 +204,14 @@ class VAE:
         for level, multiplier in enumerate(self.width_multipliers):
             if (self.base_width * multiplier) % self.norm_groups:
                 raise ValueError(
-                    f"vae.base_width x vae.width_multipliers[{level}] = {self.base_width * multiplier} is no "
-                    f"multiple of vae.norm_groups = {self.norm_groups}"
+                    f"vae.base_width x vae.width_multipliers[{level}] = {self.base_width * multiplier} is "
+                    f"not a multiple of vae.norm_groups = {self.norm_groups}"
                 )
         reached = {self.resolution // 2**level for level in range(len(self.width_multipliers))}
         if unknown := set(self.attention_resolutions) - reached:
             raise ValueError(
-                f"vae.attention_resolutions names {sorted(unknown)}, but vae.resolution = {self.resolution} "
-                f"passes only {sorted(reached, reverse=True)}"
+                f"vae.attention_resolutions contains {sorted(unknown)}, but vae.resolution = "
+                f"{self.resolution} gives only levels of {sorted(reached, reverse=True)}"
             )
 
     @property
@@ -221,7 +221,7 @@ class VAE:
 
 @dataclass(frozen=True)
 class Clip:
-    """An open_clip model: its two towers in open_clip's own words. Default: ViT-H-14.
+    """An open_clip model; `vision` and `text` use open_clip's names. Default: ViT-H-14.
 
     `model` replaces the rest: an open_clip model name, or the path of a JSON file in open_clip's format.
     """
@@ -247,27 +247,27 @@ class Clip:
             "layers": 24,
         }
     )
-    # A vocabulary of one's own for a small model: each of these words is one token, any other text is spelt
-    # out in their pieces and letters. None: open_clip's 49,408 tokens.
+    # A custom vocabulary for a small model: each of these words is one token, and other words are split into
+    # parts of these and letters. Empty: open_clip's 49,408 tokens.
     words: tuple[str, ...] = ()
     text_layer: Literal["penultimate", "last"] = "penultimate"
-    pad_token: int = 0  # what follows the end of the text; diffusers' tokenizer pads with 49407
+    pad_token: int = 0  # padding after the end of the text; diffusers' tokenizer pads with 49407
     image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self):
         for name, needed in (("vision", "image_size"), ("text", "width"), ("text", "layers")):
             if needed not in getattr(self, name):
-                raise ValueError(f"clip.{name} lacks {needed!r}; it is an open_clip {name}_cfg")
+                raise ValueError(f"clip.{name} lacks {needed!r}; give a complete open_clip {name}_cfg")
         for name in ("hf_model_name", "hf_tokenizer_name"):
             if self.text.get(name):
                 raise ValueError(
-                    f"clip.text.{name} is set: towers from Hugging Face have no penultimate open_clip block; "
-                    "use an open_clip model with its own text tower"
+                    f"clip.text.{name} is set, but text towers from Hugging Face are not supported; use an "
+                    "open_clip model with its own text tower"
                 )
         counts = [("vision", "image_size")]
         counts += [("text", key) for key in ("context_length", "vocab_size", "layers", "width", "heads")]
-        transformer = isinstance(self.vision.get("layers"), int)  # a list: a ResNet's stages
+        transformer = isinstance(self.vision.get("layers"), int)  # a ResNet has a list of stages
         if transformer:
             counts += [("vision", key) for key in ("patch_size", "width", "head_width")]
         for name, key in counts:
@@ -286,14 +286,16 @@ class Clip:
         for name, part in (("text", "heads"), ("vision", "head_width"))[: 1 + transformer]:
             width, share = getattr(self, name).get("width", 0), getattr(self, name).get(part, 1)
             if width % share:
-                raise ValueError(f"clip.{name}.width is {width}, no multiple of clip.{name}.{part} = {share}")
+                raise ValueError(
+                    f"clip.{name}.width is {width}, not a multiple of clip.{name}.{part} = {share}"
+                )
         if not 0 <= self.pad_token < self.text.get("vocab_size", 1):
             raise ValueError(
                 f"clip.pad_token is {self.pad_token}; give 0 to below clip.text.vocab_size = "
                 f"{self.text.get('vocab_size')}"
             )
         if wrong := [w for w in self.words if not (w.isascii() and w.isalpha() and w.islower())]:
-            raise ValueError(f"clip.words has {wrong[0]!r}; give plain words of the letters a to z")
+            raise ValueError(f"clip.words contains {wrong[0]!r}; give words of the letters a to z only")
         if self.words and self.text.get("tokenizer_kwargs"):
             raise ValueError("clip.words and clip.text.tokenizer_kwargs are both given; choose one of them")
         if self.text_layer == "penultimate" and self.text["layers"] < 2:
@@ -313,15 +315,15 @@ class Clip:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The diffusion process the weights were trained for."""
+    """The diffusion process that the weights were trained for."""
 
-    # logsnr_cosine is the refiners' table, which their own sampler reads
+    # logsnr_cosine is the refiners' schedule and needs their sampler
     kind: Literal["cosine", "linear", "linear_sd", "quadratic", "logsnr_cosine"] = "cosine"
     num_timesteps: int = 1000
     cosine_s: float = 0.008
     init_beta: Optional[float] = None  # noqa: UP045
     last_beta: Optional[float] = None  # noqa: UP045
-    logsnr_shift: tuple[float, float] = (2.0, 4.0)  # of logsnr_cosine, at its clean and at its noisy end
+    logsnr_shift: tuple[float, float] = (2.0, 4.0)  # of logsnr_cosine, at the clean and at the noisy end
     zero_terminal_snr: bool = True
     prediction: Literal["v", "eps", "x0", "previous"] = "v"
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
@@ -340,52 +342,51 @@ class Schedule:
             )
         if self.zero_terminal_snr and self.prediction == "eps" and self.kind != "cosine":
             raise ValueError(
-                "schedule.prediction is eps and schedule.zero_terminal_snr is on: at the last timestep eps "
-                "says nothing about the picture; use v, or switch the rescale off"
+                "schedule.prediction is eps and schedule.zero_terminal_snr is on: at the last timestep, eps "
+                "does not determine the picture; use prediction=v or zero_terminal_snr=false"
             )
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What to sample. Sizes in pixels; `fps` is the motion the model is asked for, not the file's rate."""
+    """How to sample. Sizes are in pixels; `fps` conditions the motion and is not the file's frame rate."""
 
     width: int = 1280
     height: int = 704
     frames: int = 16
     fps: int = 16
-    # A preset (QUALITIES): "exact" the official sampler, "fast" and "draft" fewer and cheaper network calls
+    # A preset (QUALITIES): "exact" is the official sampler, "fast" and "draft" make fewer, cheaper network
+    # calls
     quality: Literal["exact", "fast", "draft"] = "exact"
     steps: int = 50
-    # ancestral visits every timestep: steps=1000; heun calls the network twice per step
+    # ancestral visits every timestep (steps=1000); heun calls the network twice per step
     sampler: Literal["ddim", "ancestral", "dpmpp_2m", "dpmpp_2m_sde", "unipc", "euler", "heun"] = "ddim"
     guidance: float = 9.0  # 1.0 = one pass without the negative prompt
     eta: float = 0.0  # 0 = deterministic DDIM, 1 = as noisy as ancestral sampling
-    noise_offset: float = (
-        0.0  # times one more normal number per channel and frame, added to the noise; v1: 0.1
-    )
-    seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is made once per seed
-    # "official" may make more calls than asked (30 asked: 31); the other three make exactly `steps`
+    noise_offset: float = 0.0  # scale of an extra normal number per channel and frame in the noise; v1: 0.1
+    seed: tuple[int, ...] = (8888,)  # every picture-prompt pair is generated once per seed
+    # "official" may make more steps than requested (31 for 30); the others make exactly `steps`
     spacing: Literal["official", "leading", "trailing", "linspace"] = "official"
-    eps_form: Literal["direct", "recovered"] = "direct"  # official: recovered, NaN when it meets t = 999
+    eps_form: Literal["direct", "recovered"] = "direct"  # official: recovered, which gives NaN at t = 999
     final_alpha: Literal["first", "one"] = (
-        "first"  # official: the last step lands on abar[0]; diffusers: on 1
+        "first"  # the last step ends at abar[0] (official) or 1 (diffusers)
     )
     guidance_precision: Literal["float32", "network"] = "float32"  # official: the network's float16
-    # Guidance only where the timestep is within these parts of the noise schedule, 0 clean and 1 noise; one
-    # pass instead of two elsewhere
+    # Guidance only at timesteps within this fraction of the schedule, 0 clean to 1 noise; elsewhere a single
+    # pass
     guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0  # 0 to 1: how much of guidance's excess contrast is taken back; often 0.7
-    deep_cache: int = 0  # the whole UNet at every so many-th step only, its finest blocks at all; 0, 1: off
-    deep_cache_blocks: int = 2  # so many blocks on the finest level's way up are always computed anew
-    posterior: Literal["sample", "mode"] = "sample"  # first-frame latent: official is a posterior sample
+    guidance_rescale: float = 0.0  # 0 to 1: how far to undo guidance's increase of contrast; often 0.7
+    deep_cache: int = 0  # compute the deep UNet blocks only every N-th step; 0, 1: off
+    deep_cache_blocks: int = 2  # number of the finest level's up blocks that are computed in every step
+    posterior: Literal["sample", "mode"] = "sample"  # of the first-frame latent; official: sample
     negative_image: Literal["zeros", "none"] = "zeros"  # CLIP image vector of the unconditional branch
-    adapter_scale: float = 1.0  # how strongly `adapter=` acts
+    adapter_scale: float = 1.0  # strength of `adapter=`
 
     def __post_init__(self):
         if not 1 <= self.frames <= MAX_FRAMES:
             raise ValueError(f"sample.frames is {self.frames}; give 1 to {MAX_FRAMES}")
         if self.fps < 1:
-            raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model knows 8 and 16)")
+            raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model: 8 or 16)")
         if not math.isfinite(self.guidance):
             raise ValueError(f"sample.guidance is {self.guidance}; give a finite number (official 9.0)")
         if not math.isfinite(self.adapter_scale):
@@ -396,16 +397,16 @@ class Sample:
             for name, plain in (("eta", 0.0), ("eps_form", "direct")):
                 if getattr(self, name) != plain:
                     raise ValueError(
-                        f"sample.{name} is {getattr(self, name)} but sample.sampler is {self.sampler}, which "
-                        f"does not know it; use sample.{name}={plain} or sample.sampler=ddim"
+                        f"sample.{name} is {getattr(self, name)}, but sample.sampler={self.sampler} does not "
+                        f"support it; use sample.{name}={plain} or sample.sampler=ddim"
                     )
         if (
             len(self.guidance_interval) != 2
             or not 0 <= self.guidance_interval[0] < self.guidance_interval[1] <= 1
         ):
             raise ValueError(
-                f"sample.guidance_interval is {list(self.guidance_interval)}; give two rising numbers from 0 "
-                "(clean) to 1 (noise), for example [0.4,1]"
+                f"sample.guidance_interval is {list(self.guidance_interval)}; give two increasing numbers "
+                "from 0 (clean) to 1 (noise), for example [0.4,1]"
             )
         if not 0 <= self.guidance_rescale <= 1:
             raise ValueError(
@@ -422,7 +423,7 @@ class Sample:
                 raise ValueError(f"sample.seed is {seed}; give an integer from 0 to {MAX_SEED}")
 
 
-# What a quality stands for; all name the same settings, so that one overrides another completely.
+# The settings of each quality. All presets set the same fields, so that one overrides another completely.
 QUALITIES: dict[str, dict[str, Any]] = {
     "exact": {
         "sampler": "ddim",
@@ -435,7 +436,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # Nearer to the exact solution than 20 steps of DDIM, in a third of the calls of "exact".
+    # Closer to the exact solution than 20 steps of DDIM, with a third of the network calls of "exact".
     "fast": {
         "sampler": "unipc",
         "steps": 20,
@@ -447,7 +448,7 @@ QUALITIES: dict[str, dict[str, Any]] = {
         "guidance_rescale": 0.0,
         "deep_cache": 0,
     },
-    # As near as those 20 steps, in half of the calls of "fast".
+    # As close as 20 steps of DDIM, with half of the network calls of "fast".
     "draft": {
         "sampler": "unipc",
         "steps": 10,
@@ -464,41 +465,39 @@ QUALITIES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Refine:
-    """The second stage: a finished clip, noised and denoised again at a larger size under its own prompt.
+    """The second stage: adds noise to a finished clip at a larger size and denoises it with its own prompt.
 
-    It runs where `refine_weights` are given. The defaults are MS-Vid2Vid-XL's in their clean form; what the
-    official code does otherwise is named. A folder of converted refiner weights brings its own values.
+    It runs if `refine_weights` is given. The defaults are those of MS-Vid2Vid-XL without the defects of the
+    official code, whose behaviour the comments name. Converted refiner weights bring their own values.
     """
 
-    width: int = 1280  # the result lies inside width x height pixels
+    width: int = 1280  # the result fits into width x height pixels
     height: int = 720
-    fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect; official: stretch
-    antialias: bool = True  # of clips that are made smaller; official: false
-    resize: Literal["bilinear", "bicubic"] = "bilinear"  # of the clip; bicubic keeps more, official: bilinear
-    frames: int = 0  # so many of the clip's first frames, 0 all of them; official: 32
-    repeat_frames: int = 1  # every frame so often; SR600, made for 32 frames, doubles clips of 16
-    window: int = 32  # frames at once; longer clips in windows that overlap and are blended
+    fit: Literal["keep", "crop", "pad", "stretch"] = "keep"  # the clip's aspect ratio; official: stretch
+    antialias: bool = True  # when a clip is downscaled; official: false
+    resize: Literal["bilinear", "bicubic"] = "bilinear"  # bicubic keeps more detail; official: bilinear
+    frames: int = 0  # use only the clip's first N frames; 0: all; official: 32
+    repeat_frames: int = 1  # repeat every frame N times; SR600, trained on 32 frames, doubles clips of 16
+    window: int = 32  # frames per pass; longer clips are split into overlapping windows and blended
     overlap: int = 8
-    noise_level: int = (
-        600  # of the table's 1000: how far the clip is noised. 100 keeps, 999 invents; SR600: 700
-    )
-    start: Literal["noise", "inversion"] = "noise"  # add noise, or invert by DDIM (SR600)
-    noise: float = 1.0  # start=noise: times the noise that the network is told of; less keeps more
-    inversion_table: Literal["refiner", "cosine"] = "refiner"  # official: another than the sampler's, cosine
+    noise_level: int = 600  # starting timestep of 1000: 100 keeps the clip, 999 invents a new one; SR600: 700
+    start: Literal["noise", "inversion"] = "noise"  # add noise, or invert with DDIM (SR600)
+    noise: float = 1.0  # start=noise: factor on the noise added; below 1 keeps more of the clip
+    inversion_table: Literal["refiner", "cosine"] = "refiner"  # schedule of the inversion; official: cosine
     solver: Literal["dpmpp_2m_sde", "heun"] = "dpmpp_2m_sde"
-    steps: int = 30  # official for heun: 50, each but the last of two network calls
+    steps: int = 30  # official for heun: 50, with two network calls per step except the last
     spacing: Literal["trailing", "leading", "linspace"] = "trailing"
-    eta: float = 1.0  # fresh noise per step of dpmpp_2m_sde, 0 none
+    eta: float = 1.0  # amount of fresh noise per step of dpmpp_2m_sde; 0: none
     guidance: float = 7.5  # 1.0 = one pass without the negative prompt; SR600: 9
-    rescale: float = 0.2  # share of the guided prediction's deviation that is taken back; SR600: 0.3
-    # official: fractional levels under rounded timesteps, and a step too many at a few counts
+    rescale: float = 0.2  # 0 to 1: how far to undo guidance's increase of contrast; SR600: 0.3
+    # official: fractional levels with rounded timesteps, and one step too many for some step counts
     grid: Literal["clean", "official"] = "clean"
-    # official: the start is scaled by s instead of 1 / alpha, which shows the network a clip 3 % too faint
+    # official: scales the start by s instead of 1 / alpha, so the network sees the clip 3 % too faint
     start_scale: Literal["clean", "official"] = "clean"
-    skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: as the weights' use.skip_filter says
+    skip_filter: Literal["stored", "none", "sr600"] = "stored"  # stored: use.skip_filter of the weights
     posterior: Literal["sample", "mode"] = "sample"  # of the clip's latents
-    restore: float = 0.0  # share of what the autoencoder loses of the clip that is put back; official: 0
-    fps: Literal["input", "save"] = "input"  # of the file; official: always 8, see save.fps
+    restore: float = 0.0  # fraction of the autoencoder's error on the input that is added back; official: 0
+    fps: Literal["input", "save"] = "input"  # frame rate of the file; official: always 8, see save.fps
 
     def __post_init__(self):
         for name in ("width", "height", "repeat_frames", "window", "noise_level", "steps"):
@@ -521,7 +520,7 @@ class Refine:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Pictures in. The official forms leave a black column, ignore EXIF and drop alpha; ours do not."""
+    """Input pictures. The official code ignores EXIF, drops alpha and may leave a black column."""
 
     crop: Literal["clean", "official"] = "clean"
     exif: Literal["apply", "ignore"] = "apply"
@@ -530,15 +529,13 @@ class Preprocess:
 
 @dataclass(frozen=True)
 class Save:
-    """Videos out. `fps` is the rate of the file; the official code always writes 8."""
+    """Output videos. `fps` is the frame rate of the file; the official code always writes 8."""
 
     fps: float = 8.0
-    quality: int = 8  # 1 to 10, as the official writer counts; mp4 and webp
-    rounding: Literal["truncate", "nearest"] = "truncate"  # official: float to byte by truncation
-    grey_last_frame: Literal["keep", "drop"] = (
-        "keep"  # official: a last frame that is mostly mid-grey is dropped
-    )
-    enlarge: int = 1  # every pixel becomes a square of this many in the file: small models can be watched
+    quality: int = 8  # 1 to 10, on the scale of the official writer; for mp4 and webp
+    rounding: Literal["truncate", "nearest"] = "truncate"  # of floats to bytes; official: truncate
+    grey_last_frame: Literal["keep", "drop"] = "keep"  # official: drop a last frame that is mostly mid-grey
+    enlarge: int = 1  # side in file pixels of the square that shows one pixel, for small models
 
     def __post_init__(self):
         if not 0 < self.fps <= 1000:
@@ -547,6 +544,20 @@ class Save:
             raise ValueError(f"save.quality is {self.quality}; give 1 (small) to 10 (best); official 8")
         if not 1 <= self.enlarge <= 64:
             raise ValueError(f"save.enlarge is {self.enlarge}; give 1 (as sampled) to 64")
+
+
+# Name -> what an exact saving does. None of them has a backward: where gradients are wanted the plain forward
+# runs. fast/savings.py applies them.
+SAVINGS = {
+    "kernels": "norms, gates and attention over short clips fused by Triton; on CUDA, if Triton is installed",
+    "sum_in_place": "the residual sums of transformers inside the matrix products before them",
+    "share_prefix": "guidance: one pass for both branches until they first read the context",
+    "project_once": "keys and values of the context computed once per video instead of once per step",
+    "fuse_projections": "q, k and v of self-attention by one matrix product",
+    "subpixel_upsampling": "convolutions before the pixels are doubled instead of after",
+    "in_place": "feed-forwards and SiLU without copies",
+    "convolution_products": "on a CPU, convolutions over few pixels as one matrix product",
+}
 
 
 @dataclass(frozen=True)
@@ -577,20 +588,11 @@ class Runtime:
     offload: Literal["none", "parts", "blocks"] = "none"  # what waits on the CPU until it is needed
     # How the UNet keeps its weights: int8 and float8 take half of float16 and are NOT exact.
     weight_storage: Literal["native", "int8", "float8"] = "native"
-    # Exact savings (speed.py): the same numbers up to rounding.
-    share_prefix: bool = True  # guidance: one pass for both branches until they first read the context
-    batch_guidance: bool = False  # and from there on both as one batch: faster when small, twice the memory
-    project_once: bool = True  # keys and values of the context once per video instead of once per step
-    fuse_projections: bool = True  # q, k, v of a self-attention by one matrix product
-    subpixel_upsampling: bool = True  # convolutions before instead of after doubling the pixels
-    in_place: bool = True  # feed-forwards and SiLU without copies
-    sum_in_place: bool = True  # residual sums of transformers inside the matrix products before them
-    fold_products: bool = True  # with sum_in_place: where a transformer is twice as wide inside, two in one
-    # Norms, gates, attention over frames. auto: fused by Triton on CUDA; triton: or an error; plain: not.
-    kernels: Literal["auto", "triton", "plain"] = "auto"
-    weight_layout: bool = True  # weights laid out once, at load, as the kernels read them
-    convolution_products: bool = True  # on a CPU, a convolution over few pixels as one matrix product
-    feed_forward_chunk: int = 0  # tokens in a feed-forward at once, with in_place; 0: all
+    # Exact savings, the same numbers up to rounding: `all` that this machine has, `none`, or a list of names
+    # (fast/savings.py, docs/performance.md).
+    savings: tuple[str, ...] = ("all",)
+    # Guidance: both branches as one batch, faster at small sizes for more memory. null: where it pays.
+    batch_guidance: Optional[bool] = None  # noqa: UP045
 
     def __post_init__(self):
         if self.vae_chunk < 1:
@@ -599,11 +601,17 @@ class Runtime:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
         if self.vae_tile < 0:
             raise ValueError(f"runtime.vae_tile is {self.vae_tile}; give a number of rows, 0 for all")
-        for name in ("feed_forward_chunk", "token_chunk"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"runtime.{name} is {getattr(self, name)}; give a number of tokens, 0 for all"
-                )
+        if self.token_chunk < 0:
+            raise ValueError(
+                f"runtime.token_chunk is {self.token_chunk}; give a number of tokens, 0 to disable chunking"
+            )
+        known = ("all", "none", *SAVINGS)
+        if unknown := [name for name in self.savings if name not in known]:
+            raise ValueError(f"runtime.savings names {unknown[0]!r}; known are {', '.join(known)}")
+        if len(self.savings) != 1 and {"all", "none"} & {*self.savings}:
+            raise ValueError(
+                f"runtime.savings is {list(self.savings)}; give all or none alone, or a list of the others"
+            )
         for name in ("compile", "cuda_graph"):
             if self.offload == "blocks" and getattr(self, name):
                 raise ValueError(
@@ -624,21 +632,19 @@ class Config:
     preprocess: Preprocess = field(default_factory=Preprocess)
     save: Save = field(default_factory=Save)
     runtime: Runtime = field(default_factory=Runtime)
-    # The job. These are literal text: never parsed, so `a cat: it runs` and `no` stay what they are.
+    # The job. These are literal text and never parsed, so `a cat: it runs` and `no` are kept as they are.
     weights: str = ""
     image: tuple[str, ...] = ()
     prompt: tuple[str, ...] = ()
     negative_prompt: str = NEGATIVE_PROMPT
     output: str = ""
-    adapter: str = ""  # a folder of low-rank adapters for the UNet (lora.py), ours or peft's
-    items: str = (
-        ""  # a JSONL file of {"image", "prompt", "seed", "output"} records instead of image= and prompt=
-    )
-    refine_weights: str = ""  # a refiner's native weights folder: the second stage runs
-    refine_prompt: str = ""  # a short text for the second stage; none given: the prompt
+    adapter: str = ""  # a folder of low-rank adapters (LoRA) for the UNet, ours or peft's
+    items: str = ""  # a JSONL file of {"image", "prompt", "seed", "output"}, instead of image= and prompt=
+    refine_weights: str = ""  # a refiner's native weights folder; if given, the second stage runs
+    refine_prompt: str = ""  # a short prompt for the second stage; empty: the prompt
     refine_suffix: str = REFINE_SUFFIX
     refine_negative_prompt: str = REFINE_NEGATIVE_PROMPT
-    video: str = ""  # a video file: the second stage alone
+    video: str = ""  # a video file; if given, only the second stage runs
 
     def __post_init__(self):
         unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
@@ -650,7 +656,7 @@ class Config:
         if vae.embed_dim != unet.image_channels and (self.use.concat or self.use.local_tokens):
             raise ValueError(
                 f"vae.embed_dim is {vae.embed_dim} but unet.image_channels is {unet.image_channels}; "
-                "the first frame reaches the UNet as the VAE's latent, so they must be equal"
+                "the UNet gets the first frame as the VAE's latent, so they must be equal"
             )
         if self.use.text and clip.text["width"] != unet.context_width:
             raise ValueError(
@@ -664,14 +670,14 @@ class Config:
             )
         if sample.negative_image == "none" and not (self.use.text or self.use.local_tokens):
             raise ValueError(
-                "sample.negative_image is none while use.text and use.local_tokens are off: the "
-                "unconditional branch would have no context token; use sample.negative_image=zeros"
+                "sample.negative_image is none while use.text and use.local_tokens are off, so the "
+                "unconditional branch has no context tokens; use sample.negative_image=zeros"
             )
         if sample.deep_cache > 1 and not 1 <= sample.deep_cache_blocks <= unet.blocks_per_level + 1:
             raise ValueError(
-                f"sample.deep_cache_blocks is {sample.deep_cache_blocks}; unet.blocks_per_level = "
-                f"{unet.blocks_per_level} gives the finest level {unet.blocks_per_level + 1} blocks on the "
-                f"way up: give 1 to {unet.blocks_per_level + 1}"
+                f"sample.deep_cache_blocks is {sample.deep_cache_blocks}, but with unet.blocks_per_level = "
+                f"{unet.blocks_per_level} the finest level has {unet.blocks_per_level + 1} up blocks; give 1 "
+                f"to {unet.blocks_per_level + 1}"
             )
         multiple = self.size_multiple
         for name, rest in (("width", 0), ("height", self.height_rest)):
@@ -694,7 +700,7 @@ class Config:
             )
         if sample.sampler == "ancestral" and sample.steps != self.schedule.num_timesteps:
             raise ValueError(
-                f"sample.sampler is ancestral and visits every timestep, but sample.steps is {sample.steps}; "
+                f"sample.sampler=ancestral visits every timestep, but sample.steps is {sample.steps}; "
                 f"use sample.steps={self.schedule.num_timesteps} or sample.sampler=ddim"
             )
 
@@ -704,16 +710,16 @@ class Config:
 
     @property
     def height_rest(self) -> int:
-        """What a height must leave when divided by `size_multiple`, see `UNet.margin`."""
+        """The height modulo `size_multiple`, see `UNet.margin`."""
         return self.vae.factor * self.unet.margin(self.use)
 
     @property
     def latent_size(self) -> tuple[int, int]:
-        """Rows and columns of the latent."""
+        """(rows, columns) of the latent."""
         return self.sample.height // self.vae.factor, self.sample.width // self.vae.factor
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dict (tuples become lists), as stored in weights folders and beside videos."""
+        """Plain nested dict with lists for tuples, as stored in weights folders and in records of videos."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def to_yaml(self) -> str:
@@ -722,16 +728,16 @@ class Config:
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
-# Text wherever a command line takes them, also by scripts whose settings are not these.
+# Literal text on any command line, including scripts with other settings.
 TEXTS = (*LITERALS, "json")
-LISTS = ("image", "prompt")  # literals of which a job may hold several
-# What a weights folder keeps of them: the texts its model was always given.
+LISTS = ("image", "prompt")  # literals that may be given several times
+# Literals that are stored in a weights folder: the texts that its model is always used with.
 KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
-# A weights folder decides these; contradicting it is an error.
+# Sections that a weights folder determines; contradicting them is an error.
 ARCHITECTURE = ("unet", "vae", "clip")
-# Fields of these sections that shape no tensor: free to change.
+# Fields of these sections that do not affect the shapes of tensors and may be changed.
 FREE = ("unet.dropout", "unet.temporal_conv_dropout", "unet.concat_dropout", "clip.pad_token")
-# `steps=20` is short for `sample.steps=20`; every bare name of these two sections works so.
+# `steps=20` is short for `sample.steps=20`; this works for all names of these two sections.
 SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime), ("sample", Sample))
          for f in dataclasses.fields(cls)}  # fmt: skip
 

@@ -289,7 +289,7 @@ def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: 
     if not isinstance(wanted, Mapping) or not isinstance(held, Mapping):
         return
     for name in STRUCTURAL_SWITCHES:
-        # A part that the released model lacks may start untrained (`unet.ADDED`).
+        # A part that the released model lacks may start untrained (`checkpoint.ablation`).
         if getattr(DEFAULTS.use, name) and wanted.get(name) is True and held.get(name) is False:
             raise ValueError(
                 f"use.{name} is true in {source} but false in the weights {weights}: they hold no such part"

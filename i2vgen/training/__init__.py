@@ -1,1 +1,1 @@
-"""Training wing: the procedural clip world, what reads it back, data and loop. The road never sees it."""
+"""Training: data, losses and one loop for UNet, autoencoder and CLIP. Inference does not import it."""

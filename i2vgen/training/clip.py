@@ -1,6 +1,6 @@
-"""CLIP's step: first frames and captions of a batch find each other, by open_clip's own two towers.
+"""CLIP's training step: contrastive loss between first frames and captions, on open_clip's two towers.
 
-With several processes each contrasts its own batch. Axes: b batch, k tokens, s side of CLIP's picture.
+Each process contrasts its own batch only. Axes: b batch, k context tokens, s side of CLIP's picture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.settings.config import Config
 from i2vgen.training.data import Clips, Source
-from i2vgen.training.diffusion import clip_pixels, fresh_or_held, others_held
+from i2vgen.training.diffusion import clip_pixels, load_or_create, other_parts
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Train
 
@@ -29,8 +29,8 @@ class ClipLoss(nn.Module):
     def forward(self, pixels: Tensor, tokens: Tensor) -> dict[str, Tensor]:
         """pixels [b 3 s s], tokens int64 [b k] -> {"loss", "accuracy", "words": scalars}
 
-        Symmetric cross entropy between the pictures and captions of the batch, and `train.clip_words` times
-        that of reading each word back from the token that the video UNet will be given for it.
+        Symmetric cross entropy between the pictures and captions of the batch (Radford et al. 2021, figure
+        3), plus `train.clip_words` times `word_loss`.
         """
         model = self.clip.model
         image = model.encode_image(pixels, normalize=True).float()
@@ -43,16 +43,19 @@ class ClipLoss(nn.Module):
         return {"loss": loss + self.words * words, "accuracy": accuracy, "words": words}
 
     def word_loss(self, tokens: Tensor) -> Tensor:
-        """A first frame tells nothing of "left" or "right", so contrast alone lets such words fade."""
+        """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it.
+
+        A first frame does not show "left" or "right", so the contrastive loss alone forgets such words.
+        """
         read = self.clip.text(tokens).float() @ self.clip.model.token_embedding.weight.float().T
         padding = tokens.argmax(dim=1, keepdim=True) < torch.arange(tokens.shape[1], device=tokens.device)
         return F.cross_entropy(read[~padding], tokens[~padding])
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
-    clip = fresh_or_held("clip", config, train, device)
+    clip = load_or_create("clip", config, train, device)
     if train.clip_unread:
-        leave_what_is_read(clip)
+        freeze_what_the_unet_reads(clip)
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         captions = [drop_words(caption, train.word_dropout, draw) for caption in clips.captions]
@@ -60,12 +63,12 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         return clip_pixels(clips.pixels[:, :, 0], config).to(device), tokens.to(device)
 
     return Part(
-        name="clip", model=clip, step=ClipLoss(clip, train), inputs=inputs, others=others_held("clip", config)
+        name="clip", model=clip, step=ClipLoss(clip, train), inputs=inputs, others=other_parts("clip", config)
     )
 
 
-def leave_what_is_read(clip: ClipEncoders) -> None:
-    """Only what no UNet reads goes on learning: the text tower's end and the scale of the comparison."""
+def freeze_what_the_unet_reads(clip: ClipEncoders) -> None:
+    """Train only what no UNet reads: the last text blocks, the text projection and the logit scale."""
     model, read = clip.model, set(clip.text_blocks())
     clip.requires_grad_(False)
     for part in (*(b for b in model.transformer.resblocks if b not in read), model.text_projection):
@@ -74,7 +77,7 @@ def leave_what_is_read(clip: ClipEncoders) -> None:
 
 
 def drop_words(caption: str, probability: float, draw: torch.Generator) -> str:
-    """Each word goes with this probability; a caption that would lose all stays as it is."""
+    """Drop each word with this probability; a caption that would lose all its words is unchanged."""
     words = caption.split()
-    stay = torch.rand(len(words), generator=draw) >= probability
-    return " ".join(word for word, stays in zip(words, stay.tolist(), strict=True) if stays) or caption
+    keep = torch.rand(len(words), generator=draw) >= probability
+    return " ".join(word for word, kept in zip(words, keep.tolist(), strict=True) if kept) or caption

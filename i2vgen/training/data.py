@@ -1,9 +1,9 @@
-"""Clips for training, as a function of their position in the run: from the procedural world or a folder.
+"""Training clips as a function of their position in the run, from the procedural world or a folder.
 
-A run numbers the clips it draws from 0 on; which clip that is, and which cut of it, depends on the seed and
-that number alone. So a resumed run sees what the killed one would have seen.
+A run numbers its clips from 0. The seed and that number alone decide which clip is shown and where it is cut,
+so a resumed run sees the clips that the killed one would have seen.
 
-Axes: b batch, f frames, c channels, H W pixels.
+Axes: b batch, f frames, c channels, H W pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from i2vgen.world import drawing
 LOGGER = logging.getLogger(__name__)
 ENDINGS = (".mp4", ".gif")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
-# The world's clips below this seed are never trained on: they are for measuring.
+# Clips of the world with seeds below this are reserved for evaluation.
 FIRST_TRAINING_SEED = 2**40
 
 
 class Clips(NamedTuple):
-    """A batch: `pixels` float32 [b c f H W] in [-1, 1], b captions, the rate they were sampled at."""
+    """A batch: `pixels` float32 [b c f H W] in [-1, 1], b captions, the frame rate it was sampled at."""
 
     pixels: Tensor
     captions: tuple[str, ...]
@@ -45,17 +45,17 @@ class Clips(NamedTuple):
 Source = Callable[[Bucket, Sequence[int]], Clips]  # positions of the clips in the run -> the clips
 
 
-def generator(*words: int) -> torch.Generator:
-    """A CPU generator for (seed, step, rank, ...): streams of different words do not meet."""
-    return torch.Generator().manual_seed(number(*words))
+def generator(*keys: int) -> torch.Generator:
+    """A CPU generator for (seed, step, rank, ...); different keys give independent streams."""
+    return torch.Generator().manual_seed(derived_seed(*keys))
 
 
-def number(*words: int) -> int:
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> 1)
+def derived_seed(*keys: int) -> int:
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
 
 
 def open_source(config: Config, train: Train) -> Source:
-    """The clips of `train.data`; ValueError before any work if there are none."""
+    """Open `train.data`; ValueError if it holds no usable clips."""
     if train.data == WORLD:
         return World(config, train)
     return Folder(config, train)
@@ -66,7 +66,7 @@ def open_source(config: Config, train: Train) -> Source:
 
 
 class World:
-    """Clips of the procedural world; a bucket of another length or rate shows more or less of the motion."""
+    """Clips of the procedural world; a bucket's length and rate decide how much motion it shows."""
 
     def __init__(self, config: Config, train: Train):
         self.config, self.train = config, train
@@ -92,10 +92,10 @@ class World:
 
 
 class Folder:
-    """Videos (mp4, gif) and their captions from captions.csv or captions.jsonl (columns file, caption).
+    """Videos (mp4, gif) with captions from captions.csv or captions.jsonl (columns file, caption).
 
-    Files that cannot be read, or are too short for a bucket, are skipped; `skipped` names them with the
-    reason. Captions without files and files without captions are counted at the start.
+    Files that are unreadable or too short for a bucket are skipped with a warning; `skipped` holds their
+    names and the reasons. Captions without a file and files without a caption are counted once, at the start.
     """
 
     def __init__(self, config: Config, train: Train):
@@ -115,23 +115,21 @@ class Folder:
             (self.without_caption, "files without a caption"),
         ):
             if names:
-                LOGGER.warning(
-                    "%s: %d %s are left out, the first is %s", self.folder, len(names), what, names[0]
-                )
+                LOGGER.warning("%s: ignoring %d %s, such as %s", self.folder, len(names), what, names[0])
         if not self.files:
             raise ValueError(
                 f"train.data={self.folder} holds no clip to train on: {len(self.without_file)} captions "
                 f"without a file, {len(self.without_caption)} files ({', '.join(ENDINGS)}) without a caption"
             )
         for bucket in buckets(config, train):
-            self(bucket, [0])  # an unusable folder is told before any work
+            self(bucket, [0])  # fails early if the folder is unusable
 
     def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
         drawn = [self._clip(bucket, position) for position in positions]
         return Clips(torch.stack([pixels for pixels, _ in drawn]), tuple(c for _, c in drawn), bucket.fps)
 
     def _clip(self, bucket: Bucket, position: int) -> tuple[Tensor, str]:
-        """The clip whose turn it is, or the next one in the shuffled order that can be used."""
+        """Pixels [c f H W] and caption at this position, or of the next usable file in the shuffled order."""
         epoch, turn = divmod(position, len(self.files))
         order = np.random.Generator(np.random.PCG64([self.train.seed, epoch])).permutation(len(self.files))
         for i in range(len(order)):
@@ -146,7 +144,7 @@ class Folder:
         )
 
     def _read(self, name: str, bucket: Bucket, position: int) -> Tensor | None:
-        """-> float32 [c f H W], or None for a file that is to be skipped."""
+        """-> float32 [c f H W], or None if the file must be skipped."""
         kind = bucket._replace(batch=1)
         if (name, None) in self.skipped or (name, kind) in self.skipped:
             return None
@@ -180,7 +178,9 @@ class Folder:
 
     def _skip(self, name: str, bucket: Bucket | None, reason: str) -> None:
         self.skipped[name, bucket] = reason
-        LOGGER.warning("%s: %s is skipped (%d so far): %s", self.folder, name, len(self.skipped), reason)
+        LOGGER.warning(
+            "%s: skipping %s (%d skipped so far): %s", self.folder, name, len(self.skipped), reason
+        )
 
 
 def frame_stride(rate: float, fps: int) -> int:
@@ -188,10 +188,10 @@ def frame_stride(rate: float, fps: int) -> int:
 
 
 def frame_numbers(total: int, rate: float, bucket: Bucket, draw: torch.Generator) -> range | None:
-    """Which frames of a file of `total` at `rate` a bucket's clip shows: a random start, even steps.
+    """Frame indices of a clip for this bucket from a file of `total` frames at `rate` fps.
 
-    None if the file is too short. The official rule with its gaps mended: never an empty or missing frame,
-    every start that fits is drawn, the last one included.
+    The start is random and the stride constant; None if the file is too short. Unlike the official code, this
+    never gives an empty or missing frame, and the last possible start is drawn too.
     """
     stride = frame_stride(rate, bucket.fps)
     span = stride * (bucket.frames - 1) + 1
@@ -202,9 +202,9 @@ def frame_numbers(total: int, rate: float, bucket: Bucket, draw: torch.Generator
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    """file -> caption from captions.csv or captions.jsonl; ValueError for what cannot be read."""
+    """Read captions.csv or captions.jsonl -> {file: caption}; ValueError if it is missing or malformed."""
     if not folder.is_dir():
-        raise ValueError(f"train.data={folder} is no folder; give {WORLD!r} or a folder of videos")
+        raise ValueError(f"train.data={folder} is not a folder; give {WORLD!r} or a folder of videos")
     try:
         found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
         if len(found) != 1:
@@ -216,33 +216,34 @@ def read_captions(folder: Path) -> dict[str, str]:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"train.data={folder} cannot be read: {error}") from error
     captions = {}
-    for number_, row in enumerate(rows, start=1):
+    for number, row in enumerate(rows, start=1):
         name, caption = (row.get("file"), row.get("caption")) if isinstance(row, dict) else (None, None)
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
-            raise ValueError(f"{found[0]}, entry {number_}: it needs the columns file and caption, both text")
+            raise ValueError(f"{found[0]}, entry {number}: it needs the columns file and caption, both text")
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{found[0]}, entry {number_}: {name} lies outside the folder")
+            raise ValueError(f"{found[0]}, entry {number}: {name} lies outside the folder")
         captions[str(Path(name))] = caption.strip()
     return captions
 
 
 def _json_lines(file, path: Path) -> Iterator[dict]:
-    for number_, line in enumerate(file, start=1):
+    for number, line in enumerate(file, start=1):
         if line.strip():
             try:
                 yield json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number_}: {error}") from error
+                raise ValueError(f"{path}, line {number}: {error}") from error
 
 
 # ---------------------------------------------------------------------------------------------------
-# Drawing ahead
+# Prefetching
 
 
-class Ahead:
-    """Draws the batches of a run in other processes, a few ahead; the same batches in the same order.
+class Prefetcher:
+    """Draws the next few batches in other processes; batches and order are unchanged.
 
-    `plan` maps a batch number to (bucket, positions). Use it as a context: leaving ends the processes.
+    `plan` maps a batch number to (bucket, positions). Use it as a context manager: leaving ends the
+    processes.
     """
 
     def __init__(self, source: Source, plan: Callable[[int], tuple[Bucket, list[int]]], workers: int):
@@ -250,7 +251,7 @@ class Ahead:
         self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
         self.waiting: dict[int, Future] = {}
 
-    def __enter__(self) -> Ahead:
+    def __enter__(self) -> Prefetcher:
         return self
 
     def __exit__(self, *_) -> None:

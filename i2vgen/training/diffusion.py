@@ -1,8 +1,9 @@
-"""The diffusion step: clips to latents and conditions by the frozen VAE and CLIP, v-loss of the UNet.
+"""The diffusion training step: frozen VAE and CLIP encode the clips, the UNet is trained with the v-loss.
 
-With `train.text_encoder` CLIP's text tower is not frozen and learns along.
+With `train.text_encoder`, CLIP's text tower is trained together with the UNet.
 
-Axes: b batch, f frames, c channels, h w latent rows and columns; t is the timestep.
+Axes: b batch, f frames, c channels, h w latent rows and columns, H W pixel rows and columns, k context
+tokens, d width, s side of CLIP's picture; t is the timestep.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from i2vgen.adapt import lora
 from i2vgen.diffusion.loss import draw_offset_noise, training_loss
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import runtime
+from i2vgen.fast.checkpointing import set_checkpointing
 from i2vgen.files import checkpoint
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions
@@ -29,7 +31,7 @@ from i2vgen.model.spatial import Downsample, ResBlock, SpatialTransformer, Upsam
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, Config
-from i2vgen.training import lift
+from i2vgen.training import refiner_clips
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Bucket, Train, buckets
@@ -39,9 +41,9 @@ STRIP_CLIPS = 4
 
 
 class DiffusionLoss(nn.Module):
-    """The UNet with its loss as one module, so that data parallelism sees one forward.
+    """The UNet and its loss as one module, because data parallelism wraps a single forward.
 
-    With `clip` its text tower is in the graph: `conditions.text` then holds token numbers, int64 [b k].
+    With `clip`, its text tower is trained too, and `conditions.text` holds token ids, int64 [b k].
     """
 
     def __init__(self, unet: UNet, schedule: Schedule, clip: ClipEncoders | None = None):
@@ -63,18 +65,18 @@ class DiffusionLoss(nn.Module):
 
 
 class Encoded(NamedTuple):
-    """What the frozen VAE and CLIP make of clips; nothing here is drawn by lot."""
+    """Clips as encoded by the frozen VAE and CLIP; deterministic, so it can be cached."""
 
     mean: Tensor  # [b c f h w] of the posterior, unscaled
     std: Tensor  # [b c f h w]
-    vector: Tensor | None  # [b v] CLIP vectors of the first frames
+    vector: Tensor | None  # [b d] CLIP vectors of the first frames
     tokens: Tensor | None  # int64 [b k] of the captions
     fps: int
-    start: Tensor | None = None  # [b c f h w] latents of the first stage's clips, which a refiner starts from
+    start: Tensor | None = None  # [b c f h w] latents of the first stage's upscaled clips, for a refiner
 
 
 class Encoding:
-    """Clips -> what `DiffusionLoss` takes: latents, timesteps, noise, conditions with their dropout."""
+    """Clips -> the arguments of `DiffusionLoss`: latents, timesteps, noise, conditions after dropout."""
 
     def __init__(
         self,
@@ -83,7 +85,7 @@ class Encoding:
         vae: AutoencoderKL,
         clip: ClipEncoders,
         device: torch.device,
-        first_stage: lift.FirstStage | None = None,
+        first_stage: refiner_clips.FirstStage | None = None,
     ):
         self.config, self.train, self.vae, self.clip, self.device = config, train, vae, clip, device
         self.first_stage = first_stage
@@ -91,7 +93,7 @@ class Encoding:
 
     @functools.cached_property
     def negative(self) -> Tensor:
-        """Token numbers of the negative prompt, int64 [1 k]."""
+        """Token ids of the negative prompt, int64 [1 k]."""
         return self.clip.tokenize([self.config.negative_prompt]).to(self.device)
 
     def encode(self, clips: Clips) -> Encoded:
@@ -123,14 +125,16 @@ class Encoding:
         noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
         noise, weight = noise.to(self.device), None
         if encoded.start is not None:
-            noise = lift.shifted(noise, x0, encoded.start, lift.start_level(self.config))
-            weight = lift.clip_weight(noise)
-        lose_text = torch.rand(b, generator=draw) < self.train.text_dropout
-        lose_image = torch.rand(b, generator=draw) < self.train.image_dropout
+            noise = refiner_clips.shifted_noise(
+                noise, x0, encoded.start, refiner_clips.start_noise_level(self.config)
+            )
+            weight = refiner_clips.weight_per_clip(noise)
+        drop_text = torch.rand(b, generator=draw) < self.train.text_dropout
+        drop_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
         conditions = Conditions(
-            self.text(encoded.tokens, lose_text) if use.text else None,
-            encoded.vector.masked_fill(lose_image.to(self.device)[:, None], 0.0)
+            self.text(encoded.tokens, drop_text) if use.text else None,
+            encoded.vector.masked_fill(drop_image.to(self.device)[:, None], 0.0)
             if use.global_tokens
             else None,
             first,
@@ -139,39 +143,39 @@ class Encoding:
         return (x0, t, noise, conditions) if weight is None else (x0, t, noise, conditions, weight)
 
     def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """-> latents [b c f h w], first-frame latents [b c h w]: two draws of one posterior."""
+        """-> latents [b c f h w], first-frame latents [b c h w]: two samples of the same posterior."""
         mean, std = encoded.mean, encoded.std
         noise = torch.randn(mean.shape, generator=draw).to(self.device)
         first = torch.randn(mean[:, :, 0].shape, generator=draw).to(self.device)
         scale = self.vae.scale
         return scale * (mean + std * noise), scale * (mean[:, :, 0] + std[:, :, 0] * first)
 
-    def text(self, tokens: Tensor, lose: Tensor) -> Tensor:
-        """int64 [b k], bool [b] -> [b k d]; a lost caption becomes the negative prompt, as the sampler's
-        second branch has it.
+    def text(self, tokens: Tensor, drop: Tensor) -> Tensor:
+        """Token ids int64 [b k], bool [b] -> [b k d]; token ids again if the text tower is trained.
 
-        Where the text tower learns, token numbers [b k]: the loss reads them itself.
+        A dropped caption becomes the negative prompt, which the sampler uses for its unconditional branch.
         """
-        tokens = torch.where(lose[:, None].to(self.device), self.negative, tokens)
+        tokens = torch.where(drop[:, None].to(self.device), self.negative, tokens)
         return tokens if self.train.text_encoder else self.clip.text(tokens)
 
 
 def draw_timesteps(b: int, num_timesteps: int, power: float, draw: torch.Generator) -> Tensor:
-    """-> int64 [b], 0 to num_timesteps - 1; the last one too: v = -x0 there.
+    """-> int64 [b] in 0 to num_timesteps - 1. The last one is included; its target is v = -x0.
 
-    Uniform for power 1. Else 1 - (1 - u)^power of the way: a power of 2 draws the noisiest fifth, where the
-    caption decides what will move, 2.2 times as often.
+    Uniform for power 1, else num_timesteps (1 - (1 - u)^power) with u uniform in [0, 1). A power of 2 draws
+    the noisiest fifth, where the caption decides what moves, 2.2 times as often.
     """
     if power == 1:
         return torch.randint(0, num_timesteps, (b,), generator=draw)
-    way = 1 - (1 - torch.rand(b, generator=draw, dtype=torch.float64)) ** power
-    return (num_timesteps * way).long().clamp(max=num_timesteps - 1)
+    fraction = 1 - (1 - torch.rand(b, generator=draw, dtype=torch.float64)) ** power
+    return (num_timesteps * fraction).long().clamp(max=num_timesteps - 1)
 
 
 class Cached:
-    """A source of encoded clips: each batch is drawn and encoded once and then kept in memory.
+    """A source of encoded clips that draws and encodes each batch once and keeps it in memory.
 
-    For the world's `num_clips` alone, whose batches come back the same; so do a run's figures without it.
+    It needs a fixed set of `num_clips` clips of the world, whose batches repeat. The run's figures are the
+    same with and without it.
     """
 
     def __init__(self, source: Source, encoding: Encoding, num_clips: int):
@@ -181,7 +185,7 @@ class Cached:
     def __call__(
         self, bucket: Bucket, positions: Sequence[int], drawn: Callable[[], Clips] | None = None
     ) -> Encoded:
-        """`drawn` gives these clips where another process has drawn them."""
+        """`drawn` returns the clips if another process has drawn them already."""
         key = bucket, positions[0] % self.num_clips
         if key not in self.kept:
             clips = drawn() if drawn else self.source(bucket, positions)
@@ -190,18 +194,18 @@ class Cached:
 
 
 def clip_pixels(pixels: Tensor, config: Config) -> Tensor:
-    """First frames [b 3 H W] in [-1, 1] -> what CLIP sees [b 3 s s], exactly as at sampling."""
+    """First frames [b 3 H W] in [-1, 1] -> CLIP's input [b 3 s s], prepared exactly as for sampling."""
     return torch.stack([pipeline.prepare_views(picture(frame), config).clip_pixels for frame in pixels])
 
 
 def picture(frame: Tensor) -> Image.Image:
-    """[3 H W] in [-1, 1] -> PIL"""
+    """A frame [3 H W] in [-1, 1] -> PIL image."""
     levels = ((frame.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(rearrange(levels, "c h w -> h w c").contiguous().numpy())
 
 
-def spatial_names(unet: UNet) -> frozenset[str]:
-    """Parameters of the kinds that Stable Diffusion's image UNet brought along, 682 at full size."""
+def inherited_parameters(unet: UNet) -> frozenset[str]:
+    """Names of the parameters inherited from Stable Diffusion's image UNet, 682 at full size."""
     places = [name for name, module in unet.named_modules() if isinstance(module, INHERITED)]
     places += ["conv_in", "norm_out", "conv_out"]
     starts = tuple(f"{place}." for place in places)
@@ -209,11 +213,14 @@ def spatial_names(unet: UNet) -> frozenset[str]:
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
-    """UNet (from `weights=` if they hold one, else new), VAE and CLIP of `weights=`."""
+    """VAE and CLIP of `weights=`, with its UNet or, if there is none, a new one.
+
+    ValueError if `weights=` lacks the VAE or CLIP, or if settings contradict each other.
+    """
     if config.weights in ("", RANDOM):
         raise ValueError(
-            f"train.part=diffusion learns on latents: give weights= a folder with vae and clip, not "
-            f"{config.weights!r}"
+            "train.part=diffusion is trained on latents; weights= must name a folder with vae and clip, but "
+            f"it is {config.weights!r}"
         )
     missing = checkpoint.missing_parts(config.weights)
     if lacking := [part for part in ("vae", "clip") if part in missing]:
@@ -222,21 +229,21 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         )
     if train.text_encoder and not config.use.text:
         raise ValueError(
-            "train.text_encoder teaches a tower that use.text=false does not read; leave one out"
+            "train.text_encoder trains a text tower that use.text=false does not read; leave one of them out"
         )
     settings = config.runtime
     vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[settings.vae_dtype])
     clip_dtype = torch.float32 if train.text_encoder else runtime.DTYPES[settings.encoder_dtype]
     clip = checkpoint.load("clip", config, device=device, dtype=clip_dtype)
-    unet = fresh_or_held("unet", config, train, device)
+    unet = load_or_create("unet", config, train, device)
     adapters = adapt(unet, config, train) if train.lora_rank else None
-    unet.set_checkpointing(train.checkpointing)
+    set_checkpointing(unet, train.checkpointing)
     bucket = buckets(config, train)[0]
-    first_stage = lift.load_first_stage(config, train, device) if train.first_stage else None
+    first_stage = refiner_clips.load_first_stage(config, train, device) if train.first_stage else None
     encoding = Encoding(config, train, vae, clip, device, first_stage)
-    schedule = lift.schedule(config) if first_stage else pipeline.make_schedule(config)
+    schedule = refiner_clips.schedule(config) if first_stage else pipeline.make_schedule(config)
     model: nn.Module = unet if adapters is None else adapters
-    slow = spatial_names(unet) if adapters is None else frozenset()
+    slow = inherited_parameters(unet) if adapters is None else frozenset()
     if train.text_encoder:
         model = nn.ModuleDict({"unet": unet, "text": clip.text_path().requires_grad_(True)})
         slow = frozenset(f"unet.{name}" for name in slow)
@@ -264,7 +271,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
 
 
 def adapt(unet: UNet, config: Config, train: Train) -> lora.Adapters:
-    """New adapters on a UNet that stays as it is."""
+    """Freeze the UNet and attach new adapters to it; ValueError if `weights=` holds no trained UNet."""
     if "unet" in checkpoint.missing_parts(config.weights):
         raise ValueError(
             f"train.lora_rank adapts a trained UNet, but the weights folder {config.weights} holds none"
@@ -274,10 +281,10 @@ def adapt(unet: UNet, config: Config, train: Train) -> lora.Adapters:
     return lora.attach(unet, train.lora_modules, rank=train.lora_rank)
 
 
-def fresh_or_held(name: str, config: Config, train: Train, device: torch.device) -> nn.Module:
-    """A part of `weights=` to train on, or a new one from `train.seed`; float32, all of it learning."""
+def load_or_create(name: str, config: Config, train: Train, device: torch.device) -> nn.Module:
+    """The part from `weights=`, or a new one from `train.seed`; float32, all parameters trainable."""
     if config.weights == RANDOM:
-        raise ValueError("weights=random is nothing to train on; leave weights out to start anew")
+        raise ValueError("weights=random cannot be trained on; leave weights out to start from new weights")
     if config.weights and name not in checkpoint.missing_parts(config.weights):
         model = checkpoint.load(name, config, device=device, dtype=torch.float32)
     else:
@@ -286,8 +293,8 @@ def fresh_or_held(name: str, config: Config, train: Train, device: torch.device)
     return model.requires_grad_(True)
 
 
-def others_held(name: str, config: Config) -> dict[str, dict[str, Tensor]]:
-    """The other parts of `weights=`, to be saved beside this one."""
+def other_parts(name: str, config: Config) -> dict[str, dict[str, Tensor]]:
+    """The other parts of `weights=`, which are saved together with the trained one."""
     if not config.weights:
         return {}
     missing = checkpoint.missing_parts(config.weights)

@@ -1,15 +1,15 @@
 """One resumable training loop for all parts: optimiser, average, precision, checkpoints, log.
 
-A run is a function of its settings and the step: clips, noise and dropout of a batch are drawn from
-generators made from the seed and the batch's number. So a checkpoint holds weights, average, moments and
-the step, no state of a generator, and a killed run goes on to the very same numbers on the same machine.
+A run is a function of its settings and the step: the clips, noise and dropout of a batch come from generators
+seeded with the run's seed and the batch number. A checkpoint therefore needs no generator states, and a
+killed run resumes bit-identically on the same machine.
 
     OUT/checkpoint-00001000/state.safetensors   weights, average, moments of the optimiser
     OUT/checkpoint-00001000/state.json          step, settings, gradient scaler, losses not yet logged
     OUT/log.jsonl                               one line per `log_every` steps: means since the last line
-    OUT/weights/                                native weights folder, of the average where there is one;
-                                                OUT/adapter/ where only adapters were trained
-    OUT/samples/                                strips, with `sample_every`
+    OUT/weights/                                native weights folder, of the average if there is one;
+                                                OUT/adapter/ if only adapters are trained
+    OUT/samples/                                sample strips, if `sample_every` is set
 """
 
 from __future__ import annotations
@@ -45,37 +45,37 @@ LOGGER = logging.getLogger(__name__)
 STATE, FACTS, LOG = "state.safetensors", "state.json", "log.jsonl"
 CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Words that keep the random streams of a step apart.
+# Keys that make the random streams of a step independent.
 BUCKET_STREAM, INPUT_STREAM, DROPOUT_STREAM = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Part:
-    """What a part of the model brings to the loop."""
+    """What the loop needs to know to train one part of the model."""
 
-    name: str  # of checkpoint.PARTS
-    model: nn.Module  # what learns, in float32 on its device
+    name: str  # one of checkpoint.PARTS, or "adapter"
+    model: nn.Module  # the module to train, in float32 on its device
     step: nn.Module  # holds `model`; forward(*inputs) -> {"loss": scalar, other figures}
-    inputs: Callable[[Clips, torch.Generator], tuple]  # a batch made ready, without gradients
-    source: Source | None = None  # in place of the run's own, as `inputs` takes it
-    slow: frozenset[str] = frozenset()  # parameters under `spatial_factor`
-    saved: nn.Module | None = None  # the part itself, where `model` holds more or less than it
+    inputs: Callable[[Clips, torch.Generator], tuple]  # prepares a batch, without gradients
+    source: Source | None = None  # replaces the run's source; gives what `inputs` takes
+    slow: frozenset[str] = frozenset()  # parameters to which `spatial_factor` applies
+    saved: nn.Module | None = None  # the module to save, if it is not `model` itself
     others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
-    strip: Callable[[], np.ndarray] | None = None  # a sample, uint8 [h w 3], of the weights as they stand
+    strip: Callable[[], np.ndarray] | None = None  # samples with the present weights, uint8 [H W 3]
     finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
-    write: Callable[[Path], Path] | None = None  # saves the model in place of a weights folder
+    write: Callable[[Path], Path] | None = None  # saves the model, instead of writing a weights folder
 
 
 @dataclass
 class State:
-    """Everything that changes from step to step."""
+    """Everything that changes from step to step, and so goes into a checkpoint."""
 
     step: int
     parameters: dict[str, nn.Parameter]
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: dict[str, Tensor]  # empty without an average
-    pending: list[dict[str, float]]  # figures of the steps since the last line of the log
+    ema: dict[str, Tensor]  # exponential moving average; empty if there is none
+    pending: list[dict[str, float]]  # figures of the steps since the last log line
 
 
 def fit(
@@ -93,8 +93,9 @@ def fit(
 ) -> Path:
     """Train to `train.steps`, from the newest checkpoint in `folder` if there is one -> the weights folder.
 
-    `resume` demands a checkpoint and lets training settings differ from it, never the architecture.
-    `on_step` is told (steps done, figures) after every step. ValueError if `folder` holds another run.
+    `resume` requires a checkpoint and allows the training settings, but not the architecture, to differ from
+    it. `on_step` is called with (steps done, figures) after every step. ValueError if `folder` holds another
+    run; FloatingPointError if the loss is not finite.
     """
     folder = Path(folder)
     state = start(part, train, device)
@@ -111,28 +112,28 @@ def fit(
     part.step.train()
 
     def plan(index: int) -> tuple[Bucket, list[int]]:
-        bucket = kinds[data.number(train.seed, index // train.accumulate, BUCKET_STREAM) % len(kinds)]
+        bucket = kinds[data.derived_seed(train.seed, index // train.accumulate, BUCKET_STREAM) % len(kinds)]
         first = (index * ranks + rank) * max(kind.batch for kind in kinds)
         return bucket, list(range(first, first + bucket.batch))
 
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(writer)
-        draw = _drawer(part.source or source, plan, train, stack)
+        draw = _batch_reader(part.source or source, plan, train, stack)
 
         @torch.no_grad()
         def make(index: int) -> tuple:
-            stream = data.generator(*_words(train, index, rank, ranks), INPUT_STREAM)
+            stream = data.generator(*_stream_key(train, index, rank, ranks), INPUT_STREAM)
             return part.inputs(draw(index), stream)
 
-        ready = Ready(make, in_advance=device.type == "cuda")
+        ready = Batches(make, in_advance=device.type == "cuda")
         while state.step < train.steps:
             figures = update(part, step, state, train, ready, device=device, rank=rank, ranks=ranks)
             state.pending.append(figures)
             if not math.isfinite(figures["loss"]):
                 raise FloatingPointError(
                     f"the loss is {figures['loss']} at step {state.step}; lower train.learning_rate or set "
-                    "train.precision=float32, and start again from the last checkpoint"
+                    "train.precision=float32, and restart from the last checkpoint"
                 )
             last = state.step == train.steps
             if last or state.step % train.log_every == 0:
@@ -150,22 +151,22 @@ def fit(
     place = folder / (part.name if part.write else "weights")
     gone = not place.is_dir() if part.write else part.name in checkpoint.missing_parts(place)
     if rank == 0 and gone:
-        save_weights(folder, state, part, config, train)  # a run that was killed just before it
+        save_weights(folder, state, part, config, train)  # the run was killed just before writing them
     return place
 
 
-def _drawer(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> Callable[[int], Clips]:
+def _batch_reader(source: Source, plan, train: Train, stack: contextlib.ExitStack) -> Callable[[int], Clips]:
     if not train.workers:
         return lambda index: source(*plan(index))
     if not train.cache:
-        return stack.enter_context(data.Ahead(source, plan, train.workers))
-    ahead = stack.enter_context(data.Ahead(source.source, plan, train.workers))
+        return stack.enter_context(data.Prefetcher(source, plan, train.workers))
+    ahead = stack.enter_context(data.Prefetcher(source.source, plan, train.workers))
     return lambda index: source(*plan(index), drawn=lambda: ahead(index))
 
 
-class Ready:
-    """Batch number -> what the part's step takes; with `in_advance` the next one can be made before it is
-    asked for: a GPU that computes one batch leaves the CPU the time.
+class Batches:
+    """Batch number -> arguments of the part's step; with `in_advance` the next batch is prepared on the CPU
+    while the GPU computes.
     """
 
     def __init__(self, make: Callable[[int], tuple], *, in_advance: bool):
@@ -180,8 +181,8 @@ class Ready:
             self.made = {index: self.make(index)}
 
 
-def _words(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
-    """What names the random streams of a batch: two ranks draw what one does in two batches."""
+def _stream_key(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
+    """The key of a batch's random streams: two ranks draw what one rank draws in two batches."""
     return train.seed, index * ranks + rank
 
 
@@ -190,7 +191,7 @@ def _words(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
 
 
 def start(part: Part, train: Train, device: torch.device) -> State:
-    """The state before the first step."""
+    """The state before the first step; ValueError if `part.slow` names no parameter of the model."""
     model = checkpoint.inner(part.model)
     parameters = dict(model.named_parameters())
     if unknown := part.slow - parameters.keys():
@@ -216,7 +217,7 @@ def update(
     step: nn.Module,
     state: State,
     train: Train,
-    ready: Ready,
+    ready: Batches,
     *,
     device: torch.device,
     rank: int,
@@ -227,8 +228,8 @@ def update(
     for micro in range(train.accumulate):
         index = state.step * train.accumulate + micro
         inputs = ready(index)
-        # Dropout layers know the global stream only.
-        torch.manual_seed(data.number(*_words(train, index, rank, ranks), DROPOUT_STREAM))
+        # Dropout layers use the global generator.
+        torch.manual_seed(data.derived_seed(*_stream_key(train, index, rank, ranks), DROPOUT_STREAM))
         last = micro == train.accumulate - 1
         wait = step.no_sync() if ranks > 1 and not last else contextlib.nullcontext()
         with wait:
@@ -264,7 +265,7 @@ def update(
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """The rate of update number `step`, from 0: linear warm-up (the first is above 0), then the decay."""
+    """The rate of update `step`, counted from 0: linear warm-up starting above 0, then the decay."""
     if step < train.warmup:
         return train.learning_rate * (step + 1) / train.warmup
     if train.decay == "constant":
@@ -279,7 +280,7 @@ def ema_decay(train: Train, step: int) -> float:
 
 @torch.no_grad()
 def average(ema: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
-    """ema <- decay ema + (1 - decay) state, in place; what is no float is copied."""
+    """ema <- decay ema + (1 - decay) state, in place; integer tensors are copied."""
     floats = [name for name, tensor in ema.items() if tensor.is_floating_point()]
     torch._foreach_lerp_([ema[n] for n in floats], [state[n] for n in floats], 1 - decay)
     for name in ema.keys() - set(floats):
@@ -287,7 +288,7 @@ def average(ema: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -
 
 
 def precision(train: Train, device: torch.device) -> torch.dtype:
-    """What autocast computes in; float32 means no autocast."""
+    """The dtype for autocast; float32 means no autocast."""
     if train.precision == "auto":
         if device.type != "cuda":
             return torch.float32
@@ -297,7 +298,7 @@ def precision(train: Train, device: torch.device) -> torch.dtype:
 
 @contextlib.contextmanager
 def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """Inside, the model holds its average and is in eval mode; without an average just the latter."""
+    """Context in which the model holds its average, if there is one, and is in eval mode."""
     inner = checkpoint.inner(model)
     held = {name: tensor.detach().clone() for name, tensor in inner.state_dict().items()} if ema else {}
     modes = {module: module.training for module in model.modules()}
@@ -318,24 +319,24 @@ def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Whole checkpoints, oldest first. One being written has another name; one cut short is left out."""
+    """Complete checkpoints, oldest first. Unfinished ones have another name; damaged ones are ignored."""
     if not folder.is_dir():
         return []
     return sorted(p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name) and _facts(p) is not None)
 
 
 def _facts(path: Path) -> dict | None:
-    """What state.json says, or None if the checkpoint is not whole."""
+    """The contents of state.json, or None if the checkpoint is incomplete."""
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         return facts if (path / STATE).stat().st_size == facts["bytes"] else None
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        LOGGER.warning("%s is damaged and left out", path)
+        LOGGER.warning("%s is damaged; ignoring it", path)
         return None
 
 
 def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> Path | None:
-    """The checkpoint to go on from, or None; ValueError for the checkpoint of another run, by name."""
+    """The checkpoint to resume from, or None; ValueError names the setting in which another run differs."""
     found = checkpoints(folder)
     if not found:
         if resume:
@@ -347,13 +348,13 @@ def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> 
     for name, here, there in _differences(settings_record(config, train), facts["settings"]):
         if resume and not _architectural(name):
             continue
-        advice = "" if _architectural(name) else ", or go on with --resume although it differs"
+        advice = "" if _architectural(name) else ", or resume anyway with --resume"
         raise ValueError(f"{name} is {here} here but {there} in {found[-1]}; choose another output{advice}")
     return found[-1]
 
 
 def settings_record(config: Config, train: Train) -> dict[str, object]:
-    """Everything that decides what is learned, flat: `unet.base_width` -> 320."""
+    """All settings that affect what is learned, flattened: `unet.base_width` -> 320."""
     record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
     record["negative_prompt"] = config.negative_prompt
     own = json.loads(json.dumps(dataclasses.asdict(train)))
@@ -401,7 +402,7 @@ def _tensors(state: State, model: nn.Module) -> dict[str, Tensor]:
 
 
 def restore(path: Path, state: State, model: nn.Module) -> None:
-    """Fill state and model from a checkpoint; ValueError if it does not fit them."""
+    """Load a checkpoint into state and model; ValueError if it is damaged or does not fit them."""
     facts = _facts(path)
     held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", *MOMENTS)}
     try:
@@ -411,7 +412,7 @@ def restore(path: Path, state: State, model: nn.Module) -> None:
                 held[kind][name] = file.get_tensor(key)
     except (SafetensorError, KeyError) as error:
         raise ValueError(
-            f"{path / STATE} is damaged ({error}); remove {path} to go on from the one before"
+            f"{path / STATE} is damaged ({error}); remove {path} to resume from the checkpoint before it"
         ) from error
     if held["model"].keys() != checkpoint.inner(model).state_dict().keys():
         raise ValueError(f"{path} holds other tensors than the model; choose another output")
@@ -471,7 +472,7 @@ def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
 
 
 class Log:
-    """OUT/log.jsonl, cut back to the step a run goes on from, and TensorBoard where it is installed."""
+    """Writes OUT/log.jsonl, truncated to the step a run resumes from, and TensorBoard if it is installed."""
 
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
@@ -495,9 +496,9 @@ class Log:
         means = {name: math.fsum(p[name] for p in pending) / len(pending) for name in pending[-1]}
         means["lr"] = pending[-1]["lr"]
         with self.path.open("a") as file:
-            # An overflow that the gradient scaler caught is no number; JSON has none for it.
-            told = {name: value if math.isfinite(value) else None for name, value in means.items()}
-            file.write(json.dumps({"step": step, **told}) + "\n")
+            # A gradient norm that overflowed under the scaler is not finite, which JSON cannot hold.
+            finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.board is not None:
             for name, value in means.items():
                 self.board.add_scalar(name, value, step)
@@ -507,4 +508,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf  # a line that was cut short
+        return math.inf  # an incomplete line

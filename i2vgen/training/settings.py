@@ -1,6 +1,6 @@
 """The settings of a training run: the `train:` section of a YAML file, `train.name=value` on a command line.
 
-Everything else in such a file is read by `i2vgen.settings.merge.load_config`; what the model is stands there.
+`i2vgen.settings.merge.load_config` reads the rest of such a file, which describes the model.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from i2vgen.world import drawing
 
 SECTION = "train"
 WORLD = "world"
-MAX_WORLD_SPEED = 2.0  # beyond twice the captioned way most things would have left the picture
-# May differ from a checkpoint's without changing what is learned.
+MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly leave the picture
+# Settings that do not affect what is learned; they may differ from those of a checkpoint.
 FREE = ("cache", "save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
 
 
 class Bucket(NamedTuple):
-    """One kind of batch: clips of `frames` frames at `fps`, `batch` of them per process."""
+    """The shape of a batch: `batch` clips per process, of `frames` frames at `fps`."""
 
     frames: int
     fps: int
@@ -38,70 +38,72 @@ class Bucket(NamedTuple):
 
 @dataclass(frozen=True)
 class Train:
-    """How to train one part. Defaults are the official recipe where it is known, with its defects mended."""
+    """How to train one part. The defaults follow the official recipe where known, without its defects."""
 
     part: Literal["diffusion", "vae", "clip"] = "diffusion"
     steps: int = 10_000  # optimiser steps
     batch: int = 8  # clips per process and forward pass
     accumulate: int = 1  # forward passes per optimiser step
     learning_rate: float = 3e-5
-    # What the image UNet brought along (`diffusion.spatial_names`) learns slower than what is new. Official:
-    # "grad", its gradients times 0.5, which Adam all but cancels; "lr" gives it its own learning rate.
+    # Parameters from the image UNet (`diffusion.inherited_parameters`) are trained more slowly than new ones:
+    # "lr" scales their learning rate by `spatial_factor`; "grad" (official) scales their gradients, which
+    # Adam almost cancels.
     spatial_scale_mode: Literal["lr", "grad"] = "lr"
     spatial_factor: float = 0.5
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    warmup: int = 10  # the first update has 1/warmup of the rate (official: none at all)
+    warmup: int = 10  # linear; the first update has 1/warmup of the rate (official: 0)
     decay: Literal["cosine", "constant"] = "cosine"  # to 0 at `steps`
-    clip_norm: float = 1.0  # 0: gradients as they are (official)
-    ema: float = 0.9999  # 0: none
-    ema_warmup: bool = (
-        True  # decay min(ema, (1 + n) / (10 + n)) at update n, so that a short run has left its start
-    )
+    clip_norm: float = 1.0  # 0: gradients are not clipped (official)
+    ema: float = 0.9999  # decay of the weights' average; 0: no average
+    # Decay min(ema, (1 + n) / (10 + n)) at update n, so that a short run forgets its initial weights.
+    ema_warmup: bool = True
     offset_noise: float = 0.1
     timestep_power: float = 1.0  # part=diffusion: above 1 draws noisy timesteps more often (official: 1)
-    # part=diffusion: weights of a first stage whose clips a refiner is to lift to `sample`'s size. It starts
-    # from them as sampling does, at `refine.noise_level`, and no timestep above that is drawn (lift.py).
+    # part=diffusion: weights of a first stage; trains a refiner that brings its clips to the size of
+    # `sample`. As in sampling, it starts from them at `refine.noise_level`; higher timesteps are not drawn
+    # (training/refiner_clips.py).
     first_stage: str = ""
-    first_stage_vae: float = 0.5  # with it: share of clips that pass through its autoencoder
-    first_stage_made: float = 0.0  # and of those it makes, from first frame and caption, at quality=draft
+    first_stage_vae: float = 0.5  # share of clips that pass through the first stage's autoencoder
+    first_stage_made: float = 0.0  # share that the first stage generates, at quality=draft
     text_dropout: float = 0.1  # caption -> negative prompt, as at sampling (released configuration: 0)
     image_dropout: float = 0.1  # CLIP image vector -> zeros
-    # part=diffusion: CLIP's text tower learns along, from the UNet's loss. One that was only taught to match
-    # pictures need not say in its tokens which thing does what.
+    # part=diffusion: also train CLIP's text tower, with the UNet's loss. The tokens of a tower that was only
+    # trained to match pictures need not say which object does what.
     text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
-    clip_words: float = 0.2  # part=clip: weight of reading each word back from its token; 0: contrast alone
-    # part=clip: what a UNet reads stays (the picture's tower, the text's but for its end), and the rest
-    # learns to match text and pictures again: for one whose text tower has learned along with a UNet.
+    clip_words: float = 0.2  # part=clip: weight of predicting each word from its token; 0: contrastive only
+    # part=clip: freeze what a UNet reads (the image tower and all but the end of the text tower) and train
+    # the rest to match text and pictures again. Use it after training with `text_encoder`.
     clip_unread: bool = False
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
     vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
-    vae_scale: Literal["measured", "given"] = "measured"  # part=vae: 1 / spread of the latents, or vae.scale
+    # part=vae: 1 / standard deviation of the latents, or vae.scale as set.
+    vae_scale: Literal["measured", "given"] = "measured"
     precision: Literal["auto", "float32", "bf16", "fp16"] = (
         "auto"  # auto: bf16 on CUDA (fp16 before Ampere), float32 elsewhere
     )
-    # Above 0: part=diffusion trains low-rank adapters of this rank on the matching modules, nothing else.
+    # Above 0: part=diffusion trains only low-rank adapters (LoRA) of this rank on the matching modules.
     lora_rank: int = 0
     lora_modules: tuple[str, ...] = ("*attention*.to_*",)
     checkpointing: bool = False  # gradient checkpointing of the UNet: less memory, more time
-    encode_chunk: int = 64  # frames through the frozen VAE at once
-    # Buckets, entry by entry; one entry of either goes with all of the other, none means that of `sample`.
+    encode_chunk: int = 64  # chunk size in frames for the frozen VAE
+    # One entry per bucket. A single entry applies to all buckets; empty means the value of `sample`.
     frame_lengths: tuple[int, ...] = ()
     sample_fps: tuple[int, ...] = ()
-    bucket_batch: tuple[int, ...] = ()  # batch per bucket; none: `batch` for all
+    bucket_batch: tuple[int, ...] = ()  # batch per bucket; empty: `batch` for all
     seed: int = 0
     data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
-    # Kinds of the world's clips (basic, single, pair, camera), one after the other and over again; none: the
-    # world's own shares, which are those of `scripts/evaluate.py`.
+    # Kinds of the world's clips (basic, single, pair, camera), used in rotation; empty: the world's default
+    # mixture, which `scripts/evaluate.py` uses too.
     kinds: tuple[str, ...] = ()
-    num_clips: int = 0  # this many different clips of the world, over and over; 0: never one twice
-    cache: bool = False  # part=diffusion: keep what VAE and CLIP made of the `num_clips` clips in memory
-    workers: int = 0  # processes that draw the world's clips ahead; 0: this one does
+    num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
+    cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
+    workers: int = 0  # processes that prefetch the world's clips; 0: draw them in the main process
     save_every: int = 1000
     sample_every: int = 0  # steps between sample strips; 0: none
     log_every: int = 10
-    keep: int = 2  # checkpoints that stay
+    keep: int = 2  # number of checkpoints to keep
 
     def __post_init__(self):
         for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk"):
@@ -124,42 +126,46 @@ class Train:
         for kind in self.kinds:
             if kind not in drawing.KINDS:
                 raise ValueError(
-                    f"train.kinds has {kind!r}, which is no kind of the world's clips; give a list of "
+                    f"train.kinds contains {kind!r}, which is not a kind of the world's clips; choose from "
                     f"{', '.join(drawing.KINDS)}"
                 )
         if self.data != WORLD and self.kinds:
             raise ValueError(
-                f"train.kinds is for train.data={WORLD}, but train.data is {self.data}; leave it out"
+                f"train.kinds needs train.data={WORLD}, but train.data is {self.data}; leave it out"
             )
         if self.data != WORLD and (self.num_clips or self.workers):
             raise ValueError(
-                f"train.num_clips = {self.num_clips} and train.workers = {self.workers} are for "
+                f"train.num_clips = {self.num_clips} and train.workers = {self.workers} need "
                 f"train.data={WORLD}, but train.data is {self.data}; leave them at 0"
             )
         if self.cache and (self.part != "diffusion" or not self.num_clips):
             raise ValueError(
-                "train.cache keeps the latents of the train.num_clips clips of the world for "
+                "train.cache keeps the latents of train.num_clips clips of the world and needs "
                 f"train.part=diffusion; here train.part is {self.part} and train.num_clips {self.num_clips}"
             )
         largest = max(self.bucket_batch or (self.batch,))
         if self.cache and self.num_clips % largest:
             raise ValueError(
-                f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is no multiple of "
-                f"the largest batch, {largest}"
+                f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is not a multiple "
+                f"of the largest batch, {largest}"
             )
         for name in ("checkpointing", "lora_rank", "first_stage", "text_encoder"):
             if self.part != "diffusion" and getattr(self, name):
-                raise ValueError(f"train.{name} is for the UNet, but train.part is {self.part}")
+                raise ValueError(
+                    f"train.{name} needs train.part=diffusion, but train.part is {self.part}; leave it out"
+                )
         if self.first_stage_vae + self.first_stage_made > 1:
             raise ValueError(
                 f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
-                f"{self.first_stage_made} are shares of all clips; their sum is at most 1"
+                f"{self.first_stage_made} are shares of all clips; their sum must be at most 1"
             )
         if self.clip_unread and self.part != "clip":
-            raise ValueError(f"train.clip_unread is for train.part=clip, but train.part is {self.part}")
+            raise ValueError(
+                f"train.clip_unread needs train.part=clip, but train.part is {self.part}; leave it out"
+            )
         if self.text_encoder and self.lora_rank:
             raise ValueError(
-                f"train.lora_rank = {self.lora_rank} trains adapters of the UNet and nothing else; leave "
+                f"train.lora_rank = {self.lora_rank} trains only adapters of the UNet; leave "
                 "train.text_encoder out"
             )
         if self.first_stage and self.sample_every:
@@ -176,7 +182,7 @@ def _check(train: Train, name: str, right: Any, wanted: str) -> None:
 
 
 def buckets(config: Config, train: Train) -> list[Bucket]:
-    """The kinds of batches of a run; ValueError names both fields where they do not go together."""
+    """The buckets of a run; ValueError if the fields contradict each other or a bucket is impossible."""
     lengths = train.frame_lengths or (config.sample.frames,)
     rates = train.sample_fps or (config.sample.fps,)
     count = max(len(lengths), len(rates))
@@ -198,23 +204,25 @@ def buckets(config: Config, train: Train) -> list[Bucket]:
         where = f"the bucket train.frame_lengths = {bucket.frames} with train.sample_fps = {bucket.fps}"
         if not 1 <= bucket.frames <= MAX_FRAMES or bucket.fps < 1 or bucket.batch < 1:
             raise ValueError(
-                f"{where}, batch {bucket.batch}, cannot be: 1 to {MAX_FRAMES} frames, fps and batch from 1"
+                f"{where}, batch {bucket.batch}, is impossible; give 1 to {MAX_FRAMES} frames, fps and batch "
+                "of at least 1"
             )
         if train.data == WORLD and world_speed(config, bucket) > MAX_WORLD_SPEED:
             raise ValueError(
                 f"{where} shows {world_speed(config, bucket):.1f} times the motion of sample.frames = "
-                f"{config.sample.frames} at sample.fps = {config.sample.fps}, and things leave the picture; "
-                f"at most {MAX_WORLD_SPEED:g}: fewer frames or a higher fps"
+                f"{config.sample.frames} at sample.fps = {config.sample.fps}, so objects leave the picture; "
+                f"the limit is {MAX_WORLD_SPEED:g}: give fewer frames or a higher fps"
             )
         if train.part == "clip" and bucket.batch < 2:
             raise ValueError(
-                f"{where} has batch {bucket.batch}, but train.part=clip contrasts clips of a batch; give 2"
+                f"{where} has batch {bucket.batch}, but train.part=clip contrasts the clips of a batch; give "
+                "at least 2"
             )
     return found
 
 
 def world_speed(config: Config, bucket: Bucket) -> float:
-    """How much of the captioned motion a bucket's clip shows; 1 for the length and rate of `sample`."""
+    """Motion of a bucket relative to the captioned motion; 1 for the length and rate of `sample`."""
     if bucket.frames == 1 or config.sample.frames == 1:
         return 0.0 if bucket.frames == 1 else config.sample.fps / bucket.fps
     seconds = (bucket.frames - 1) / bucket.fps
@@ -222,9 +230,9 @@ def world_speed(config: Config, bucket: Bucket) -> float:
 
 
 def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> tuple[Config, Train]:
-    """A training YAML and `name=value` overrides -> the model's settings and the training's.
+    """Read a training YAML file and `name=value` overrides -> settings of the model and of the training.
 
-    ValueError for unknown names, wrong types and combinations that cannot be.
+    ValueError for unknown names, wrong types and impossible combinations.
     """
     own = [word for word in overrides if word.startswith(f"{SECTION}.")]
     others = [word for word in overrides if not word.startswith(f"{SECTION}.")]
@@ -244,7 +252,7 @@ def from_dict(values: dict[str, Any]) -> Train:
 
 
 def _load_file(file: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, Any]]:
-    """The section is cut out of the text, and `load_config` reads what is left as it reads every file."""
+    """Cut the `train:` section out of the text and let `load_config` read the rest."""
     if not file.is_file():
         raise ValueError(f"configuration file {file} does not exist")
     try:
@@ -252,7 +260,7 @@ def _load_file(file: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, 
         section = (yaml.safe_load(text) or {}) if text.strip() else {}
         cut = "".join(_without_section(text))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from error
     section = section.get(SECTION) if isinstance(section, dict) else None
     with tempfile.TemporaryDirectory() as folder:
         rest = Path(folder) / file.name
@@ -281,11 +289,11 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
     for word in overrides:
         name, equals, value = word.partition("=")
         if not equals:
-            raise ValueError(f"{word!r} is no setting; write name=value, for example train.steps=20")
+            raise ValueError(f"{word!r} is not a setting; write name=value, for example train.steps=20")
         try:
             values[name.removeprefix(f"{SECTION}.")] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"{word!r}: the value cannot be read") from error
+            raise ValueError(f"{word!r}: the value is not valid YAML") from error
     return values
 
 
@@ -303,14 +311,14 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
             if fields[name].startswith("tuple") and not isinstance(value, list | tuple):
                 value = [value]
             if fields[name] == "float" and isinstance(value, str):
-                value = _float(value)  # YAML takes 1e-4 for a text
+                value = _float(value)  # YAML reads 1e-4 as a string
             try:
                 merged = OmegaConf.merge(merged, {name: value})
             except (OmegaConfBaseException, TypeError) as error:
                 raise ValueError(f"{source}: train.{name} is {value!r}, expected {fields[name]}") from error
     try:
         return OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # a __post_init__ refusal arrives as itself, this is the rest
+    except OmegaConfBaseException as error:  # a ValueError of __post_init__ passes through unchanged
         raise ValueError(first_line(error)) from error
 
 

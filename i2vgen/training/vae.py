@@ -1,6 +1,7 @@
-"""The autoencoder's step: absolute plus squared error and a small KL term. No discriminator.
+"""The autoencoder's training step: absolute plus squared error and a small KL term, no discriminator.
 
-Axes: n frames, b batch, f frames, c channels, h w latent rows and columns, H W pixels.
+Axes: n frames of all clips, b batch, f frames, c channels, h w latent rows and columns, H W pixel rows and
+columns.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from i2vgen.files import checkpoint
 from i2vgen.model.vae import AutoencoderKL, ResBlock
 from i2vgen.settings.config import Config
 from i2vgen.training.data import Clips, Source
-from i2vgen.training.diffusion import fresh_or_held, others_held, picture
+from i2vgen.training.diffusion import load_or_create, other_parts, picture
 from i2vgen.training.loop import Part
 from i2vgen.training.settings import Train, buckets
 
 SHOWN = 8  # frames in a sample strip
-SCALE_CLIPS = 32  # clips whose latents decide the measured scale
+SCALE_CLIPS = 32  # clips over which the scale is measured
 
 
 class VaeLoss(nn.Module):
@@ -40,9 +41,10 @@ class VaeLoss(nn.Module):
 
 
 @torch.no_grad()
-def start(vae: AutoencoderKL, seed: int) -> None:
-    """New weights that carry the picture from the first step on: plain signal-keeping convolutions, and
-    residual branches at a tenth. PyTorch's own start took four times the steps to the same error.
+def initialise(vae: AutoencoderKL, seed: int) -> None:
+    """Initialise in place, preserving the signal's variance: Kaiming convolutions (He et al. 2015) with
+    linear gain, residual branches times 0.1. PyTorch's defaults take four times the steps to reach the same
+    error.
     """
     draw = torch.Generator().manual_seed(seed)
     for module in vae.modules():
@@ -55,9 +57,9 @@ def start(vae: AutoencoderKL, seed: int) -> None:
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
-    vae = fresh_or_held("vae", config, train, device)
+    vae = load_or_create("vae", config, train, device)
     if not config.weights or "vae" in checkpoint.missing_parts(config.weights):
-        start(vae, train.seed)
+        initialise(vae, train.seed)
     bucket = buckets(config, train)[0]
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -67,7 +69,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
 
     @torch.no_grad()
     def finish(settings: Config) -> Config:
-        """Latents of spread 1 are what the diffusion expects: the scale is measured on clips of the run."""
+        """Measure `vae.scale` on clips of the run, because the diffusion expects latents of unit variance."""
         if train.vae_scale == "given":
             return settings
         squares, count = 0.0, 0
@@ -92,7 +94,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         model=vae,
         step=VaeLoss(vae, train),
         inputs=inputs,
-        others=others_held("vae", config),
+        others=other_parts("vae", config),
         strip=strip,
         finish=finish,
     )

@@ -1,18 +1,18 @@
-"""The procedural clip world: an integer seed -> a short clip of plain shapes, its caption and its facts.
+"""The procedural world: an integer seed -> a short clip of plain shapes, its caption and its facts.
 
-Everything lives in one frame of reference: the square in the middle of the picture is [-1, 1] x [-1, 1],
-x to the right and y DOWN, so a length of 1 is half of the shorter side. Time runs from 0 (first frame)
-to 1 (last frame); amounts of motion are per clip, so every size and every frame count shows the same
-motion. What the first frame does not show, the caption says: kind, direction and speed of each motion.
+All lengths share one coordinate system: the largest centred square of the picture is [-1, 1] x [-1, 1], with
+x to the right and y DOWN, so a length of 1 is half the shorter side. Time runs from 0 (first frame) to 1
+(last frame). Amounts of motion are per clip, so every size and frame count shows the same motion. The caption
+says what the first frame does not show: kind, direction and speed of each motion.
 
-Clips depend on nothing but the seed and numpy: random numbers come from PCG64 doubles alone, and shapes
-are drawn from signed distances, without any rasteriser or font. Axis letters: f frames, h w pixels, c RGB.
+Clips depend only on the seed and numpy: random numbers are PCG64 doubles, and shapes are drawn from signed
+distances, without a rasteriser or fonts. Axes: b batch, f frames, c RGB, h w pixel rows and columns.
 
-Proportions of `kind=None`: 58 % one object under a still camera (the twelve motions alike, one in twelve
-stands still), 20 % two objects under a still camera (in half of those one of the two stands still), 22 %
-camera moves (pans in four directions and two zooms alike) over no, one or two resting objects.
-Under a still camera a single object starts where all its motions would fit: its picture does not tell the
-motion. Measured on one CPU core at 64 x 64 and 16 frames: 450 clips/s (camera moves alone 280).
+Proportions for `kind=None`: 58 % one object under a still camera (twelve equally frequent motions, one of
+them standing still), 20 % two objects under a still camera (in half of these, one stands still), 22 % camera
+moves (four pans and two zooms, equally frequent) over zero to two still objects. Under a still camera, a
+single object starts where all its motions would fit, so its position does not reveal the motion. Speed on one
+CPU core at 64 x 64 and 16 frames: 450 clips/s (camera moves alone 280).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DIAGONALS = ("up left", "up right", "down left", "down right")
 MOTIONS = BASIC_MOTIONS + DIAGONALS
 CAMERA_MOVES = ("pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out")
 
-# x, y of one unit of way; the diagonals are as long as the straight ones.
+# Unit vectors x, y.
 DIRECTIONS = {
     "left": (-1.0, 0.0),
     "right": (1.0, 0.0),
@@ -49,7 +49,7 @@ DIRECTIONS = {
 
 # Amounts per clip for each speed word; "" is the speed that a caption does not mention.
 SPEEDS = ("slowly", "", "quickly")
-TRAVEL = {"slowly": 0.32, "": 0.52, "quickly": 0.72}  # way of an object, and of a panning camera
+TRAVEL = {"slowly": 0.32, "": 0.52, "quickly": 0.72}  # distance of an object or a panning camera
 GROWTH = {"slowly": 1.30, "": 1.55, "quickly": 1.85}  # factor of the radius; shrinking divides
 TURN = {"slowly": 45.0, "": 75.0, "quickly": 110.0}  # degrees, clockwise
 ZOOM = {"slowly": 1.25, "": 1.45, "quickly": 1.70}  # factor of the picture; zooming out divides
@@ -67,7 +67,7 @@ COLOURS = {
     "black": (12, 12, 12),
 }
 SIZES = {"small": 0.22, "medium": 0.31, "large": 0.42}  # radius of the circle of that size
-# Farthest point of each shape from its centre, in radii: the shapes look alike in size, not in reach.
+# Circumradius of each shape, in units of `radius`; the shapes have similar areas, not equal circumradii.
 REACH = {
     "circle": 1.0,
     "square": 1.2,
@@ -78,7 +78,7 @@ REACH = {
     "cross": 1.15 * math.hypot(1.0, 0.36),
 }
 SHAPES = tuple(REACH)
-ROUND = ("circle", "ring")  # their rotation would be invisible, so they never rotate
+ROUND = ("circle", "ring")  # never rotate, because it would be invisible
 BACKDROPS = {
     "plain": "plain",
     "clouds": "cloudy",
@@ -87,22 +87,22 @@ BACKDROPS = {
     "dots": "dotted",
 }
 
-MIN_CONTRAST = 0.36  # distance in RGB (0..1) between an object's colour and every colour of the backdrop
-MIN_COLOUR_GAP = 0.45  # the same between two objects
+MIN_CONTRAST = 0.36  # RGB distance (values 0..1) between an object's colour and all colours of the backdrop
+MIN_COLOUR_GAP = 0.45  # RGB distance between two objects
 SHORTEST_SIDE = 8
-LATTICE = 32  # random values per side of the wrapping grid behind the value noise
+LATTICE = 32  # side of the periodic lattice of random values for the value noise
 
 
 @dataclass(frozen=True)
 class Backdrop:
-    """A texture without end: every colour in it lies between `first` and `second` (RGB, 0..1)."""
+    """An infinite texture of colours on the segment from `first` to `second` (RGB, 0..1)."""
 
     kind: str  # of BACKDROPS
     first: tuple[float, float, float]
     second: tuple[float, float, float]
     angle: float  # radians
     period: float  # of stripes, checks and dots
-    x: float  # the cut-out: where the texture's own origin lies
+    x: float  # offset of the texture
     y: float
     seed: int  # of the value noise
 
@@ -122,7 +122,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Move:
-    """What an object or the camera does: a motion (or "still") and a speed word of SPEEDS."""
+    """The motion of an object or the camera (or "still"), with a speed word of SPEEDS."""
 
     kind: str
     speed: str = ""
@@ -133,7 +133,7 @@ STILL = Move("still")
 
 @dataclass(frozen=True)
 class Facts:
-    """Everything that is drawn: `moves[i]` is what `things[i]` does in the world, under the camera's move."""
+    """Contents of a clip: `moves[i]` is the motion of `things[i]` in the world; the camera adds its own."""
 
     backdrop: Backdrop
     things: tuple[Thing, ...]
@@ -142,7 +142,7 @@ class Facts:
 
     @property
     def determined(self) -> bool:
-        """Whether first frame and caption fix the whole clip: nothing comes in from outside the picture."""
+        """Whether first frame and caption determine the clip: nothing enters from outside the picture."""
         return self.camera.kind in ("still", "zoom in")
 
 
@@ -163,7 +163,7 @@ class Batch(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------------------
-# The doors
+# Clips and batches
 
 
 def clip(
@@ -175,7 +175,7 @@ def clip(
     kind: Kind | None = None,
     speed: float = 1.0,
 ) -> Clip:
-    """The clip of a seed: `frames` uint8 [f h w 3], caption, facts. `speed` is that of `render`."""
+    """The clip of a seed: `frames` uint8 [f h w 3], caption, facts; `speed` as in `render`."""
     facts = sample_facts(seed, kind=kind)
     pictures = render(facts, width=width, height=height, frames=frames, speed=speed)
     return Clip(pictures, caption(facts, seed), facts)
@@ -192,7 +192,7 @@ def batch(
 ) -> Batch:
     """The clips of several seeds, stacked: float32 [b c f h w] in [-1, 1], captions, facts.
 
-    `kind` is one for all of them, or one for each.
+    `kind` is one kind for all clips, or a list with one for each.
     """
     seeds = list(seeds)
     kinds = [kind] * len(seeds) if kind is None or isinstance(kind, str) else list(kind)
@@ -208,7 +208,7 @@ def batch(
 
 
 def another_motion(facts: Facts, seed: int) -> Facts:
-    """The same first frame with another of the basic motions: one object under a still camera only."""
+    """The same first frame with another basic motion; ValueError unless it is one object, still camera."""
     if len(facts.things) != 1 or facts.camera.kind != "still":
         raise ValueError(
             f"another motion needs one object under a still camera, not {len(facts.things)} object(s) and "
@@ -217,26 +217,26 @@ def another_motion(facts: Facts, seed: int) -> Facts:
     rng = _stream(seed, 2)
     move, thing = facts.moves[0], facts.things[0]
     kind = _pick(rng, [m for m in _motions_of(thing.shape, BASIC_MOTIONS) if m != move.kind])
-    # A still object has no speed word and may stand where only slow ways fit.
+    # A still object has no speed word, and its place may only leave room for slow motions.
     speed = "" if kind == "still" else ("slowly" if move.kind == "still" else move.speed)
     return replace(facts, moves=(Move(kind, speed),))
 
 
 # ---------------------------------------------------------------------------------------------------
-# Drawing lots
+# Sampling the facts
 
 
 def sample_facts(seed: int, *, kind: Kind | None = None) -> Facts:
-    """What the clip of this seed shows.
+    """The contents of the clip of this seed.
 
-    kind None: the whole world; "basic": one object, the basic eight, still camera; "single": one object,
-    all twelve motions, still camera; "pair": two objects, still camera; "camera": camera moves.
+    kind None: the whole world; "basic": one object, the eight basic motions, still camera; "single": one
+    object, all twelve motions, still camera; "pair": two objects, still camera; "camera": camera moves.
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind {kind!r} of a clip is unknown; use None or one of {', '.join(KINDS)}")
     rng = _stream(seed, 0)
     if kind is None:
-        kind = _weighted(rng, SHARES)
+        kind = _weighted_pick(rng, SHARES)
     if kind == "camera":
         return _sample_camera(rng)
     if kind == "pair":
@@ -251,14 +251,14 @@ def sample_facts(seed: int, *, kind: Kind | None = None) -> Facts:
 
 def _sample_camera(rng: np.random.Generator) -> Facts:
     camera = Move(_pick(rng, CAMERA_MOVES), _pick(rng, SPEEDS))
-    count = _weighted(rng, {0: 0.2, 1: 0.6, 2: 0.2})
+    count = _weighted_pick(rng, {0: 0.2, 1: 0.6, 2: 0.2})
     things, moves = (), ()
     if count == 1:
         size, shape = _pick(rng, tuple(SIZES)), _pick(rng, SHAPES)
         things, moves = (_place(rng, shape, size, _pick(rng, tuple(COLOURS)), camera.speed),), (STILL,)
     elif count == 2:
         things, moves = _sample_pair(rng, camera)
-    # A move over a plain backdrop could not be seen.
+    # Camera moves over a plain backdrop would be invisible.
     return Facts(
         _sample_backdrop(rng, ("clouds", "stripes", "checks", "dots"), things), things, moves, camera
     )
@@ -277,27 +277,27 @@ def _motions_of(shape: str, motions: Sequence[str]) -> tuple[str, ...]:
 
 
 def _place(rng: np.random.Generator, shape: str, size: str, colour: str, pace: str) -> Thing:
-    """A thing near the middle: at this pace every motion and camera move keeps most of it inside."""
-    radius = SIZES[size] * _between(rng, 0.94, 1.06)
+    """An object near the centre, so that any motion or camera move at this pace keeps most of it visible."""
+    radius = SIZES[size] * _uniform(rng, 0.94, 1.06)
     room = max(0.04, min(1.0 - TRAVEL[pace], 1.0 / ZOOM[pace]) - 0.6 * radius)
-    x, y = _between(rng, -room, room), _between(rng, -room, room)
-    return Thing(shape, colour, size, x, y, radius, _between(rng, -12.0, 12.0))
+    x, y = _uniform(rng, -room, room), _uniform(rng, -room, room)
+    return Thing(shape, colour, size, x, y, radius, _uniform(rng, -12.0, 12.0))
 
 
 def _sample_pair(rng: np.random.Generator, camera: Move) -> tuple[tuple[Thing, ...], tuple[Move, ...]]:
-    """Two things of different colours that stay inside and never touch."""
+    """Two objects of different colours that stay inside the picture and never touch."""
     first = _pick(rng, tuple(COLOURS))
     second = _pick(rng, [name for name in COLOURS if _gap(_rgb(name), _rgb(first)) >= MIN_COLOUR_GAP])
     both_move = rng.random() < 0.5
-    while True:  # a fresh lot of motions and places: one in five fits, one in twenty under a camera move
+    while True:  # rejection sampling: accepts one in five, or one in twenty under a camera move
         moves, things = [], []
         for colour, moving in ((first, True), (second, both_move)):
             motions = ("still",) if camera != STILL or not moving else [m for m in MOTIONS if m != "still"]
             move, shape = _sample_move(rng, motions)
             size = _pick(rng, ("small", "medium"))
-            x, y = _between(rng, -0.8, 0.8), _between(rng, -0.8, 0.8)
-            radius = SIZES[size] * _between(rng, 0.94, 1.06)
-            things.append(Thing(shape, colour, size, x, y, radius, _between(rng, -12.0, 12.0)))
+            x, y = _uniform(rng, -0.8, 0.8), _uniform(rng, -0.8, 0.8)
+            radius = SIZES[size] * _uniform(rng, 0.94, 1.06)
+            things.append(Thing(shape, colour, size, x, y, radius, _uniform(rng, -12.0, 12.0)))
             moves.append(move)
         if _fits(things, moves, camera):
             return tuple(things), tuple(moves)
@@ -315,7 +315,7 @@ def _fits(things: Sequence[Thing], moves: Sequence[Move], camera: Move) -> bool:
 
 
 def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Sequence[Thing]) -> Backdrop:
-    """Muted colours of moderate contrast, away from the colours of all things."""
+    """A backdrop in muted colours of moderate contrast that differ from the colours of all objects."""
     kind = _pick(rng, kinds)
     best, pair = -1.0, None
     for _ in range(40):
@@ -329,23 +329,23 @@ def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Seq
         kind=kind,
         first=pair[0],
         second=pair[1],
-        angle=_between(rng, 0.0, 2.0 * math.pi),
-        period=_between(rng, 0.5, 0.9),
-        x=_between(rng, 0.0, 100.0),
-        y=_between(rng, 0.0, 100.0),
+        angle=_uniform(rng, 0.0, 2.0 * math.pi),
+        period=_uniform(rng, 0.5, 0.9),
+        x=_uniform(rng, 0.0, 100.0),
+        y=_uniform(rng, 0.0, 100.0),
         seed=int(rng.random() * 2**31),
     )
 
 
 def _muted_pair(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    grey = np.full(3, _between(rng, 0.32, 0.72)) + _tint(rng, 0.13)
-    step = np.full(3, _between(rng, 0.11, 0.19) * (1.0 if rng.random() < 0.5 else -1.0)) + _tint(rng, 0.08)
+    grey = np.full(3, _uniform(rng, 0.32, 0.72)) + _tint(rng, 0.13)
+    step = np.full(3, _uniform(rng, 0.11, 0.19) * (1.0 if rng.random() < 0.5 else -1.0)) + _tint(rng, 0.08)
     first, second = np.clip(grey - step / 2, 0.08, 0.92), np.clip(grey + step / 2, 0.08, 0.92)
     return tuple(first.tolist()), tuple(second.tolist())
 
 
 def _tint(rng: np.random.Generator, most: float) -> np.ndarray:
-    """An RGB offset of no brightness, in any hue."""
+    """A random RGB offset of any hue that does not change the brightness."""
     hue = 2.0 * math.pi * rng.random() + np.array([0.0, 2.0, 4.0]) * math.pi / 3.0
     return most * rng.random() * np.cos(hue)
 
@@ -360,7 +360,7 @@ def _pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.random() * len(options))]
 
 
-def _weighted(rng: np.random.Generator, shares: dict):
+def _weighted_pick(rng: np.random.Generator, shares: dict):
     drawn = rng.random() * sum(shares.values())
     for name, share in shares.items():
         drawn -= share
@@ -369,7 +369,7 @@ def _weighted(rng: np.random.Generator, shares: dict):
     return next(reversed(shares))
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
+def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
@@ -382,9 +382,9 @@ def _gap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _gap_to_segment(point: np.ndarray, first: Sequence[float], second: Sequence[float]) -> float:
-    start, way = np.array(first), np.array(second) - np.array(first)
-    along = np.clip((point - start) @ way / (way @ way), 0.0, 1.0)
-    return _gap(point, start + along * way)
+    start, vector = np.array(first), np.array(second) - np.array(first)
+    along = np.clip((point - start) @ vector / (vector @ vector), 0.0, 1.0)
+    return _gap(point, start + along * vector)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -394,9 +394,9 @@ def _gap_to_segment(point: np.ndarray, first: Sequence[float], second: Sequence[
 def render(facts: Facts, *, width: int, height: int, frames: int, speed: float = 1.0) -> np.ndarray:
     """Draw the clip -> uint8 [f h w 3].
 
-    `speed` multiplies all motion of the clip: with n frames per second instead of the usual m, at the same
-    frame count, give m / n. Above 1 objects may leave the picture, 0 freezes it; growth and zoom are
-    powers (factor ** speed). In a picture that is not square the longer side shows more backdrop.
+    `speed` scales all motion: for n frames per second instead of m, at the same frame count, give m / n.
+    Above 1, objects may leave the picture; 0 freezes it. Growth and zoom are powers (factor ** speed). If the
+    picture is not square, its longer side shows more backdrop.
     """
     _check_size(width, height, frames, speed)
     time = speed * np.linspace(0.0, 1.0, frames)
@@ -423,9 +423,9 @@ def _check_size(width: int, height: int, frames: int, speed: float) -> None:
 
 
 def camera_path(camera: Move, time: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the camera looks: x, y [f] of the world at the middle of the picture, and its zoom [f].
+    """The camera at each time [f]: x, y [f] of the world at the centre of the picture, and its zoom [f].
 
-    A camera that pans left looks further left: everything in the picture moves right.
+    A camera that pans left makes everything in the picture move right.
     """
     zero, one = np.zeros_like(time), np.ones_like(time)
     if camera.kind == "still":
@@ -438,12 +438,12 @@ def camera_path(camera: Move, time: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 
 def track(thing: Thing, move: Move, camera: Move, time: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Where a thing stands in the picture at each time [f] -> x, y, radius, angle in degrees, each [f]."""
+    """An object's path in the picture at each time [f] -> x, y, radius, angle in degrees, each [f]."""
     x, y, radius = thing.x + 0.0 * time, thing.y + 0.0 * time, thing.radius + 0.0 * time
     angle = thing.angle + 0.0 * time
     if move.kind in DIRECTIONS:
-        way = DIRECTIONS[move.kind]
-        x, y = x + way[0] * TRAVEL[move.speed] * time, y + way[1] * TRAVEL[move.speed] * time
+        dx, dy = DIRECTIONS[move.kind]
+        x, y = x + dx * TRAVEL[move.speed] * time, y + dy * TRAVEL[move.speed] * time
     elif move.kind == "grow":
         radius = radius * GROWTH[move.speed] ** time
     elif move.kind == "shrink":
@@ -455,7 +455,7 @@ def track(thing: Thing, move: Move, camera: Move, time: np.ndarray) -> tuple[np.
 
 
 def _paint_thing(canvas: np.ndarray, thing: Thing, path: tuple[np.ndarray, ...], half: float) -> None:
-    """Lay a thing over the canvas [f h w 3], in place, inside a window around its centre."""
+    """Draw an object on the canvas [f h w 3], in place, within a window around its centre."""
     x, y, radius, angle = path
     _, height, width, _ = canvas.shape
     column, row = x * half + width / 2.0 - 0.5, y * half + height / 2.0 - 0.5  # of the centre, in pixels
@@ -480,9 +480,10 @@ def _paint_thing(canvas: np.ndarray, thing: Thing, path: tuple[np.ndarray, ...],
 def coverage(
     shape: str, u: np.ndarray, v: np.ndarray, radius: np.ndarray, angle: np.ndarray, half: float
 ) -> np.ndarray:
-    """How much of each pixel a shape covers -> float32 [f h w] in 0..1.
+    """Fraction of each pixel that a shape covers -> float32 [f h w] in 0..1.
 
-    u [f 1 w] and v [f h 1] lead from the shape's centre to the pixel; radius and angle (degrees) are [f].
+    u [f 1 w] and v [f h 1] are the pixel's offsets from the centre; radius and angle (degrees) are [f];
+    `half` is the number of pixels in a length of 1.
     """
     u, v = u.astype(np.float32), v.astype(np.float32)
     r = radius.astype(np.float32)[:, None, None]
@@ -493,9 +494,10 @@ def coverage(
 
 
 def shape_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Signed distance to the outline of a shape of radius 1 around 0, negative inside (y points down).
+    """Signed distance to the outline of a shape of radius 1 at the origin, negative inside (y points down).
 
-    After https://iquilezles.org/articles/distfunctions2d: fold the plane until one edge is left.
+    Method of https://iquilezles.org/articles/distfunctions2d: fold the plane by symmetry until one edge is
+    left.
     """
     if shape == "circle":
         return np.hypot(x, y) - 1.0
@@ -522,17 +524,17 @@ def _box(x: np.ndarray, y: np.ndarray, wide: float, high: float) -> np.ndarray:
 
 
 def _edge(x: np.ndarray, y: np.ndarray, start: tuple[float, float], end: tuple[float, float]) -> np.ndarray:
-    """Signed distance to the edge start-end of a folded shape; negative on the side of 0."""
+    """Signed distance to the edge from start to end of a folded shape; negative on the origin's side."""
     wide, high = end[0] - start[0], end[1] - start[1]
     dx, dy = x - start[0], y - start[1]
     along = np.clip((dx * wide + dy * high) / (wide * wide + high * high), 0.0, 1.0)
-    inside = wide * dy - high * dx  # the side of 0 has the sign of this at x = y = 0
+    inside = wide * dy - high * dx  # its sign at x = y = 0 marks the origin's side
     sign = -1.0 if high * start[0] - wide * start[1] > 0.0 else 1.0
     return np.copysign(np.hypot(dx - along * wide, dy - along * high), sign * inside)
 
 
 def _paint_backdrop(facts: Facts, x: np.ndarray, y: np.ndarray, time: np.ndarray) -> np.ndarray:
-    """The texture behind everything -> float32 [f h w 3] in 0..1; f is 1 under a still camera."""
+    """The backdrop -> float32 [f h w 3] in 0..1; f is 1 under a still camera."""
     backdrop = facts.backdrop
     look_x, look_y, zoom = camera_path(facts.camera, time[:1] if facts.camera.kind == "still" else time)
     u = (x / zoom[:, None] + look_x[:, None])[:, None, :]  # f 1 w
@@ -543,7 +545,7 @@ def _paint_backdrop(facts: Facts, x: np.ndarray, y: np.ndarray, time: np.ndarray
 
 
 def _texture(backdrop: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Level of the texture at the places u [f 1 w], v [f h 1] of the world -> float32 [f h w] in 0..1."""
+    """Texture level at the world coordinates u [f 1 w], v [f h 1] -> float32 [f h w] in 0..1."""
     cos, sin = np.float32(math.cos(backdrop.angle)), np.float32(math.sin(backdrop.angle))
     if backdrop.kind == "plain":
         return np.clip(0.5 + 0.38 * (cos * u + sin * v), 0.0, 1.0)
@@ -566,7 +568,7 @@ def _texture(backdrop: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _value_noise(noise: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Smooth random levels, one lattice value per unit, wrapping: u [f 1 w], v [f h 1] -> [f h w]."""
+    """Periodic value noise with one lattice value per unit: u [f 1 w], v [f h 1] -> [f h w]."""
     column, row = np.floor(u), np.floor(v)
     p, q = u - column, v - row
     p, q = p * p * (3.0 - 2.0 * p), q * q * (3.0 - 2.0 * q)
@@ -578,7 +580,7 @@ def _value_noise(noise: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Captions: the phrases below are all there is, and no phrase belongs to two facts
+# Captions use only the phrases below; every phrase has a single meaning
 
 SIZE_WORDS = {
     "small": ("small", "tiny", "little"),
@@ -603,7 +605,7 @@ DIRECTION_PHRASES = {
     "down left": ("down and to the left", "diagonally down and left", "towards the lower left"),
     "down right": ("down and to the right", "diagonally down and right", "towards the lower right"),
 }
-# (third person, -ing form); the ways are filled in from the two tables above.
+# (third person, -ing form); verbs and directions of travel come from the two tables above.
 MOTION_PHRASES = {
     **{
         kind: tuple((f"{verb} {way}", f"{ing} {way}") for verb, ing in TRAVEL_VERBS for way in ways)
@@ -628,10 +630,10 @@ ZOOM_PHRASES = {
 
 
 def caption(facts: Facts, seed: int) -> str:
-    """One of the many ways to say what happens; lower case, commas at most.
+    """One of many captions of the clip, in lower case, without punctuation except commas.
 
-    Every object comes with colour and shape, with its size word unless medium, and its motion; a speed
-    that is not named is the usual one. The backdrop is named now and then.
+    Every object is named with its colour, shape, size (optional if medium) and motion; no speed word means
+    the middle speed. One caption in four names the backdrop.
     """
     rng = _stream(seed, 1)
     if facts.camera.kind != "still":
@@ -670,15 +672,15 @@ def _say_camera(rng: np.random.Generator, facts: Facts) -> str:
     what = " and ".join(_noun(rng, thing) for thing in facts.things) or ground
     speed = _pick(rng, SPEED_WORDS[camera.speed])
     if camera.kind in ZOOM_PHRASES:
-        told = f"{_pick(rng, ZOOM_PHRASES[camera.kind])} {what}"
+        move = f"{_pick(rng, ZOOM_PHRASES[camera.kind])} {what}"
     else:
-        way = _pick(rng, DIRECTION_PHRASES[camera.kind.removeprefix("pan ")])
-        told = f"{_pick(rng, PAN_VERBS)} {way} {_pick(rng, PAN_LINKS)} {what}"
+        direction = _pick(rng, DIRECTION_PHRASES[camera.kind.removeprefix("pan ")])
+        move = f"{_pick(rng, PAN_VERBS)} {direction} {_pick(rng, PAN_LINKS)} {what}"
     if facts.things and rng.random() < 0.25:
-        told = f"{told} on {ground}"
+        move = f"{move} on {ground}"
     if speed and rng.random() < 0.3:
-        return f"{speed}, the camera {told}"
-    return " ".join(part for part in ("the camera", speed, told) if part)
+        return f"{speed}, the camera {move}"
+    return " ".join(part for part in ("the camera", speed, move) if part)
 
 
 def _noun(rng: np.random.Generator, thing: Thing) -> str:
@@ -687,7 +689,7 @@ def _noun(rng: np.random.Generator, thing: Thing) -> str:
 
 
 def _verb(rng: np.random.Generator, move: Move, form: int) -> str:
-    """The motion in words, its speed before or behind; form 0 third person, 1 -ing."""
+    """The motion in words, with its speed word before or after it; form 0 third person, 1 -ing."""
     phrase = _pick(rng, MOTION_PHRASES[move.kind])[form]
     speed = _pick(rng, SPEED_WORDS[move.speed])
     if not speed:
@@ -704,4 +706,4 @@ def _all_words() -> list[str]:
     return sorted({word for phrase in phrases for word in phrase.split()})
 
 
-VOCABULARY = _all_words()  # every word of every caption; commas are no words
+VOCABULARY = _all_words()  # every word of every caption, without commas

@@ -1,16 +1,18 @@
-"""Reads the motion back from a clip, without any learned model: frames -> what each object and the camera do.
+"""Recovers the motion of each object and of the camera from a clip of the procedural world, without learning.
 
-The reader knows what the conditioning picture shows (which things stand where), never what was asked for.
-Each thing is found by its colour: every pixel is shared out between the thing's colour, the colours of the
-other things, and the line of colours that the backdrop of the first frame spans. Centroid, area and the
-angular moment of that share are followed through the frames, in a window around the last place. The
-camera is followed by aligning the frames outside all things (Lucas and Kanade's method with the parameters
-shift, zoom, brightness), first neighbour to neighbour, then each to the first; a camera move that explains
-hardly more than none counts as none. A thing's motion is what is left after the camera's.
+The reader knows what the first frame shows (which objects are where), but not the requested motion. It finds
+each object by its colour: every pixel is divided between the object's colour, the colours of the other
+objects, and the line of colours that the backdrop of the first frame spans. The centroid, area and angular
+moment of the object's share are tracked through the frames, in a window around the last position. The camera
+is tracked by aligning the frames outside all objects (method of Lucas and Kanade 1981, with shift, zoom and
+brightness as parameters), first each frame to the next, then each to the first; a camera move that explains
+little more than no move counts as none. The motion of an object is measured relative to the camera's.
 
-Coordinates and amounts are those of `world`: half of the shorter side is 1, y points down, per clip.
-On 1,000 true clips of each kind every score is right in 100 %; what blur, noise and colour drift take away
-from that stands in tests/test_world.py. About 12 ms for a clip of 64 x 64 and 16 frames on one CPU core.
+Coordinates and amounts are those of `drawing`: per clip, half the shorter side is 1, y points down. All
+scores are right on 1,000 true clips of each kind; tests/test_world.py gives the accuracy under blur, noise
+and colour drift. A clip of 64 x 64 and 16 frames takes about 12 ms on one CPU core.
+
+Axes: f frames, p pairs of frames, n positions, h w pixel rows and columns.
 """
 
 from __future__ import annotations
@@ -24,46 +26,46 @@ import numpy as np
 from i2vgen.world import drawing
 from i2vgen.world.drawing import Facts, Thing
 
-# An amount is a motion when it exceeds half of the slowest motion of its kind.
+# An amount counts as motion if it exceeds half of the slowest motion of its kind.
 LEAST_TRAVEL = 0.5 * drawing.TRAVEL["slowly"]
 LEAST_GROWTH = 0.5 * math.log(drawing.GROWTH["slowly"])
 LEAST_TURN = 0.5 * drawing.TURN["slowly"]
 LEAST_ZOOM = 0.5 * math.log(drawing.ZOOM["slowly"])
 
-# How often a shape looks the same in one full turn; round shapes have no angle.
+# Order of rotational symmetry; round shapes have no angle.
 FOLDS = {"square": 4, "triangle": 3, "star": 5, "diamond": 2, "cross": 4}
 
-EDGE = 0.22  # the share of a pixel below which it is none of the thing, and 1 - EDGE from which it is all
-COLOUR_SHIFT = 0.30  # distance in RGB by which a thing's colour in frame 0 may differ from its name's
+EDGE = 0.22  # shares below this count as 0, shares above 1 - EDGE as 1
+COLOUR_SHIFT = 0.30  # RGB distance by which an object's colour in frame 0 may differ from the named colour
 ALIGN_STEPS = 8
-COARSE = 32  # the camera is followed at no more than this many pixels along the shorter side (below twice it)
-PIXEL_NOISE = 0.04  # of the aligned, smoothed pictures; weighs the pull to the guess
-CERTAIN = 1e-4  # doubt of a guess that is to stay
-EVIDENCE = 0.68  # a camera move must leave less than this part of the difference that no move leaves
-DRIFT = 0.15  # how far the sum of small steps may be off
-WINDOW_MARGIN = 0.16  # around a thing's reach, beyond its fastest way from frame to frame
+COARSE = 32  # the camera is tracked on pictures whose shorter side is reduced to 32 to 63 pixels
+PIXEL_NOISE = 0.04  # standard deviation in the smoothed pictures; sets the strength of the prior
+CERTAIN = 1e-4  # standard deviation of a prior that must not move
+EVIDENCE = 0.68  # a camera move must reduce the residual below this fraction of that without a move
+DRIFT = 0.15  # standard deviation of the sum of the steps from frame to frame
+WINDOW_MARGIN = 0.16  # added to an object's circumradius and its fastest motion per frame
 
 
 @dataclass(frozen=True)
 class ThingReading:
-    """What one thing does in the world: `motion` of drawing.MOTIONS, and the amounts per clip."""
+    """The motion of one object in the world: one of drawing.MOTIONS, and the amounts per clip."""
 
     motion: str
-    x: float  # way
+    x: float  # displacement
     y: float
     growth: float  # factor of the radius
     turn: float  # degrees, clockwise; 0 for round shapes
-    area: tuple[float, ...]  # per frame, in the picture, in parts of the area due in the first frame
-    spread: tuple[float, ...]  # per frame: radius of gyration / root of area, in parts of the first frame's
+    area: tuple[float, ...]  # per frame, in the picture, relative to the expected area in the first frame
+    spread: tuple[float, ...]  # per frame: radius of gyration / root of area, relative to the first frame
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a clip shows: one reading per thing, and the camera's motion ("still" or of CAMERA_MOVES)."""
+    """The motions in a clip: one reading per object, and the camera's ("still" or one of CAMERA_MOVES)."""
 
     things: tuple[ThingReading, ...]
     camera: str
-    pan_x: float  # way of the camera in the world
+    pan_x: float  # displacement of the camera in the world
     pan_y: float
     zoom: float  # factor of the picture
 
@@ -71,9 +73,10 @@ class Reading:
 def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, speed: float = 1.0) -> Reading:
     """Read a clip: `frames` uint8 [f h w 3], two or more; `facts_objects` is `Facts.things`.
 
-    Without things only the camera is read. `speed` as in `drawing.render`: the thresholds scale with it.
-    From frame to frame a turn of half a symmetry (a star's: 36 degrees) or a move of a backdrop by half of
-    its period cannot be told from its opposite, so clips of fewer than about six frames need slow motion.
+    Without objects, only the camera is read. The thresholds scale with `speed`, which is that of
+    `drawing.render`. Between two frames, a turn by half a symmetry angle (36 degrees for a star) or a shift
+    of the backdrop by half its period is ambiguous, so clips of fewer than about six frames need slow motion.
+    ValueError for invalid frames, or if an object covers less than a pixel of the first frame.
     """
     _check(frames, speed)
     things = tuple(facts_objects or ())
@@ -84,30 +87,33 @@ def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, sp
     for thing, cover in zip(things, first_cover, strict=True):
         if cover.sum() < 1.0:
             raise ValueError(
-                f"the first frame cannot show the {thing.colour} {thing.shape}: less than a pixel"
+                f"the {thing.colour} {thing.shape} covers less than a pixel of the first frame; give larger "
+                "frames"
             )
     colours = [
         _colour_of(thing, cover, pictures[0]) for thing, cover in zip(things, first_cover, strict=True)
     ]
-    backdrop = ~sum((_near(thing, x, y, 3.0 * pixel) for thing in things), np.zeros(frames.shape[1:3], bool))
+    backdrop = ~sum(
+        (_region_around(thing, x, y, 3.0 * pixel) for thing in things), np.zeros(frames.shape[1:3], bool)
+    )
     line = _colour_line(pictures[0], backdrop)
     shares = _shares(pictures, colours, line)
     camera_track = _camera_track(pictures, shares, line, x, y, speed)
-    way_x, way_y, growth = (_slope(values) for values in camera_track)
-    camera = _camera_motion(way_x, way_y, growth, speed)
-    camera_track = _only(camera, camera_track)
+    travel_x, travel_y, growth = (_slope(values) for values in camera_track)
+    camera = _camera_motion(travel_x, travel_y, growth, speed)
+    camera_track = _keep_only(camera, camera_track)
     readings = []
     for thing, cover, share in zip(things, first_cover, shares, strict=True):
-        followed = _follow(thing, share, float(cover.sum()), x, y, speed)
-        readings.append(_thing_reading(thing, followed, camera_track, speed))
-    return Reading(tuple(readings), camera, way_x, way_y, math.exp(growth))
+        tracked = _track_thing(thing, share, float(cover.sum()), x, y, speed)
+        readings.append(_thing_reading(thing, tracked, camera_track, speed))
+    return Reading(tuple(readings), camera, travel_x, travel_y, math.exp(growth))
 
 
 def score(frames: np.ndarray, facts: Facts, *, speed: float = 1.0) -> dict[str, bool]:
-    """Whether a clip does what its facts say: `motion_right`, `object_right`, `camera_right`.
+    """Whether a clip shows what its facts say: `motion_right`, `object_right`, `camera_right`.
 
-    motion_right: every thing's motion, standing still included, is read as asked; with no things, the
-    camera's. object_right: every thing keeps its colour, about its size and one piece in every frame.
+    motion_right: the motion of every object (including "still") is as requested; without objects, the
+    camera's. object_right: in every frame, every object keeps its colour and about its size, in one piece.
     """
     reading = read(frames, facts_objects=facts.things, speed=speed)
     camera_right = reading.camera == facts.camera.kind
@@ -117,22 +123,24 @@ def score(frames: np.ndarray, facts: Facts, *, speed: float = 1.0) -> dict[str, 
     return {
         "motion_right": motion_right if pairs else camera_right,
         "object_right": all(
-            _is_there(read_thing, _area_due(thing, drawing.track(thing, move, facts.camera, time), frames))
+            _keeps_size_and_shape(
+                read_thing, _area_along(thing, drawing.track(thing, move, facts.camera, time), frames)
+            )
             for read_thing, thing, move in pairs
         ),
         "camera_right": camera_right,
     }
 
 
-def _is_there(reading: ThingReading, due: np.ndarray) -> bool:
-    """Of about the first size, or the size asked for by now (`due` [f], as `area`), or anything between."""
+def _keeps_size_and_shape(reading: ThingReading, expected: np.ndarray) -> bool:
+    """Whether spread and area stay near the first frame's, the area also near `expected` [f] or between."""
     area, spread = np.array(reading.area), np.array(reading.spread)
-    enough, small_enough = area >= 0.4 * np.minimum(1.0, due), area <= 2.0 * np.maximum(1.0, due)
+    enough, small_enough = area >= 0.4 * np.minimum(1.0, expected), area <= 2.0 * np.maximum(1.0, expected)
     return bool(np.all(enough & small_enough) and spread.max() <= 1.6)
 
 
-def _area_due(thing: Thing, path: tuple[np.ndarray, ...], frames: np.ndarray) -> np.ndarray:
-    """Area inside the picture on this path -> [f], in parts of that in the first frame."""
+def _area_along(thing: Thing, path: tuple[np.ndarray, ...], frames: np.ndarray) -> np.ndarray:
+    """Area inside the picture along this path -> [f], relative to the first frame."""
     area = _covers(thing, path, *_axes(frames)).sum((1, 2))
     return area / max(float(area[0]), 1.0)
 
@@ -150,7 +158,7 @@ def _check(frames: np.ndarray, speed: float) -> None:
 
 
 def _axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the pixels in the world of the first frame -> x [1 w], y [h 1]."""
+    """World coordinates of the pixels in the first frame -> x [1 w], y [h 1]."""
     height, width = frames.shape[1:3]
     half = min(height, width) / 2.0
     x = (np.arange(width, dtype=np.float32) + 0.5 - width / 2.0) / half
@@ -163,12 +171,12 @@ def _axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _first_cover(thing: Thing, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much of each pixel [h w] the thing covers in the first frame, 0..1."""
+    """Fraction of each pixel that the object covers in the first frame -> [h w] in 0..1."""
     return _covers(thing, drawing.track(thing, drawing.STILL, drawing.STILL, np.zeros(1)), x, y)[0]
 
 
 def _covers(thing: Thing, path: tuple[np.ndarray, ...], x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """How much of each pixel the thing covers on its path in the picture (of `drawing.track`) -> [f h w]."""
+    """Fraction of each pixel that the object covers along a path of `drawing.track` -> [f h w] in 0..1."""
     place_x, place_y, radius, angle = path
     half = 1.0 / float(x[0, 1] - x[0, 0])
     return drawing.coverage(
@@ -176,12 +184,12 @@ def _covers(thing: Thing, path: tuple[np.ndarray, ...], x: np.ndarray, y: np.nda
     )
 
 
-def _near(thing: Thing, x: np.ndarray, y: np.ndarray, margin: float) -> np.ndarray:
+def _region_around(thing: Thing, x: np.ndarray, y: np.ndarray, margin: float) -> np.ndarray:
     return np.hypot(x - thing.x, y - thing.y) < thing.radius * drawing.REACH[thing.shape] + margin
 
 
 def _colour_of(thing: Thing, cover: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    """The thing's colour as the first frame shows it, or by its name where the frame shows another thing."""
+    """The object's colour in the first frame, or its named colour if the frame shows something else there."""
     named = np.array(drawing.COLOURS[thing.colour], np.float32) / 255.0
     core = cover >= min(0.999, cover.max())
     seen = np.median(picture[core], axis=0)
@@ -189,7 +197,7 @@ def _colour_of(thing: Thing, cover: np.ndarray, picture: np.ndarray) -> np.ndarr
 
 
 def _colour_line(picture: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
-    """The segment of colours that the backdrop [h w] spans -> its middle, unit direction, half length."""
+    """Segment of colours that the backdrop (mask [h w]) spans -> centre, unit direction, half length."""
     colours = picture[backdrop] if backdrop.sum() >= 8 else picture.reshape(-1, 3)
     middle = np.median(colours, axis=0)
     spread = colours - middle
@@ -201,10 +209,10 @@ def _colour_line(picture: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray,
 def _shares(
     pictures: np.ndarray, colours: list[np.ndarray], line: tuple[np.ndarray, np.ndarray, float]
 ) -> list[np.ndarray]:
-    """How much of each pixel belongs to each colour -> one [f h w] in 0..1 per colour."""
-    middle, direction, reach = line
-    to_backdrop = _to_segment(pictures, middle - reach * direction, middle + reach * direction)
-    # The outline of one thing mixes its colour with the backdrop's; that mixture is no third thing's either.
+    """Share of each colour in each pixel -> one [f h w] in 0..1 per colour."""
+    middle, direction, half_length = line
+    to_backdrop = _to_segment(pictures, middle - half_length * direction, middle + half_length * direction)
+    # The outline of an object mixes its colour with the backdrop's; the mixture belongs to no other object.
     to_mixture = [_to_segment(pictures, colour, middle) for colour in colours] if len(colours) > 1 else []
     shares = []
     for i, colour in enumerate(colours):
@@ -217,10 +225,10 @@ def _shares(
 
 
 def _to_segment(pictures: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Distance of every pixel [.. 3] to the segment of colours start-end."""
-    way, offset = end - start, pictures - start
-    along = np.clip(offset @ way / max(float(way @ way), 1e-6), 0.0, 1.0)
-    return _length(offset - along[..., None] * way)
+    """Distance of every pixel [.. 3] to the segment between two colours -> [..]."""
+    vector, offset = end - start, pictures - start
+    along = np.clip(offset @ vector / max(float(vector @ vector), 1e-6), 0.0, 1.0)
+    return _length(offset - along[..., None] * vector)
 
 
 def _length(colours: np.ndarray) -> np.ndarray:
@@ -229,16 +237,16 @@ def _length(colours: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------
-# Things
+# Objects
 
 
-def _follow(
+def _track_thing(
     thing: Thing, share: np.ndarray, pixels: float, x: np.ndarray, y: np.ndarray, speed: float
 ) -> np.ndarray:
-    """Follow a thing through its share [f h w] -> [f 6]: x, y, area, gyration radius, moment (re, im).
+    """Track an object through its share [f h w] -> [f 6]: x, y, area, radius of gyration, moment (re, im).
 
-    `pixels` is the area that the thing should have in the first frame. A thing that is not found keeps its
-    place; its area says that it is gone.
+    `pixels` is the object's expected area in the first frame. An object that is lost keeps its last position,
+    with an area near 0.
     """
     rows = []
     margin = WINDOW_MARGIN + drawing.TRAVEL["quickly"] * speed / (len(share) - 1)
@@ -267,13 +275,13 @@ def _follow(
 
 
 def _thing_reading(
-    thing: Thing, followed: np.ndarray, camera: tuple[np.ndarray, ...], speed: float
+    thing: Thing, tracked: np.ndarray, camera: tuple[np.ndarray, ...], speed: float
 ) -> ThingReading:
     pan_x, pan_y, log_zoom = camera
-    x, y, area, gyration, real, imaginary = followed.T
+    x, y, area, gyration, real, imaginary = tracked.T
     zoom = np.exp(log_zoom)
-    way_x, way_y = _slope(x / zoom + pan_x), _slope(y / zoom + pan_y)
-    # Two measures of size, for what makes a picture soft takes from the area and adds to the width.
+    travel_x, travel_y = _slope(x / zoom + pan_x), _slope(y / zoom + pan_y)
+    # The mean of two measures of size, because blur reduces the area and increases the radius of gyration.
     size = 0.5 * np.log(np.maximum(area, 1e-3)) + np.log(np.maximum(gyration, 1e-2))
     growth = _slope(0.5 * size - log_zoom)
     turn = 0.0
@@ -281,9 +289,9 @@ def _thing_reading(
         turn = math.degrees(_slope(np.unwrap(np.arctan2(imaginary, real)))) / FOLDS[thing.shape]
     width = gyration / np.sqrt(np.maximum(area, 1e-3))
     return ThingReading(
-        motion=_thing_motion(way_x, way_y, growth, turn, speed),
-        x=way_x,
-        y=way_y,
+        motion=_thing_motion(travel_x, travel_y, growth, turn, speed),
+        x=travel_x,
+        y=travel_y,
         growth=math.exp(growth),
         turn=turn,
         area=tuple(area.tolist()),
@@ -301,18 +309,18 @@ def _thing_motion(x: float, y: float, growth: float, turn: float, speed: float) 
     if amounts[strongest] < 1.0:
         return "still"
     if strongest == "travel":
-        return _nearest_way(x, y, drawing.DIRECTIONS)
+        return _nearest_direction(x, y, drawing.DIRECTIONS)
     if strongest == "growth":
         return "grow" if growth > 0.0 else "shrink"
     return "rotate"
 
 
-def _nearest_way(x: float, y: float, ways: Sequence[str]) -> str:
-    return max(ways, key=lambda way: x * drawing.DIRECTIONS[way][0] + y * drawing.DIRECTIONS[way][1])
+def _nearest_direction(x: float, y: float, names: Sequence[str]) -> str:
+    return max(names, key=lambda name: x * drawing.DIRECTIONS[name][0] + y * drawing.DIRECTIONS[name][1])
 
 
 def _slope(values: np.ndarray) -> float:
-    """How much a track [f] changes from the first to the last frame: the least-squares line's rise."""
+    """Change of a track [f] from the first to the last frame, by a least-squares line."""
     time = np.linspace(-0.5, 0.5, len(values))
     return float(time @ (values - values.mean()) / (time @ time))
 
@@ -329,15 +337,15 @@ def _camera_track(
     y: np.ndarray,
     speed: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Follow the camera -> x, y of its way and log of its zoom, each [f], 0 in the first frame.
+    """Track the camera -> its displacement x, y and log of its zoom, each [f], 0 in the first frame.
 
-    A point at s in one frame lies at (1 + a) s + b in the next. The picture is seen along the backdrop's
-    line of colours, where its texture is strongest, and made coarse, which is quick and quiet.
+    A point at s in one frame lies at (1 + a) s + b in the next. Pictures are projected on the backdrop's line
+    of colours, where the texture is strongest, and downscaled, which saves time and reduces noise.
     """
     middle, direction, _ = line
     weight = np.ones(pictures.shape[:3], np.float32)
     for share in shares:
-        weight *= 1.0 - _widest(share) > 0.95
+        weight *= 1.0 - _dilated(share) > 0.95
     grey = ((pictures - middle) @ direction) * weight
     cell = max(1, min(pictures.shape[1:3]) // COARSE)
     grey, weight = _smooth(_coarse(grey, cell)), _smooth(_coarse(weight, cell))
@@ -347,20 +355,20 @@ def _camera_track(
     later, later_weight = grey[1:], weight[1:]
     still = np.zeros((len(later), 3))
     steps, _ = _align(grey[:-1], later, weight[:-1], later_weight, x, y, still, speed / len(later))
-    guess = _chained(steps)
+    guess = _composed(steps)
     first, first_weight = (np.broadcast_to(part[:1], later.shape) for part in (grey, weight))
-    found, left = _align(first, later, first_weight, later_weight, x, y, guess, DRIFT)
-    _, left_still = _align(first, later, first_weight, later_weight, x, y, still, CERTAIN)
-    half = len(left) // 2
-    if left[half:].sum() > EVIDENCE * left_still[half:].sum():
+    found, residual = _align(first, later, first_weight, later_weight, x, y, guess, DRIFT)
+    _, residual_still = _align(first, later, first_weight, later_weight, x, y, still, CERTAIN)
+    half = len(residual) // 2
+    if residual[half:].sum() > EVIDENCE * residual_still[half:].sum():
         found = still
     zoom = 1.0 + np.concatenate([[0.0], found[:, 0]])
     shift = np.concatenate([np.zeros((1, 2)), found[:, 1:]])
     return -shift[:, 0] / zoom, -shift[:, 1] / zoom, np.log(zoom)
 
 
-def _chained(steps: np.ndarray) -> np.ndarray:
-    """From frame to frame -> from the first frame to each, both [p 3]: a, bx, by."""
+def _composed(steps: np.ndarray) -> np.ndarray:
+    """Transforms from frame to frame -> from the first frame to each, both [p 3]: a, bx, by."""
     scale, shift, rows = 1.0, np.zeros(2), []
     for step in steps:
         scale, shift = (1.0 + step[0]) * scale, (1.0 + step[0]) * shift + step[1:]
@@ -378,11 +386,10 @@ def _align(
     guess: np.ndarray,
     doubt: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Zoom a and shift b of each pair of pictures [p h w], near a guess [p 3] -> [p 3]: a, bx, by; and
-    the mean squared difference that is left [p].
+    """Align pairs of pictures [p h w] -> zoom a and shift b, [p 3]: a, bx, by; residual mean square [p].
 
-    Gauss-Newton steps on after((1 + a) s + b) = (1 + gain) before(s) + offset, doubtful pixels weighing
-    less, with a pull to the guess whose strength comes from the expected noise and the guess's `doubt`.
+    Gauss-Newton steps on after((1 + a) s + b) = (1 + gain) before(s) + offset, with robust (Cauchy) weights
+    and a Gaussian prior: mean `guess` [p 3], standard deviation `doubt` relative to PIXEL_NOISE.
     """
     half = 1.0 / float(x[0, 1] - x[0, 0])
     slope_y, slope_x = (half * g for g in np.gradient(before, axis=(1, 2)))
@@ -403,12 +410,12 @@ def _align(
             weight.sum(1, keepdims=True) + 1.0
         )
         weight = weight / (1.0 + (error / scale) ** 2)
-        heavy = columns * weight[..., None]
-        normal = heavy.transpose(0, 2, 1) @ columns + prior
-        pull = (heavy * error[..., None]).sum(1) + (found - start) @ prior
+        weighted = columns * weight[..., None]
+        normal = weighted.transpose(0, 2, 1) @ columns + prior
+        pull = (weighted * error[..., None]).sum(1) + (found - start) @ prior
         step = np.linalg.solve(normal, pull[..., None])[..., 0]
         found -= step
-        found[:, :3] = np.clip(found[:, :3], guess - 0.5, guess + 0.5)  # keeps a lost pair finite
+        found[:, :3] = np.clip(found[:, :3], guess - 0.5, guess + 0.5)  # keeps a diverging pair finite
         found[:, 0] = np.clip(found[:, 0], -0.8, 4.0)
         if np.abs(step).max() < 3e-4:
             break
@@ -418,28 +425,31 @@ def _align(
 def _sample(
     pictures: np.ndarray, weight: np.ndarray, column: np.ndarray, row: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and weights [p h w] at the places column [p 1 w], row [p h 1], bilinear; weight 0 outside."""
-    down, across = _tents(row[:, :, 0], pictures.shape[1]), _tents(column[:, 0, :], pictures.shape[2])
+    """Sample pictures and weights [p h w] bilinearly at column [p 1 w], row [p h 1]; weight 0 outside."""
+    down, across = (
+        _linear_weights(row[:, :, 0], pictures.shape[1]),
+        _linear_weights(column[:, 0, :], pictures.shape[2]),
+    )
     across = across.transpose(0, 2, 1)
     inside = (down.sum(2) > 0.999)[:, :, None] & (across.sum(1) > 0.999)[:, None, :]
     return down @ pictures @ across, (down @ weight @ across) * inside
 
 
-def _tents(places: np.ndarray, length: int) -> np.ndarray:
-    """Weights of linear interpolation at places [p n] of a line of `length` values -> [p n length]."""
+def _linear_weights(places: np.ndarray, length: int) -> np.ndarray:
+    """Weights of linear interpolation at positions [p n] on a line of `length` values -> [p n length]."""
     apart = np.abs(places[:, :, None] - np.arange(length, dtype=np.float32))
     return np.maximum(1.0 - apart, 0.0, dtype=np.float32)
 
 
 def _smooth(pictures: np.ndarray) -> np.ndarray:
-    """Binomial blur (1 2 1) / 4 along both axes of [f h w], edges repeated."""
+    """Binomial blur (1 2 1) / 4 along both axes of [f h w], with replicated edges."""
     padded = np.pad(pictures, ((0, 0), (1, 1), (1, 1)), mode="edge")
     wide = 0.25 * padded[:, :, :-2] + 0.5 * padded[:, :, 1:-1] + 0.25 * padded[:, :, 2:]
     return 0.25 * wide[:, :-2] + 0.5 * wide[:, 1:-1] + 0.25 * wide[:, 2:]
 
 
-def _widest(share: np.ndarray) -> np.ndarray:
-    """The largest share within two pixels, [f h w] -> [f h w]."""
+def _dilated(share: np.ndarray) -> np.ndarray:
+    """Dilate by two pixels: the largest share within a square of 5 x 5, [f h w] -> [f h w]."""
     for axis in (1, 2):
         wide = share.copy()
         for step in (1, 2):
@@ -455,7 +465,7 @@ def _cut(axis: int, start: int, stop: int | None) -> tuple[slice, ...]:
 
 
 def _coarse(pictures: np.ndarray, cell: int) -> np.ndarray:
-    """Means over cells of cell x cell pixels; what is left over at the right and below is dropped."""
+    """Means over cells of cell x cell pixels; incomplete cells at the right and bottom are dropped."""
     count, height, width = pictures.shape
     rows, columns = height // cell, width // cell
     cells = pictures[:, : rows * cell, : columns * cell].reshape(count, rows, cell, columns, cell)
@@ -475,11 +485,11 @@ def _camera_motion(x: float, y: float, growth: float, speed: float) -> str:
         return "still"
     if zoom > pan:
         return "zoom in" if growth > 0.0 else "zoom out"
-    return "pan " + _nearest_way(x, y, ("left", "right", "up", "down"))
+    return "pan " + _nearest_direction(x, y, ("left", "right", "up", "down"))
 
 
-def _only(camera: str, track: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
-    """What the named camera motion takes from a measured track; the rest is error that would move things."""
+def _keep_only(camera: str, track: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
+    """The components of a measured track that the named camera motion has; the others are noise, set to 0."""
     pan_x, pan_y, log_zoom = track
     zero = np.zeros_like(pan_x)
     if camera == "still":

@@ -1,4 +1,4 @@
-"""Beside diffusers and transformers, with the same random weights carried over by the conversion tables.
+"""Comparison with diffusers and transformers, on the same random weights, mapped by the conversion tables.
 
 Everything is float64 and every parameter is random, so that a difference in the formulas cannot hide
 behind rounding or a zero-initialised output. Where the two sides take float32 steps of their own (sinusoids,
@@ -12,7 +12,7 @@ import torch
 
 from i2vgen.diffusion.sampler import ddim
 from i2vgen.diffusion.schedule import Schedule, make_betas
-from i2vgen.fast import speed
+from i2vgen.fast import savings
 from i2vgen.files import checkpoint
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions
@@ -27,8 +27,8 @@ diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.reference
 
-# diffusers' class fixes what is not its argument: 8 heads in the first temporal transformer, as many global
-# tokens as latent channels, and one width for context and CLIP vector.
+# diffusers' class hard-codes 8 heads in the first temporal transformer, one global token per latent channel,
+# and the same width for context and CLIP vector.
 TINY = config.UNet(
     base_width=32,
     width_multipliers=(1, 2, 4, 4),
@@ -63,7 +63,7 @@ def our_unet(unet, use):
 
 
 def their_unet(unet, state, *, concat_gain=1.0):
-    """diffusers' class with our weights; it has no gain, but the first convolution can carry it."""
+    """diffusers' class with our weights; it has no gain, so the first convolution absorbs it."""
     side = "CrossAttn{}Block3D", "{}Block3D"
     with torch.device("meta"):
         model = diffusers.I2VGenXLUNet(
@@ -95,7 +95,7 @@ def run_ours(model, x, t, conditions):
 
 def run_theirs(model, x, t, conditions):
     frames = x.shape[2]
-    planes = [conditions.image_latent]  # as its pipeline lays them out
+    planes = [conditions.image_latent]  # in the layout of its pipeline
     planes += [torch.full_like(planes[0], (k + 1) / (frames - 1)) for k in range(frames - 1)]
     with torch.no_grad():
         return model(
@@ -134,19 +134,19 @@ def test_unet(batch, frames, state):
     official = run_ours(with_use(state, config.Use()), *inputs)
     assert distance(official, expected_doubled) <= 1e-6
 
-    assert distance(official, expected) > 0.1  # the doubling is no detail
+    assert distance(official, expected) > 0.1  # adding the branch twice matters
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_no_worse_than_theirs(dtype, state):
-    """Against the float64 numbers of the same weights; ours with every saving that a CPU has.
+    """Errors relative to float64 with the same weights; ours uses every optimisation available on a CPU.
 
     Over several inputs: one alone says which side had luck, the ratio then goes from 0.87 to 1.14.
     """
     use = config.Use(concat_gain=1.0)
     exact, ours, theirs = with_use(state, use), with_use(state, use).to(dtype), their_unet(TINY, state)
-    speed.apply(ours, config.Runtime())
+    savings.apply(ours, config.Runtime())
     for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype)
     squares = torch.zeros(2)
@@ -179,7 +179,7 @@ def test_unet_of_another_shape():
 
 @pytest.mark.parametrize("kept", ["sinusoid", "frame_planes"])
 def test_both_conventions_are_needed_for_equal_bits(kept, state):
-    """Left as the official code has it, each shows far above float64's rounding and below float32's."""
+    """Each official convention shows clearly above float64 rounding but below float32 rounding."""
     use = dataclasses.replace(THEIR_USE, **{kept: getattr(config.Use(), kept)})
     inputs = unet_inputs(1, 4)
     expected = run_theirs(their_unet(TINY, state), *inputs)
@@ -187,7 +187,7 @@ def test_both_conventions_are_needed_for_equal_bits(kept, state):
 
 
 @pytest.mark.parametrize("pair", [("norm1", "norm3"), ("attention1.to_q", "attention1.to_k")], ids=str)
-def test_unet_rows_that_confuse_two_parts_show(pair, state, monkeypatch):
+def test_unet_rows_that_confuse_two_parts_are_caught(pair, state, monkeypatch):
     a, b = ((f"temporal_in.{part}.weight",) for part in pair)
     right, other = unet_diffusers.rows, {a: b, b: a}
     monkeypatch.setattr(
@@ -234,10 +234,10 @@ def test_vae(autoencoders):
     assert distance(ours.decode(latent), theirs.decode(latent / ours.scale).sample) <= 1e-10
 
 
-def test_vae_with_its_numbers_of_levels_reversed_shows(autoencoders):
+def test_vae_with_reversed_level_numbers_is_caught(autoencoders):
     ours, theirs = autoencoders
     up = list(theirs.decoder.up_blocks)
-    theirs.decoder.up_blocks = torch.nn.ModuleList([up[1], up[0], up[2]])  # two of equal widths
+    theirs.decoder.up_blocks = torch.nn.ModuleList([up[1], up[0], up[2]])  # two levels of equal width
     z = normal(1, 4, 6, 9)
     try:
         assert distance(ours.decode(ours.scale * z), theirs.decode(z).sample) > 1e-3
@@ -283,7 +283,7 @@ def test_ddim(steps):
     assert distance(run_sampler(steps, noise), run_scheduler(steps, noise)) <= 1e-5
 
 
-def test_ddim_that_lands_on_the_first_level():
+def test_ddim_that_ends_at_the_first_level():
     noise = normal(1, 4, 3, 4, 6)
     landed = run_sampler(10, noise, final_alpha="first")
     assert distance(landed, run_scheduler(10, noise, set_alpha_to_one=False)) <= 1e-5
@@ -347,7 +347,9 @@ def hugging_face(state, names):
 
 
 def load(model, state, prefix):
-    if any(name.startswith(prefix) for name in model.state_dict()):  # the text model's went with 5.6
+    if any(
+        name.startswith(prefix) for name in model.state_dict()
+    ):  # transformers 5.6 dropped the text model's
         bare = ("visual_projection.weight",)
         state = {name if name in bare else prefix + name: tensor for name, tensor in state.items()}
     model.double().load_state_dict(state, strict=True)

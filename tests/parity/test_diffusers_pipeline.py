@@ -1,4 +1,4 @@
-"""Kind `diffusers_pipeline`: a run of diffusers' pipeline, recorded here and now, against ours."""
+"""Kind `diffusers_pipeline`: a run of diffusers' pipeline, recorded on the fly, against ours."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PROMPT, NEGATIVE = "a red kite over the sea", "blurry"
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory) -> Golden:
-    """What the shared goldens of this kind hold, in small: weights, inputs, every step, frames."""
+    """A small golden of this kind: weights, inputs, every step, frames."""
     folder = tmp_path_factory.mktemp("pipeline")
     parts = {p: dict(checkpoint.random_state(checkpoint.build(p, CONFIG), seed=2)) for p in checkpoint.PARTS}
     diffusers_layout.write_folder(CONFIG, parts, folder / "model", fold=False)
@@ -85,7 +85,7 @@ def golden(tmp_path_factory) -> Golden:
 
 
 def record(pipe, tensors: dict[str, torch.Tensor]) -> None:
-    """Keep what the network gives before guidance, and what the scheduler makes of it."""
+    """Record the network's outputs before guidance and the scheduler's results."""
     unet, scheduler = pipe.unet.forward, pipe.scheduler.step
 
     def forward(*inputs, **kwargs):
@@ -124,7 +124,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_planted_mistake_is_seen(golden, monkeypatch, name):
+def test_a_planted_mistake_is_caught(golden, monkeypatch, name):
     right = parity.settings_of
 
     def wrong(description):

@@ -1,4 +1,4 @@
-"""Our solvers beside diffusers' schedulers, step by step on one network, and any of theirs driving ours.
+"""Our solvers against diffusers' schedulers, step by step on one network, and their schedulers on our model.
 
 Noise levels that end before zero signal: there both mean the same. Their tables are float32, ours float64.
 """
@@ -27,7 +27,7 @@ def made():
 
 
 def network(made):
-    """Not linear, so that nothing is right by chance."""
+    """A nonlinear network, so that no solver is right by chance."""
 
     def predict(x, t):
         abar = made.abar[t.long()].view(-1, 1, 1, 1, 1).to(x.dtype)
@@ -76,7 +76,7 @@ def test_deterministic_solvers_match(made, name, steps):
     assert relative(got, ours) < CLOSE
     for other in {"dpmpp_2m", "unipc", "euler", "heun"} - {
         name
-    }:  # the planted mistake: each is told from the others
+    }:  # the planted mistake: the solvers differ from each other
         wrong = solvers.SOLVERS[other](
             predict, start(), made, steps=steps, spacing="trailing", final_alpha="one"
         )
@@ -116,11 +116,11 @@ def test_the_solver_with_noise_matches(made):
     assert relative(got, x) < CLOSE
 
 
-# --- the door
+# --- their schedulers as our samplers
 
 
 @pytest.mark.parametrize("name", ["dpmpp_2m", "euler"])
-def test_a_scheduler_of_theirs_as_our_sampler(made, name):
+def test_their_scheduler_as_our_sampler(made, name):
     seen = []
     got = from_diffusers(theirs(made, name))(
         network(made), start(), made, steps=10, noise=None, on_step=seen.append
@@ -128,7 +128,7 @@ def test_a_scheduler_of_theirs_as_our_sampler(made, name):
     ours = solvers.SOLVERS[name](
         network(made), start(), made, steps=10, spacing="trailing", final_alpha="one"
     )
-    # Their Euler starts from noise times sigma / alpha, without the little signal that is left at 999.
+    # Their Euler starts from pure noise times sigma / alpha, without the small signal left at 999.
     assert relative(got, ours) < (CLOSE if name == "dpmpp_2m" else 0.05)
     assert [info.t for info in seen] == list(range(999, 0, -100)) and seen[0].num_steps == 10
 

@@ -1,4 +1,4 @@
-"""Schedules, samplers and losses against what the official code computed, and mistakes that must show."""
+"""Schedules, samplers and losses against the official results, and planted mistakes that must be caught."""
 
 import math
 from pathlib import Path
@@ -33,7 +33,7 @@ def test_parity(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_a_half_network_stays_near(dtype):
+def test_a_half_precision_network_stays_close(dtype):
     assert not [row for row in rows("pipeline_ddim", dtype) if not row.passed]
 
 
@@ -44,7 +44,7 @@ def test_every_tensor_of_the_loss_golden_is_compared():
     assert left == {"p.t", "ancestral25.draws", "offset_noise.draw1", "offset_noise.draw2"}
 
 
-# Each mistake is a plausible slip in one line; at least one row of the named kind must fail.
+# Each mistake is a plausible slip in one line; at least one row of the given kind must fail.
 
 
 def _table(name, instead):

@@ -1,4 +1,4 @@
-"""Autoencoder and CLIP towers against what the official code computed, and mistakes that must show."""
+"""Autoencoder and CLIP towers against the official results, and planted mistakes that must be caught."""
 
 from functools import cache, partial
 from pathlib import Path
@@ -154,7 +154,7 @@ def test_planted_mistakes_are_caught(mistake, monkeypatch):
     assert any(not row.passed for row in rows(kind))
 
 
-def test_a_prompt_that_is_too_long_is_cut_as_officially_and_says_so():
+def test_a_long_prompt_is_truncated_as_in_the_official_code_with_a_warning():
     golden = Golden(GOLDENS / "pipeline_clip.safetensors")
     model, _ = parity.build_clip(golden.config["clip_config"], False, seed=5, settings=Settings())
     with pytest.warns(UserWarning, match="CLIP reads 75; this is lost"):

@@ -1,4 +1,4 @@
-"""Image preparation and video write-out against the official numbers, and proof that the rows can fail."""
+"""Image preparation and video output against the official results, and planted mistakes that must fail."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def test_official_numbers(kind):
     assert [row for row in result if not row.passed] == []
 
 
-# Each mistake patches one thing; at least one row of `kind` must see it.
+# Each mistake patches one thing; at least one row of `kind` must fail.
 
 
 def other_filter(patch, meant, instead):
@@ -162,7 +162,7 @@ PICTURE_MISTAKES = [
 @pytest.mark.parametrize(
     ("mistake", "kind"), [(mistake, kind) for mistake, kinds in PICTURE_MISTAKES for kind in kinds]
 )
-def test_picture_mistakes_are_seen(mistake, kind, monkeypatch):
+def test_picture_mistakes_are_caught(mistake, kind, monkeypatch):
     mistake(monkeypatch)
     assert not all(row.passed for row in rows(kind))
 
@@ -231,6 +231,6 @@ def grey_pixels_not_bytes(patch):
         pytest.param(grey_pixels_not_bytes, id="pixels, not bytes"),
     ],
 )
-def test_video_mistakes_are_seen(mistake, monkeypatch):
+def test_video_mistakes_are_caught(mistake, monkeypatch):
     mistake(monkeypatch)
     assert not all(row.passed for row in rows("pipeline_video_out"))

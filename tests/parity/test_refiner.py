@@ -1,4 +1,4 @@
-"""The preview cascade against what its official code computed, and mistakes that must show."""
+"""The preview cascade against the official results, and planted mistakes that must be caught."""
 
 import dataclasses
 import itertools
@@ -42,13 +42,13 @@ def test_parity(name, dtype):
     assert not [row for row in seen if not row.passed]
 
 
-def test_a_run_that_nothing_explains_is_refused(monkeypatch):
+def test_a_run_without_known_settings_is_refused(monkeypatch):
     monkeypatch.setattr(refiner_flow, "RUNS", {})
-    with pytest.raises(ValueError, match="nothing tells the settings of its run"):
+    with pytest.raises(ValueError, match="the settings of its run"):
         rows("refiner_sampling")
 
 
-# Each mistake is a plausible slip in one line; a row whose name starts so must fail.
+# Each mistake is a plausible slip in one line; a row whose name has the given prefix must fail.
 
 
 def _set(module, name, value):
@@ -69,7 +69,7 @@ def _run(tag, **changed):
 
 
 def _enlarged(change):
-    """The refiners' enlarging, with other outer rows."""
+    """The refiners' upsampling with different border rows."""
     return lambda patch: patch.setattr(
         spatial.Upsample, "enlarged", lambda self, x: change(spatial.nearest_twice(x))
     )
@@ -86,7 +86,7 @@ def _symmetric(x, gain):
 
 
 def _brought_to_the_negative(patch):
-    """Rescale to the unconditional prediction's deviation."""
+    """Rescale to the unconditional prediction's standard deviation."""
 
     def guided_pair(both, scale, *, rescale):
         def predict(x, t):
@@ -141,14 +141,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_mistakes_show(mistake, monkeypatch):
+def test_planted_mistakes_are_caught(mistake, monkeypatch):
     name, row, plant = MISTAKES[mistake]
     plant(monkeypatch)
     failed = [seen.name for seen in rows(name, gradients=False) if not seen.passed]
     assert [f for f in failed if f.startswith(row)]
 
 
-# --- properties that no golden holds
+# --- properties beyond the goldens
 
 
 def test_the_margin_meets_itself_at_every_height():
@@ -172,7 +172,7 @@ def test_enlarging_later_gives_the_same_numbers(rows_):
         fast = up(x)
     assert plain.shape == (2, 3, 2 * rows_ - 2, 10, 6)
     assert (plain - fast).abs().max() < 1e-12
-    assert plain.equal(fast) == (rows_ == 2)  # of two rows all that is left is border
+    assert plain.equal(fast) == (rows_ == 2)  # two rows are all border
 
 
 def test_level_and_index_are_inverse():
@@ -185,19 +185,19 @@ def test_level_and_index_are_inverse():
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m_sde", "heun"])
 @pytest.mark.parametrize("steps", [1, 6, 13, 30])
-def test_the_clean_grid_has_as_many_steps_as_asked(solver, steps):
+def test_the_clean_grid_has_the_requested_number_of_steps(solver, steps):
     table = sampler.refiner_levels()
     grid = sampler.make_grid(table, total=600, steps=steps, solver=solver)
     assert grid.steps == steps and grid.timesteps[0] == 599 and grid.levels[-1] == 0
     stands = [table.level(t) for t in grid.timesteps]
-    assert list(grid.levels[:-1]) == stands  # the network is told where x stands
+    assert list(grid.levels[:-1]) == stands  # the network gets the timestep of x
     official = sampler.make_grid(table, total=600, steps=steps, solver=solver, form="official")
     assert official.steps == steps + (steps in (6, 13) and solver == "dpmpp_2m_sde")
 
 
 @pytest.mark.parametrize("start", ["clean", "official"])
 def test_the_solvers_return_a_certain_clip(start):
-    """A network that knows the clip: whatever the noise, both solvers end on it."""
+    """If the network knows the clip, both solvers end on it for any noise."""
     table = sampler.refiner_levels()
     clip = torch.randn(1, 4, 3, 4, 4, dtype=torch.float64)
 
@@ -215,7 +215,7 @@ def test_the_solvers_return_a_certain_clip(start):
         assert (got - clip).abs().max() < 1e-9 and len(seen) == 8
 
 
-def test_the_clean_start_shows_the_network_its_state():
+def test_the_clean_start_gives_the_network_its_true_timestep():
     table = sampler.refiner_levels()
     grid = sampler.make_grid(table, total=600, steps=1)
     x = torch.randn(1, 4, 2, 2, 2, dtype=torch.float64)
@@ -240,7 +240,7 @@ def test_windows_cover_a_clip_and_blend_what_agrees(frames, window, overlap):
 
     x = torch.randn(1, 4, frames, 2, 2, dtype=torch.float64)
     got = sampler.windowed(pointwise, window, overlap)(x, torch.zeros(1))
-    assert torch.allclose(got, 2 * x, rtol=1e-12)  # where all windows agree the blend changes nothing
+    assert torch.allclose(got, 2 * x, rtol=1e-12)  # if all windows agree, blending changes nothing
     assert calls == ([frames] if frames <= window else [window] * len(calls))
     starts = sampler.window_starts(frames, window, overlap)
     assert len(starts) == len(calls) and starts[0] == 0

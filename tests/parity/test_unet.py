@@ -1,4 +1,4 @@
-"""The UNet against what the official class computed, and mistakes that must show."""
+"""The UNet against the official results, and planted mistakes that must be caught."""
 
 import dataclasses
 from functools import cache, partial
@@ -43,12 +43,14 @@ def test_parity(case, dtype):
     seen = rows(case, dtype)
     assert len(seen) >= 15 and "acts/concat" in seen
     assert not [row for row in seen.values() if not row.passed]
-    if dtype == torch.float64:  # the run's own bound has room for float32 tables; ours needs none
+    if (
+        dtype == torch.float64
+    ):  # the bound of the kind allows for float32 tables, which this case does not have
         assert seen["out_fp64"].relative_l2 <= 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_precision_stays_near(dtype):
+def test_half_precision_stays_close(dtype):
     assert not [row for row in rows("lowvar", dtype).values() if not row.passed]
 
 
@@ -57,9 +59,9 @@ def test_the_two_attention_backends_agree(monkeypatch):
     assert rows("lowvar")["out_fp64"].relative_l2 <= 1e-12
 
 
-# Each mistake is a plausible slip in one line. In float64 it must show in the output of the named cases,
-# the cheapest that can show it. `lowvar` has variances near the norms' epsilons but is blind to the
-# timestep (its groups are single channels), so what concerns the embedding is planted in `variant`.
+# Each mistake is a plausible slip in one line. In float64 it must change the output of the given cases, the
+# cheapest that can show it. `lowvar` has variances near the norms' epsilons, but its output does not depend
+# on the timestep (its groups are single channels), so mistakes in the embedding are planted in `variant`.
 
 
 def _set(module, name, value):
@@ -75,7 +77,7 @@ def _all(*plants):
 
 
 def _settings(section, **changed):
-    """The golden's network with other settings, where `section` 0 is the UNet's and 1 the switches."""
+    """The golden's network with other settings; `section` 0 is the UNet's, 1 the switches."""
     right = unet_vgen.settings
 
     def settings(arguments):
@@ -87,7 +89,7 @@ def _settings(section, **changed):
 
 
 def _prepared(change):
-    """What the stem prepares, changed."""
+    """Change what the stem prepares."""
     right = conditioning.ConditionStem.prepare
     return _set(
         conditioning.ConditionStem,
@@ -129,7 +131,7 @@ def _planes(position):
 
 
 def _later_latents(patch):
-    """Every frame of `local_image` enters, as the 5-D argument of the official class suggests."""
+    """Use every frame of `local_image`, as the 5-D argument of the official class suggests."""
     latents = Golden(GOLDENS / "vgen_unet_variant.safetensors")["inputs/local_image"]
     patch.setattr(
         conditioning,
@@ -158,7 +160,7 @@ def _halves_swapped(self, x):
 
 
 def _norm_per_frame(eps):
-    """The norms of `temporal.py` with this epsilon: a transformer's entrance, or a convolution."""
+    """The norms of `temporal.py` with this epsilon: of a transformer's input, or of a convolution."""
 
     class PerFrame(layers.GroupNorm):
         def forward(self, x):
@@ -170,7 +172,7 @@ def _norm_per_frame(eps):
 
 
 def _res_block(activate=F.silu, spread=None):
-    """The ResBlock with another activation before, or another spreading of, the embedding's projection."""
+    """The ResBlock with another activation before the embedding's projection, or another broadcast of it."""
 
     def forward(self, x, embedding):
         b, f = x.shape[:2]
@@ -189,7 +191,7 @@ def _samples_fastest(shift, b, f):
 
 
 class _Torch:
-    """`torch` for one module, with another `cat`."""
+    """`torch` with another `cat`, for one module."""
 
     def __init__(self, cat):
         self.cat = cat
@@ -199,7 +201,7 @@ class _Torch:
 
 
 def _cat(module, wanted):
-    """Lists of tensors for which `wanted` holds are concatenated the other way round."""
+    """Concatenate lists of tensors for which `wanted` holds in reverse order."""
     return _set(
         module, "torch", _Torch(lambda parts, dim: torch.cat(parts[::-1] if wanted(parts) else parts, dim))
     )
@@ -345,7 +347,7 @@ def test_planted_mistakes_are_caught(mistake, case, monkeypatch):
     assert "out_fp64" in failed(case, gradients=False)
 
 
-def test_only_the_context_itself_shows_the_order_of_its_tokens(monkeypatch):
+def test_only_the_stored_context_shows_the_order_of_its_tokens(monkeypatch):
     _cat(conditioning, lambda parts: parts[0].ndim == 3)(monkeypatch)  # text, local, global, all [b k d]
     assert failed("wide") == {"acts/context"}
 
@@ -356,7 +358,7 @@ def test_only_gradients_show_a_detached_branch(monkeypatch):
     assert names and all(name.startswith("grads/") for name in names)
 
 
-def test_weights_of_another_rule_are_refused(monkeypatch):
+def test_weights_by_another_formula_are_refused(monkeypatch):
     right = parity.grid_weight
     monkeypatch.setattr(
         parity, "grid_weight", lambda key, shape, seed, exponent: right(key, shape, seed + 1, exponent)

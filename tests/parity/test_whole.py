@@ -1,4 +1,4 @@
-"""The whole road against the official flow, and the official random draws; mistakes that must show."""
+"""The whole pipeline and random draws against the official ones, and planted mistakes that must be caught."""
 
 import dataclasses
 from functools import cache
@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from i2vgen import pipeline
-from i2vgen.fast import runtime
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.parity import encoders, whole
 from i2vgen.parity.report import Golden, Settings, synthetic_picture
 
@@ -36,11 +36,11 @@ def test_parity(kind, dtype):
     assert not [row for row in seen if not row.passed]
 
 
-# Each mistake is a plausible slip in one line; the named row must fail.
+# Each mistake is a plausible slip in one line; the given row must fail.
 
 
 def _config(**changed):
-    """The golden's settings with others: a section's fields as a dict, or a literal field."""
+    """Change the golden's settings: a section's fields as a dict, or a single field."""
     right = whole.e2e_config
 
     def e2e_config(meta):
@@ -60,7 +60,7 @@ def _encode(change):
 
 
 def _noise_before_posterior(patch):
-    right, frames = runtime.draw_all, 5
+    right, frames = pipeline.draw_all, 5
     kept = []
 
     def draw_all(samples, shape):
@@ -69,12 +69,12 @@ def _noise_before_posterior(patch):
             return right(samples, shape)
         return kept.pop()
 
-    patch.setattr(runtime, "draw_all", draw_all)
+    patch.setattr(pipeline, "draw_all", draw_all)
 
 
 def _guidance_swapped(patch):
-    right = pipeline.guided
-    patch.setattr(pipeline, "guided", lambda c, u, scale, **named: right(u, c, scale, **named))
+    right = pipeline.fast_unet.both_branches
+    patch.setattr(pipeline.fast_unet, "both_branches", lambda unet, c, u, *how: right(unet, u, c, *how))
 
 
 def _decoded_twice_scaled(patch):
@@ -83,7 +83,7 @@ def _decoded_twice_scaled(patch):
 
 
 def _draw(change):
-    return lambda patch: patch.setattr(runtime.SampleNoise, "draw", change)
+    return lambda patch: patch.setattr(SampleNoise, "draw", change)
 
 
 def _started_again(self, shape):
@@ -152,7 +152,7 @@ def _model(crop):
 
 @pytest.mark.parametrize(("size", "differs"), [((97, 61), False), ((31, 40), True)])
 def test_the_crop_setting_reaches_both_encoders(size, differs):
-    """The golden's picture, 97 x 61, looks the same in both modes, so a clean crop would not show there."""
+    """The golden's picture, 97 x 61, looks the same in both modes, so it cannot show a clean crop."""
     picture = Image.fromarray(synthetic_picture(*size, 3))
     official, clean = (
         pipeline.encode(_model(crop), [picture], ["a cat"], torch.zeros(1, 4, 6, 10))[0]

@@ -1,4 +1,4 @@
-"""A refiner learns to lift a first stage's clips, and the shipped one does it better than plain upscaling."""
+"""Training a refiner on a first stage's clips; the shipped refiner beats plain upscaling."""
 
 import json
 import runpy
@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from i2vgen.evaluation import gain
+from i2vgen.evaluation import refiner_gain
 from i2vgen.refiner import refine
 from i2vgen.settings import config
 from i2vgen.settings.merge import from_dict, load_config, read_stored_settings
-from i2vgen.training import data, diffusion, lift, loop
+from i2vgen.training import data, diffusion, loop, refiner_clips
 from i2vgen.training.settings import Bucket, load_settings
 
 CPU = torch.device("cpu")
@@ -24,7 +24,7 @@ MB = 10**6
 
 
 def script(root, name, *words):
-    """scripts/NAME in this process; its exit status is 0."""
+    """Run scripts/NAME in this process and check that it exits with status 0."""
     before = sys.argv
     sys.argv = [name, *map(str, words)]
     try:
@@ -35,7 +35,7 @@ def script(root, name, *words):
     assert not ended.value.code, words
 
 
-# --- the idea
+# --- the loss
 
 
 def test_the_shifted_noise_starts_where_sampling_starts():
@@ -44,22 +44,22 @@ def test_the_shifted_noise_starts_where_sampling_starts():
     x0, start, noise = (torch.randn(2, 4, 3, 5, 5, generator=draw, dtype=torch.float64) for _ in range(3))
     last = settings.refine.noise_level - 1
     sampled = refine.levels(settings).noised(start, noise, last)
-    shifted = lift.shifted(noise, x0, start, lift.start_level(settings))
-    table = lift.schedule(settings)
+    shifted = refiner_clips.shifted_noise(noise, x0, start, refiner_clips.start_noise_level(settings))
+    table = refiner_clips.schedule(settings)
     t = torch.full((2,), last)
     assert torch.allclose(table.q_sample(x0, t, shifted), sampled, rtol=0, atol=1e-12)
-    wrong = lift.shifted(noise, x0, start, 1.01 * lift.start_level(settings))
+    wrong = refiner_clips.shifted_noise(noise, x0, start, 1.01 * refiner_clips.start_noise_level(settings))
     assert not torch.allclose(table.q_sample(x0, t, wrong), sampled, rtol=0, atol=1e-5)
 
 
-def test_every_clip_counts_alike():
+def test_every_clip_has_the_same_weight():
     draw = torch.Generator().manual_seed(0)
     x0, start, noise = (torch.randn(2, 4, 3, 5, 5, generator=draw) for _ in range(3))
     start[1] = x0[1] + 10 * (start[1] - x0[1])
-    shifted = lift.shifted(noise, x0, start, 0.05)
+    shifted = refiner_clips.shifted_noise(noise, x0, start, 0.05)
     errors = shifted.square().flatten(1).mean(1)
     assert errors[1] > 50 * errors[0]
-    assert torch.allclose(lift.clip_weight(shifted) * errors, torch.ones(2))
+    assert torch.allclose(refiner_clips.weight_per_clip(shifted) * errors, torch.ones(2))
 
 
 # --- training
@@ -76,22 +76,22 @@ def settings(root, *words):
 
 
 @pytest.mark.parametrize("kind", ["drawn", "decoded", "made"])
-def test_clips_become_what_the_first_stage_would_give(root, kind):
+def test_clips_look_like_the_first_stage_output(root, kind):
     shares = {"drawn": (0, 0), "decoded": (1, 0), "made": (0, 1)}[kind]
     words = [f"train.first_stage_vae={shares[0]}", f"train.first_stage_made={shares[1]}"]
     job, train = settings(root, *words)
-    first = lift.load_first_stage(job, train, CPU)
+    first = refiner_clips.load_first_stage(job, train, CPU)
     clips = data.World(job, train)(Bucket(8, 8, 2), [0, 1])
     got = first(clips.pixels, clips.captions)
     assert got.shape == clips.pixels.shape
     errors = (got - clips.pixels).square().mean(dim=(1, 3, 4)).mean(0)  # f
     near, far = {"drawn": (0, 0.002), "decoded": (0.0005, 0.02), "made": (0.0005, 1)}[kind]
     assert near < errors.mean() < far
-    if kind == "made":  # it starts with the picture and then goes its own way
+    if kind == "made":  # the clip starts with the true picture and then drifts away
         assert errors[-1] > errors[0]
 
 
-def test_a_killed_run_goes_on_to_the_very_same_numbers(root, tmp_path):
+def test_a_killed_run_resumes_bit_identically(root, tmp_path):
     words = ["train.steps=3", "train.save_every=1"]
 
     def fit(folder, on_step=None):
@@ -112,8 +112,8 @@ def test_a_killed_run_goes_on_to_the_very_same_numbers(root, tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
 
 
-def test_the_script_trains_a_refiner_that_generate_takes(root, tmp_path):
-    """From nothing but an autoencoder and CLIP; the loss counts in parts of where the clips start."""
+def test_the_script_trains_a_refiner_that_generate_can_use(root, tmp_path):
+    """Start from an autoencoder and CLIP only; the loss is relative to the error of the upscaled clip."""
     home = tmp_path / "parts"
     shutil.copytree(HOME, home)
     (home / "unet.safetensors").unlink()
@@ -132,13 +132,13 @@ def test_the_script_trains_a_refiner_that_generate_takes(root, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train.first_stage_vae=0.8", "train.first_stage_made=0.3"], "their sum is at most 1"),
+        (["train.first_stage_vae=0.8", "train.first_stage_made=0.3"], "their sum must be at most 1"),
         (["train.first_stage_made=2"], r"train\.first_stage_made is 2\.0; give a probability"),
         (["train.sample_every=5"], r"train\.sample_every = 5 samples from pure noise"),
-        (["train.part=vae", "train.cache=false"], r"train\.first_stage is for the UNet"),
+        (["train.part=vae", "train.cache=false"], r"train\.first_stage needs train\.part=diffusion"),
     ],
 )
-def test_settings_that_cannot_be(root, words, message):
+def test_impossible_settings_are_refused(root, words, message):
     with pytest.raises(ValueError, match=message):
         settings(root, *words)
 
@@ -146,13 +146,13 @@ def test_settings_that_cannot_be(root, words, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["sample.width=16", "sample.height=16"], "makes 32 x 32 pixels, which cannot be lifted to"),
-        (["train.frame_lengths=4", "train.sample_fps=4"], "wants clips of the 8 frames"),
+        (["sample.width=16", "sample.height=16"], "makes 32 x 32 pixels, which a refiner cannot bring to"),
+        (["train.frame_lengths=4", "train.sample_fps=4"], "needs clips of the 8 frames"),
         (["train.first_stage=nowhere"], "weights=nowhere does not exist"),
         (["refine.noise_level=2000"], "the total noise level is 2000"),
     ],
 )
-def test_first_stages_that_do_not_fit(root, words, message):
+def test_a_first_stage_that_does_not_fit_is_refused(root, words, message):
     job, train = settings(root, *words)
     with pytest.raises(ValueError, match=message):
         diffusion.make(job, train, data.open_source(job, train), CPU)
@@ -163,16 +163,16 @@ def test_first_stages_that_do_not_fit(root, words, message):
 
 @pytest.fixture(scope="module")
 def measured(root, tmp_path_factory):
-    """scripts/refine_gain.py on a few seeds -> the mean of a measure, from its JSON."""
+    """Run scripts/refine_gain.py on a few seeds -> function giving the mean of a measure."""
     out = tmp_path_factory.mktemp("gain")
     words = ["clips=8", "first_seed=200", "sources=drawn,decoded", "save.rounding=nearest", "device=cpu"]
     script(root, "refine_gain.py", *words, f"json={out}/gain.json", f"output={out}/strip.png")
     scores = json.loads((out / "gain.json").read_text())["scores"]
     assert Image.open(out / "strip.png").size == (3 * 4 * 64, 3 * 4 * 64)
-    return lambda source, way, name: gain.mean(scores[source][way][name])
+    return lambda source, way, name: refiner_gain.mean(scores[source][way][name])
 
 
-def test_it_is_small(root):
+def test_the_shipped_refiner_is_small(root):
     files = [f for f in HOME.rglob("*") if f.is_file()]
     assert {f.stem for f in files if f.suffix == ".safetensors"} == {"clip", "unet", "vae"}
     assert sum(f.stat().st_size for f in files) <= 8 * MB
@@ -180,35 +180,33 @@ def test_it_is_small(root):
 
 @pytest.mark.parametrize("source", ["drawn", "decoded"])
 @pytest.mark.parametrize("plain", ["bilinear", "bicubic"])
-def test_it_is_nearer_to_the_truth_than_plain_upscaling(measured, source, plain):
+def test_the_shipped_refiner_beats_plain_upscaling(measured, source, plain):
     for name in ("psnr", "ssim"):
         assert measured(source, "refined", name) > measured(source, plain, name), name
     assert measured(source, "refined", "sharpness") > measured(source, plain, "sharpness")
 
 
 @pytest.mark.parametrize("source", ["drawn", "decoded"])
-def test_it_adds_no_flicker(measured, source):
-    """Where the true clip stands still, no more changes than in the clip that was refined."""
+def test_the_shipped_refiner_adds_no_flicker(measured, source):
+    """Where the true clip stands still, the refined clip changes no more than its input."""
     assert measured(source, "refined", "still") <= 1.05 * measured(source, "bicubic", "still")
     assert measured("drawn", "refined", "flicker") <= 1.05 * measured("drawn", "truth", "flicker")
 
 
 def test_measures_see_blur_noise_and_flicker():
-    """A clip spoilt on purpose is told from the truth by every measure."""
+    """Every measure separates a deliberately degraded clip from the true one."""
     job = load_config(None, [], weights=config.SHIPPED)
-    truth, _ = gain.draw(300, job, (64, 64))
-    same = gain.scores(truth, truth)
+    truth, _ = refiner_gain.draw(300, job, (64, 64))
+    same = refiner_gain.scores(truth, truth)
     noise = np.random.default_rng(0).integers(-20, 21, truth.shape)
-    noisy = np.clip(truth + noise, 0, 255).astype(np.uint8)
-    small, _ = gain.draw(300, job, (32, 32))
-    blurred = gain.upscaled(small, (64, 64), "bilinear")
-    for spoilt in (gain.scores(truth, noisy), gain.scores(truth, blurred)):
-        assert spoilt["psnr"] < same["psnr"] and spoilt["ssim"] < same["ssim"]
-    assert (
-        gain.scores(truth, blurred)["sharpness"] < same["sharpness"] < gain.scores(truth, noisy)["sharpness"]
-    )
-    assert gain.scores(truth, noisy)["flicker"] > same["flicker"]
-    assert gain.scores(truth, noisy)["still"] > 5 > same["still"]
+    noisy = refiner_gain.scores(truth, np.clip(truth + noise, 0, 255).astype(np.uint8))
+    small, _ = refiner_gain.draw(300, job, (32, 32))
+    blurred = refiner_gain.scores(truth, refiner_gain.upscaled(small, (64, 64), "bilinear"))
+    for degraded in (noisy, blurred):
+        assert degraded["psnr"] < same["psnr"] and degraded["ssim"] < same["ssim"]
+    assert blurred["sharpness"] < same["sharpness"] < noisy["sharpness"]
+    assert noisy["flicker"] > same["flicker"]
+    assert noisy["still"] > 5 > same["still"]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_measures_see_blur_noise_and_flicker():
     [
         (["clips=1"], "clips is 1; give 2 or more"),
         (["clips=many"], "clips is a whole number"),
-        (["sources=drawn,lost"], "no source 'lost'; choose of drawn, decoded, made"),
+        (["sources=drawn,lost"], "no source 'lost'; choose from drawn, decoded, made"),
         ([f"first_seed={2**40}"], "where training begins"),
         (["refine_weights=nowhere"], "nowhere does not exist"),
         ([f"refine_weights={config.SHIPPED}"], "holds no refiner"),
@@ -239,8 +237,8 @@ def test_the_cascade_of_shipped_weights_runs(root, tmp_path, monkeypatch):
     assert (record["width"], record["height"]) == (6 * 64, 6 * 64)
 
 
-def test_its_settings_are_those_of_the_committed_training_files(root):
-    # What was added to the settings since they were written is at its default.
+def test_shipped_settings_are_those_of_the_training_files(root):
+    # Settings added since the file was written are at their defaults.
     stored = from_dict(read_stored_settings(HOME)).to_dict()
     assert 0.1 < stored["vae"].pop("scale") < 10  # measured in training
     made, _ = load_settings(root / "configs" / "train" / "small_refiner_vae.yaml")

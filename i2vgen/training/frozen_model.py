@@ -1,12 +1,12 @@
-"""Training a module of one's own beside a model that stays as it is, on clips of the procedural world.
+"""Trains a small module attached to a frozen model, on clips of the procedural world.
 
     settings = Train(steps=400, batch=4, learning_rate=2e-3)
-    for step, loss in train_beside(model, adapter, attached, settings):
+    for step, loss in train_on_frozen_model(model, adapter, attached, settings):
         ...
 
-`attached(clips)` attaches the module for these clips: a context manager, such as `taps.controlled` or
-`extra_tokens`. Of the settings those of a loss count and the three above; a longer training with checkpoints
-is `scripts/train.py`.
+`attached(clips)` returns a context manager that attaches the module for these clips, such as
+`taps.controlled` or `extra_tokens`. Only the three settings above and those of the loss are used. For long
+runs with checkpoints, use `scripts/train.py`.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from i2vgen.training.settings import Train
 from i2vgen.world import drawing
 
 
-def train_beside(
+def train_on_frozen_model(
     model: I2VGenXL,
     module: nn.Module,
     attached: Callable[[drawing.Batch], AbstractContextManager],
     train: Train,
 ) -> Iterator[tuple[int, float]]:
-    """Clips of one object, by AdamW -> after each step its number, from 0 on, and its loss.
+    """Train `module` with AdamW on clips of single objects -> after each step, its number (from 0) and loss.
 
-    ValueError for `text_encoder`: the model stays as it is, its text tower too.
+    ValueError if `train.text_encoder` is set: the whole model is frozen, including its text tower.
     """
     if train.text_encoder:
-        raise ValueError("text_encoder teaches the model's text tower, but here only the module learns")
+        raise ValueError("text_encoder trains the model's text tower, but here only the module is trained")
     sample = model.config.sample
     encoding = Encoding(model.config, train, model.vae, model.clip, model.device)
     loss_of = DiffusionLoss(model.unet.requires_grad_(False), model.schedule)
