@@ -133,6 +133,21 @@ def test_what_may_be_in_use_or_is_not_ours_stays(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
+def test_what_cannot_be_cleared_away_stops_nobody(tmp_path, root, monkeypatch):
+    killed(root, tmp_path / "x", "file", "writing")
+    (left,) = os.listdir(tmp_path)
+    unlink = type(tmp_path).unlink
+
+    def refuse(self, **how):
+        if self.name == left:
+            raise PermissionError("not yours")
+        unlink(self, **how)
+
+    monkeypatch.setattr(type(tmp_path), "unlink", refuse)
+    whole.write_text(tmp_path / "y", "new")
+    assert sorted(os.listdir(tmp_path)) == [left, "y"]
+
+
 def test_two_writers_of_one_name_do_not_meet(tmp_path):
     """The later one to finish has the last word, as with any rename."""
     with whole.replacing(tmp_path / "x") as one:

@@ -79,15 +79,19 @@ def sweep(folder: Path, *, alone: bool = False) -> None:
 
     `alone`: no other process writes into this folder, so what other machines left is removed too.
     """
-    for entry in list(os.scandir(folder)) if folder.is_dir() else ():
-        found = LEFT_BEHIND.fullmatch(entry.name)
-        if found is None or not (alone or (found["machine"] == _machine() and not _runs(int(found["pid"])))):
-            continue
-        path = Path(entry.path)
-        if found["what"] == "old" and not path.with_name(found["name"]).exists():
-            path.rename(path.with_name(found["name"]))
-        else:
-            _remove(path)
+    with contextlib.suppress(OSError):  # a folder that cannot be listed, or does not exist
+        for name in os.listdir(folder):
+            found = LEFT_BEHIND.fullmatch(name)
+            if found and (alone or (found["machine"] == _machine() and not _runs(int(found["pid"])))):
+                with contextlib.suppress(OSError):  # somebody else's, or cleared away meanwhile
+                    _clear(folder / name, found["what"], folder / found["name"])
+
+
+def _clear(left: Path, what: str, target: Path) -> None:
+    if what == "old" and not target.exists():
+        left.rename(target)
+    else:
+        _remove(left)
 
 
 def _beside(path: Path, what: str) -> Path:
