@@ -414,6 +414,24 @@ def test_sums_in_place_leave_the_input_alone(transformer):
 
 
 @torch.no_grad()
+def test_a_transformer_that_is_wide_inside_ends_in_one_product():
+    made = TemporalTransformer(
+        8, heads=4, head_width=8, groups=2, second_attention=True, backend="sdpa"
+    ).double()
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    made.eval()
+    few, many = (torch.randn(1, 3, 2, p, 8, dtype=torch.float64) for p in (5, 9))
+    plain = made(few), made(many)
+    savings.apply(made, Runtime(savings=("fold_products",)))
+    assert not made.folding_pays(few.flatten(2, 3)) and made.folding_pays(many.flatten(2, 3))
+    for x, wanted in zip((few, many), plain, strict=True):
+        torch.testing.assert_close(made(x), wanted, **EXACT)
+    made.feed_forward.proj_out.weight.mul_(2)  # in-place changes take effect
+    assert not torch.allclose(made(many), plain[1], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_bias_that_is_forgotten_shows(transformer):
     x = torch.randn(2, 3, 4, 5, 8, dtype=torch.float64)
     plain = transformer(x)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
@@ -48,7 +49,8 @@ class FastTemporalConv(TemporalConv):
 class FastTemporalTransformer(TemporalTransformer):
     """`sum_in_place`: residual sums inside the products before them; a chunk of pixels at a time.
 
-    `bias` is what y still lacks, as in `FastSpatialTransformer`.
+    `bias` is what y still lacks, as in `FastSpatialTransformer`. `fold_products`: a transformer that is much
+    wider inside than outside ends in one product, onto its narrow output, instead of two.
     """
 
     plain = TemporalTransformer
@@ -76,8 +78,26 @@ class FastTemporalTransformer(TemporalTransformer):
         if second is not None:
             add_product(y, second.inner(layer_norm(self.norm2, y, bias, fused=fused)), second.to_out.weight)
             bias = bias + second.to_out.bias
-        self.feed_forward.add_to(y, layer_norm(self.norm3, y, bias, fused=fused))
+        read = layer_norm(self.norm3, y, bias, fused=fused)
+        if "fold_products" in self.savings.names and self.folding_pays(x):
+            out = projected_sum(x, y, bias + self.feed_forward.proj_out.bias, self.proj_out)
+            add_product(out, self.feed_forward.gated(read), self.folded_weight())
+            return out
+        self.feed_forward.add_to(y, read)
         return projected_sum(x, y, bias + self.feed_forward.proj_out.bias, self.proj_out)
+
+    def folding_pays(self, x: Tensor) -> bool:
+        """Whether the folded product saves more than the product of the two weights costs."""
+        inner, width = self.proj_in.weight.shape
+        return inner >= 2 * width and x.shape[:3].numel() > inner
+
+    def folded_weight(self) -> Tensor:
+        """The feed-forward's last weight and the output projection's as one, rounded once: [c 4i]"""
+        last, wide = (
+            self.feed_forward.proj_out.weight,
+            torch.promote_types(self.proj_out.weight.dtype, torch.float32),
+        )
+        return (self.proj_out.weight.to(wide) @ last.to(wide)).to(last.dtype)
 
 
 def pixels_per_chunk(tokens: int, x: Tensor) -> int:

@@ -556,6 +556,7 @@ SAVINGS = {
     "fuse_projections": "q, k and v of self-attention by one matrix product",
     "subpixel_upsampling": "convolutions before the pixels are doubled instead of after",
     "in_place": "feed-forwards and SiLU without copies",
+    "fold_products": "the last two products of a transformer as one, where it is twice as wide inside",
     "convolution_products": "on a CPU, convolutions over few pixels as one matrix product",
 }
 
@@ -567,10 +568,9 @@ REMOVED = {
         f"runtime.{name}": _SAVINGS
         for name in (
             "share_prefix", "project_once", "fuse_projections", "subpixel_upsampling", "in_place",
-            "sum_in_place", "convolution_products", "kernels",
+            "sum_in_place", "fold_products", "convolution_products", "kernels",
         )
     },
-    "runtime.fold_products": "it saved nothing at the released model's size; leave it out",
     "runtime.weight_layout": "weights are always laid out as the kernels read them; leave it out",
     "runtime.feed_forward_chunk": "use runtime.token_chunk",
 }  # fmt: skip
