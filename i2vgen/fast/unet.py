@@ -92,9 +92,11 @@ class FastUNet(UNet):
         return out if deep is None else (out, kept)
 
     def contexts(self, context: Tensor | Context, b: int) -> list[Context]:
-        """The contexts of all branches as one batch or one by one, [b k d] each"""
+        """The contexts of all branches, [b k d] each, or as one batch; a hook sees one branch at a time."""
         context = as_context(context)
-        return [context] if len(context) == b or self.savings.batch_guidance else context.split(b)
+        if len(context) == b or (self.savings.batch_guidance and undisturbed(self)):
+            return [context]
+        return context.split(b)
 
     def all_blocks(
         self, branch: Branch, residuals: Residuals, outer: Block | None
