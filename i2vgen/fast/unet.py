@@ -6,6 +6,7 @@ e embedding width; n branches of guidance; t is the timestep.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from i2vgen.adapt.context import Context, Keys, as_context, concatenate, tokens_of
 from i2vgen.diffusion.sampler import Predict
 from i2vgen.fast.attention import FastAttention
-from i2vgen.fast.guard import diverted, ordinary, undisturbed
+from i2vgen.fast.guard import diverted, ordinary, trust, undisturbed
 from i2vgen.fast.layers import Savings, norm_silu
 from i2vgen.fast.spatial import FastSpatialTransformer
 from i2vgen.model.conditioning import Prepared
@@ -62,6 +63,13 @@ class FastUNet(UNet):
 
         With `deep` the features come with it: those that were given, or those just computed.
         """
+        with trust() if undisturbed(self) else contextlib.nullcontext():
+            return self.guided(x, t, prepared, residuals, deep)
+
+    def guided(
+        self, x: Tensor, t: Tensor, prepared: Prepared, residuals: Residuals, deep: Deep | None
+    ) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
+        """`forward`, once the network has been looked at."""
         self.check(x, residuals)
         if deep is not None and residuals is not NO_RESIDUALS:
             raise ValueError(
