@@ -329,7 +329,7 @@ def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
     monkeypatch.setitem(plans.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
     (whole, full), (lean, low) = loaded(memory="full"), loaded(**plan)
     assert full.plan == "full" and low.plan == "low" == lean.config.runtime.memory
-    assert lean.config.runtime.token_chunk == 20 and bool(lean.waiting) == ("offload" in plan)
+    assert lean.config.runtime.token_chunk == 20 and bool(lean.offloaded) == ("offload" in plan)
     one, other = (model(clip(5), "a boat", seed=3).astype(int) for model in (whole, lean))
     assert np.abs(one - other).max() <= 1 and one.std() > 1
 
