@@ -41,7 +41,7 @@ class Branch(NamedTuple):
     x: Tensor  # [b f h w c] after the entrance
     embedding: Tensor  # [b e]
     context: Context  # [b k d]
-    begun: tuple[Tensor, Tensor] | None  # of the first block, as far as it needs no context
+    prefix: tuple[Tensor, Tensor] | None  # of the first block, as far as it needs no context
 
 
 class FastUNet(UNet):
@@ -82,13 +82,13 @@ class FastUNet(UNet):
             x = self.temporal_in(x)
         features = None if deep is None else deep.features
         outer = None if deep is None else self.up[0].blocks[-deep.blocks]
-        first, begun = self.down[0].blocks[0], None
+        first, prefix = self.down[0].blocks[0], None
         if len(prepared.context) > len(x) and (features is None or deep.blocks > 1) and can_begin(first):
-            begun = begin(first, x, embedding)
+            prefix = begin(first, x, embedding)
         outs, kept = [], []
         for i, context in enumerate(self.contexts(prepared.context, len(x))):
             n = len(context) // len(x)
-            parts = None if begun is None else tuple(repeated(part, n) for part in begun)
+            parts = None if prefix is None else tuple(repeated(part, n) for part in prefix)
             branch = Branch(repeated(x, n), repeated(embedding, n), context, parts)
             if features is None:
                 out, entering = self.all_blocks(branch, residuals, outer)
@@ -110,15 +110,15 @@ class FastUNet(UNet):
         self, branch: Branch, residuals: Residuals, outer: Block | None
     ) -> tuple[Tensor, Tensor | None]:
         """-> prediction [b c f h w], and what enters the block `outer`, [b f h w c]"""
-        x, embedding, context, begun = branch
+        x, embedding, context, prefix = branch
         down, up, filters = iter(residuals.down), iter(residuals.up), iter(self.skip_filter)
         entering, skips = None, [x]
         for level in self.down:
             for block in level.blocks:
-                if begun is None:
+                if prefix is None:
                     x = block(x, embedding, given(block, context))
                 else:
-                    x, begun = read(block, *begun, context), None
+                    x, prefix = read(block, *prefix, context), None
                 x = added(x, next(down, None))
                 skips.append(x)
             if level.resample is not None:
@@ -141,13 +141,13 @@ class FastUNet(UNet):
 
     def outer_blocks(self, branch: Branch, blocks: int, entering: Tensor) -> Tensor:
         """`all_blocks` with only the last `blocks`, which `entering` [b f h w c] enters. -> [b c f h w]"""
-        x, embedding, context, begun = branch
+        x, embedding, context, prefix = branch
         skips = [x]
         for block in self.down[0].blocks[: blocks - 1]:
-            if begun is None:
+            if prefix is None:
                 x = block(x, embedding, given(block, context))
             else:
-                x, begun = read(block, *begun, context), None
+                x, prefix = read(block, *prefix, context), None
             skips.append(x)
         x = entering
         for block in self.up[0].blocks[-blocks:]:
