@@ -46,7 +46,7 @@ def with_guidance(model, scale):
     sample = dataclasses.replace(model.config.sample, guidance=scale)
     config = dataclasses.replace(model.config, sample=sample)
     plain = pipeline.I2VGenXL(config, model.unet, model.vae, model.clip, model.device)
-    plain.waiting = model.waiting
+    plain.offloaded = model.offloaded
     return plain
 
 

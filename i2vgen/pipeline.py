@@ -41,7 +41,7 @@ from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
 from i2vgen.files import checkpoint, images, records, video
 from i2vgen.memory import plans
-from i2vgen.memory.offload import Guest
+from i2vgen.memory.offload import OffloadedPart
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
@@ -104,7 +104,7 @@ class I2VGenXL:
         self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
         self.parts = {"unet": unet, "vae": vae, "clip": clip}
-        self.waiting: dict[str, Guest] = {}  # parts that wait on the CPU until they are needed
+        self.offloaded: dict[str, OffloadedPart] = {}  # parts that wait on the CPU until they are needed
 
     def __call__(
         self,
@@ -197,7 +197,7 @@ def generate(
     def step_noise(x: Tensor) -> Tensor:
         return draw_all(noises, tuple(x.shape[1:])).to(x)
 
-    with plans.here(model.waiting, "unet"):
+    with plans.on_device(model.offloaded, "unet"):
         latents = (sampler or named_sampler(config))(
             network(model, cond, uncond),
             start,
@@ -284,10 +284,10 @@ def invert(
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
     cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
     pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
-    with plans.here(model.waiting, "vae"):
+    with plans.on_device(model.offloaded, "vae"):
         chunk = model.config.runtime.vae_chunk
         latents = finite(model.vae, lambda vae: vae.encode(pixels, None, chunk=chunk))
-    with plans.here(model.waiting, "unet"):
+    with plans.on_device(model.offloaded, "unet"):
         return ddim_invert(
             network(model, cond, uncond),
             rearrange(latents, "f c h w -> 1 c f h w"),
@@ -314,12 +314,12 @@ def encode(
     if sees_latent(config):
         pixels = torch.stack([view.pixels for view in views]).to(device)
         noise = posterior_noise.to(device) if sample.posterior == "sample" else None
-        with plans.here(model.waiting, "vae"):
+        with plans.on_device(model.offloaded, "vae"):
             latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
     fps = torch.full((len(pictures),), sample.fps, device=device)
 
     text, vector = (None, None), (None, None)
-    with plans.here(model.waiting, "clip"):
+    with plans.on_device(model.offloaded, "clip"):
         if config.use.text:
             for prompt in prompts:
                 model.clip.tell_unknown_words(prompt)
@@ -355,7 +355,7 @@ def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     b, config, done = latents.shape[0], model.config, []
     frames = rearrange(latents, "b c f h w -> (b f) c h w")
     chunk = config.runtime.vae_chunk
-    with plans.here(model.waiting, "vae"):
+    with plans.on_device(model.offloaded, "vae"):
         for part in frames.split(chunk):
             pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
             pixels = rearrange(pixels.float(), "n c h w -> c n h w")
@@ -439,7 +439,7 @@ def assemble(
     plans.prepare_unet(unet, config, device)
     savings.apply(vae, config.runtime, device)
     model = I2VGenXL(config, unet, vae, clip, device)
-    model.waiting = plans.guests(model.parts, config, device)
+    model.offloaded = plans.offloaded_parts(model.parts, config, device)
     return model
 
 

@@ -56,7 +56,8 @@ def _bfloat16_as_on_a_gpu(monkeypatch):
 
 def test_the_interpreter_is_on():
     assert kernels.interpreted()
-    assert kernels.choose("triton", torch.device("cpu")) and not kernels.choose("auto", torch.device("cpu"))
+    assert "kernels" in savings.chosen(("kernels",), torch.device("cpu"))
+    assert "kernels" not in savings.chosen(("all",), torch.device("cpu"))
 
 
 # n, positions, channels, groups: odd everywhere, several tiles of rows and of channels, one value per group

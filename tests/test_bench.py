@@ -372,7 +372,9 @@ def test_plans_reach_the_unet(small):
     moved = [found[name].memory_bound_bytes for name in ("fused", "fast", "plain")]
     assert moved == sorted(moved) and moved[0] < 0.75 * moved[2]
     chunked = count.count_ours({"token_chunk": 8}, cfg)
-    assert chunked.flops == found["fast"].flops and chunked.operations > found["fast"].operations
+    # Every chunk of frames sums the weights of upsampling anew.
+    assert found["fast"].flops <= chunked.flops < 1.02 * found["fast"].flops
+    assert chunked.operations > found["fast"].operations
 
 
 # -------------------------------------------------------------------------------------------- the door

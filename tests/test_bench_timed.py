@@ -151,7 +151,7 @@ def test_checkpointing_is_on_where_it_says_so(peer):
         return real(*arguments, **settings)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("i2vgen.model.unet.checkpoint", counted)
+        patch.setattr("i2vgen.fast.checkpointing.checkpoint", counted)
         plain, kept = train.ways_of(both, peer, train.OURS).values()
         plain()
         assert calls == []

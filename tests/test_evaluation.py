@@ -1,5 +1,6 @@
 """scripts/evaluate.py from the user's side: scores of models of known quality, error messages."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,6 +14,7 @@ import torch
 from i2vgen import pipeline
 from i2vgen.evaluation import drift, evaluate, pages, scores
 from i2vgen.evaluation.evaluate import Plan
+from i2vgen.fast import savings
 from i2vgen.files import checkpoint
 from i2vgen.settings.config import QUALITIES
 from i2vgen.world import drawing
@@ -33,7 +35,9 @@ def loads(monkeypatch, road):
 
     def load_parts(settings):
         asked.append(settings)
-        return pipeline.I2VGenXL(settings, road.unet, road.vae, road.clip, road.device)
+        unet = copy.deepcopy(road.unet)
+        savings.apply(unet, settings.runtime)
+        return pipeline.I2VGenXL(settings, unet, road.vae, road.clip, road.device)
 
     monkeypatch.setattr(pipeline, "load_parts", load_parts)
     return asked

@@ -15,7 +15,6 @@ import yaml
 from PIL import Image
 
 from i2vgen import pipeline
-from i2vgen.fast import runtime
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
 from i2vgen.settings import merge
@@ -338,7 +337,7 @@ def test_two_clips_may_not_share_a_record(run, mistakes, monkeypatch):
 
 def test_too_little_memory(run, mistakes, monkeypatch):
     monkeypatch.setattr(checkpoint, "load", lambda *args, **kwargs: pytest.fail("weights were loaded"))
-    monkeypatch.setattr(runtime, "free_memory", lambda where: 10**6)
+    monkeypatch.setattr(plans, "free_memory", lambda where: 10**6)
     said_no(*run(*QUICK, *GOOD), "runtime.check_memory=false runs anyway")
 
 

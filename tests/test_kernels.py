@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from i2vgen.fast import kernels
+from i2vgen.fast import kernels, savings
 
 INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
 CPU, META, CUDA = (torch.device(name) for name in ("cpu", "meta", "cuda"))
@@ -66,15 +66,19 @@ def test_the_kernels_build_for_a_gpu(name, capability):
 def test_who_gets_kernels(monkeypatch):
     monkeypatch.setattr(kernels, "interpreted", lambda: False)
     monkeypatch.setattr(kernels, "installed", lambda: True)
-    assert [kernels.choose("auto", where) for where in (CPU, META, CUDA)] == [False, False, True]
-    assert [kernels.choose("plain", where) for where in (CPU, META, CUDA)] == [False, False, False]
-    assert [kernels.choose("triton", where) for where in (META, CUDA)] == [True, True]
-    with pytest.raises(ValueError, match=r"triton, which needs a CUDA device, but this one is cpu"):
-        kernels.choose("triton", CPU)
+    assert ["kernels" in savings.chosen(("all",), where) for where in (CPU, META, CUDA)] == [
+        False,
+        False,
+        True,
+    ]
+    assert not any(savings.chosen(("none",), where) for where in (CPU, META, CUDA))
+    assert [savings.chosen(("kernels",), where) for where in (META, CUDA)] == [{"kernels"}] * 2
+    with pytest.raises(ValueError, match=r"kernels, which need a CUDA device, but this one is cpu"):
+        savings.chosen(("kernels",), CPU)
     monkeypatch.setattr(kernels, "installed", lambda: False)
-    assert not kernels.choose("auto", CUDA)
-    with pytest.raises(ValueError, match=r"needs the package triton \(pip install triton\)"):
-        kernels.choose("triton", CUDA)
+    assert "kernels" not in savings.chosen(("all",), CUDA)
+    with pytest.raises(ValueError, match=r"need the package triton \(pip install triton\)"):
+        savings.chosen(("kernels",), CUDA)
 
 
 def test_operators_without_triton():

@@ -189,7 +189,7 @@ def test_train_then_sample(run_script, tmp_path):
     status, out = run_script("generate.py", *job)
     assert status == 2 and "is no adapter" in out
     status, out = run_script("train.py", "train.part=vae", "train.lora_rank=2", f"output={tmp_path / 'no'}")
-    assert status == 2 and "train.lora_rank is for the UNet" in out
+    assert status == 2 and "train.lora_rank needs train.part=diffusion" in out
 
 
 def test_a_killed_adapter_run_resumes_to_the_same_numbers(run_script, tmp_path):

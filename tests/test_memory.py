@@ -158,7 +158,7 @@ def test_blocks_that_take_turns_give_the_same_bits(make_unet, make_inputs, names
     wanted, before = call(), {n: p.clone() for n, p in unet.named_parameters()}
     seen = []
     streamed = stream(unet)
-    guest = offload.Guest(unet, torch.device("cpu"), streamed=streamed)
+    guest = offload.OffloadedPart(unet, torch.device("cpu"), streamed=streamed)
     for block in plans.streamable(unet).blocks:
         block.register_forward_pre_hook(
             lambda module, inputs: seen.append(module.res.conv1.weight.untyped_storage().data_ptr())
@@ -184,13 +184,15 @@ def test_a_block_that_comes_unexpectedly_is_fetched(make_unet):
     streamed = stream(unet)
     streamed.start()
     for i in (2, 0, 0, 1, len(blocks) - 1):
-        home = streamed.shelves[i].home.clone()
+        home = streamed.packed_blocks[i].home.clone()
         streamed._begin(i)
-        here = streamed.shelves[i].held[0]
+        here = streamed.packed_blocks[i].held[0]
         flat = streamed.buffers[streamed.last]
         assert here.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr()
         # Byte by byte, alignment apart: what `home` holds.
-        for a, b in zip(streamed.shelves[i]._views(flat), streamed.shelves[i]._views(home), strict=True):
+        for a, b in zip(
+            streamed.packed_blocks[i]._views(flat), streamed.packed_blocks[i]._views(home), strict=True
+        ):
             assert torch.equal(a, b)
         streamed._end(i)
     streamed.stop()
@@ -210,7 +212,7 @@ def test_weights_that_did_not_arrive_would_show(make_unet, make_inputs, monkeypa
             self.holds[buffer] = i
 
     monkeypatch.setattr(offload.Streamed, "_fetch", late)
-    with offload.Guest(unet, torch.device("cpu"), streamed=streamed):
+    with offload.OffloadedPart(unet, torch.device("cpu"), streamed=streamed):
         assert not torch.allclose(unet(x, t, unet.prepare(cond, 4)), wanted)
 
 
@@ -219,16 +221,16 @@ def test_the_road_with_parts_that_come_and_go(road, picture, how):
     wanted = road(picture, "a boat").frames
     settings = changed(road.config, runtime={"offload": how, "token_chunk": 17})
     model = pipeline.I2VGenXL(settings, *copy.deepcopy([road.unet, road.vae, road.clip]), road.device)
-    model.waiting = plans.guests(model.parts, settings, model.device)
-    assert set(model.waiting) == {"unet", "vae", "clip"}
+    model.offloaded = plans.offloaded_parts(model.parts, settings, model.device)
+    assert set(model.offloaded) == {"unet", "vae", "clip"}
     savings.apply(model.unet, settings.runtime)
     for _ in range(2):
         assert np.abs(model(picture, "a boat").frames.astype(int) - wanted).max() <= 1
     noise = pipeline.invert(model, wanted, picture, "a boat")
     assert torch.allclose(noise, pipeline.invert(road, wanted, picture, "a boat"), atol=1e-6)
-    for guest in model.waiting.values():
-        home = guest.shelf.home.untyped_storage().data_ptr()
-        assert all(t.untyped_storage().data_ptr() == home for t in guest.shelf.held)
+    for guest in model.offloaded.values():
+        home = guest.packed.home.untyped_storage().data_ptr()
+        assert all(t.untyped_storage().data_ptr() == home for t in guest.packed.held)
 
 
 # --- eight bits
@@ -302,28 +304,48 @@ def counted(monkeypatch):
 
         def estimate(self, settings):
             sample, plan = settings.sample, settings.runtime.memory
-            need = bytes_[plan] * sample.width * sample.height
+            per_pixel = bytes_[plan] * (2 if settings.runtime.batch_guidance else 1)
+            need = per_pixel * sample.width * sample.height
             return plans.Estimate(plan, (plans.Moment("UNet", 0, need),))
 
     monkeypatch.setattr(plans, "Ledger", Ledger)
     return bytes_
 
 
-@pytest.mark.parametrize(
-    ("free", "plan"), [(2**60, "full"), (100, "full"), (99, "balanced"), (50, "balanced"), (49, "low")]
-)
-def test_auto_takes_the_fastest_plan_that_fits(tiny, counted, free, plan):
+FITS = [
+    (2**60, "full", True), (200, "full", True), (199, "full", False), (100, "full", False),
+    (99, "balanced", False), (50, "balanced", False), (49, "low", False),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("free", "plan", "batched"), FITS)
+def test_auto_takes_the_fastest_plan_that_fits(tiny, counted, free, plan, batched):
+    """On a CPU one batch for both branches of guidance is the fastest, for twice the activations."""
     settled, estimate = plans.choose(tiny, free * 64 * 64)
-    assert settled.runtime.memory == estimate.plan == plan
+    assert settled.runtime.memory == estimate.plan == plan and settled.runtime.batch_guidance is batched
     assert plans.choose(settled, free * 64 * 64)[0] == settled  # a recorded choice stays what it is
-    asked = changed(tiny, runtime={"memory": plan})
+    asked = changed(tiny, runtime={"memory": plan, "batch_guidance": batched})
     assert plans.choose(asked, 2**60)[0] == settled
+
+
+def test_batching_is_chosen_only_where_it_pays_and_is_not_decided(tiny, counted, monkeypatch):
+    def batched(**runtime):
+        return plans.choose(changed(tiny, runtime=runtime), 2**60)[0].runtime.batch_guidance
+
+    assert batched() and not batched(batch_guidance=False) and not batched(memory="full")
+    unguided = changed(tiny, sample={"guidance": 1.0})
+    assert not plans.choose(unguided, 2**60)[0].runtime.batch_guidance
+    monkeypatch.setattr(plans.runtime, "device", lambda runtime: torch.device("cuda"))
+    assert batched()
+    monkeypatch.setattr(plans, "FEW_TOKENS", 3 * 8 * 8 - 1)
+    assert not batched()
 
 
 def test_full_is_what_the_settings_say(tiny):
     for more in ({}, {"token_chunk": 9, "vae_chunk": 5, "offload": "parts"}):
         settings = changed(tiny, runtime=more)
-        assert plans.settle(settings, "full") == changed(settings, runtime={"memory": "full"})
+        wanted = {"memory": "full", "batch_guidance": False}
+        assert plans.settle(settings, "full") == changed(settings, runtime=wanted)
 
 
 def test_a_plan_leaves_what_the_user_set(tiny):
@@ -385,8 +407,8 @@ def test_weights_are_counted_where_they_are(tiny, tiny_model, ledger):
     assert ledger.weights("vae", one_by_one, "cuda") == sizes["vae"]
     unet = copy.deepcopy(tiny_model.unet)
     streamed = stream(unet)
-    guest = offload.Guest(unet, torch.device("cpu"), streamed=streamed)
-    here = guest.shelf.nbytes + streamed.buffer_bytes
+    guest = offload.OffloadedPart(unet, torch.device("cpu"), streamed=streamed)
+    here = guest.packed.nbytes + streamed.buffer_bytes
     assert ledger.weights("unet", one_by_one, "cuda") == here < 0.6 * sizes["unet"]
 
 

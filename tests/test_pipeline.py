@@ -13,8 +13,9 @@ from PIL import Image
 from i2vgen import load, pipeline
 from i2vgen.diffusion import schedule
 from i2vgen.diffusion.noise import SampleNoise
-from i2vgen.fast import runtime, savings
+from i2vgen.fast import savings
 from i2vgen.files import checkpoint, video
+from i2vgen.memory import plans
 from i2vgen.settings import config, merge
 
 PROMPTS = ["a boat", "a red boat on a lake", ""]
@@ -339,7 +340,7 @@ def test_loading_is_refused_in_time(root, nothing_loads, weights, overrides, wor
 
 @pytest.mark.filterwarnings("ignore:weights=random")
 def test_too_little_memory_is_told_in_time(tiny, nothing_loads, monkeypatch):
-    monkeypatch.setattr(runtime, "free_memory", lambda where: 1000)
+    monkeypatch.setattr(plans, "free_memory", lambda where: 1000)
     with pytest.raises(ValueError, match=r"64 x 64 x 3 needs about .* 0 MiB are free; no size fits"):
         pipeline.load_parts(tiny)
 
@@ -356,7 +357,7 @@ def test_load_from_a_folder(tiny, tiny_model, picture, tmp_path, recwarn):
     folder = checkpoint.save(tmp_path / "w", tiny_model.parts, tiny)
     model = load(folder, overrides=["device=cpu"])
     assert model.config == dataclasses.replace(
-        tiny, weights=str(folder), runtime=config.Runtime(device="cpu", memory="full")
+        tiny, weights=str(folder), runtime=config.Runtime(device="cpu", memory="full", batch_guidance=True)
     )
     assert np.array_equal(model(picture, "a boat").frames, tiny_model(picture, "a boat").frames)
     assert not [w for w in recwarn if "NOISE" in str(w.message)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from i2vgen import pipeline
 from i2vgen.diffusion.noise import SampleNoise
-from i2vgen.fast import runtime, savings
+from i2vgen.fast import savings
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
 from i2vgen.memory.meter import Meter
@@ -297,7 +297,7 @@ def test_a_folder_brings_its_own_settings(refiner, tmp_path):
 
 
 def test_too_little_memory_is_told_before_the_first_stage(job, monkeypatch):
-    monkeypatch.setattr(runtime, "free_memory", lambda where: 0)
+    monkeypatch.setattr(refine, "free_memory", lambda where: 0)
     with pytest.raises(ValueError, match="second stage at 20 x 16, 4 frames at once, needs about"):
         refine.check(job, (16, 12), 9)
 
@@ -329,7 +329,7 @@ def test_a_plan_gives_the_same_clip(loaded, plan, monkeypatch):
     monkeypatch.setitem(plans.PLANS, "low", {"token_chunk": 20, "vae_chunk": 1, "vae_tile": 4})
     (whole, full), (lean, low) = loaded(memory="full"), loaded(**plan)
     assert full.plan == "full" and low.plan == "low" == lean.config.runtime.memory
-    assert lean.config.runtime.token_chunk == 20 and bool(lean.waiting) == ("offload" in plan)
+    assert lean.config.runtime.token_chunk == 20 and bool(lean.offloaded) == ("offload" in plan)
     one, other = (model(clip(5), "a boat", seed=3).astype(int) for model in (whole, lean))
     assert np.abs(one - other).max() <= 1 and one.std() > 1
 
@@ -344,7 +344,7 @@ def test_the_plan_is_the_fastest_that_fits(job, monkeypatch):
 
     needs = {plan: refine.choose_plan(asking(plan), (16, 12), 9)[1] for plan in plans.PLANS}
     assert needs["full"].total > needs["low"].total
-    monkeypatch.setattr(runtime, "free_memory", lambda where: needs["low"].total)
+    monkeypatch.setattr(refine, "free_memory", lambda where: needs["low"].total)
     assert refine.choose_plan(asking("auto"), (16, 12), 9)[1].plan == "low"
     with pytest.raises(ValueError, match=r"second stage at 20 x 16.*memory=(balanced|low) would fit"):
         refine.choose_plan(asking("full"), (16, 12), 9)

@@ -54,11 +54,11 @@ class Sampled:
         self.clips: list[np.ndarray] = []
         self.batches = self.whole = self.outer = 0
 
-    def count(self, _: nn.Module, inputs: tuple) -> None:
-        x, _, prepared, deep = (*inputs, None)[:4]
+    def count(self, _: nn.Module, inputs: tuple, options: dict) -> None:
+        (x, _, prepared), deep = inputs[:3], options.get("deep")
         # A custom network may prepare something else; it is called once per branch.
         branches = len(prepared.context) // len(x) if isinstance(prepared, Prepared) else 1
-        if deep is not None and deep.kept:
+        if deep is not None and deep.features is not None:
             self.outer += branches
         else:
             self.whole += branches
@@ -68,7 +68,9 @@ class Sampled:
 def counting(unet: nn.Module, sampled: Sampled) -> Iterator[None]:
     """Count the calls of `unet` while one batch is sampled; only an nn.Module can be counted."""
     sampled.batches += 1
-    hook = unet.register_forward_pre_hook(sampled.count) if isinstance(unet, nn.Module) else None
+    hook = None
+    if isinstance(unet, nn.Module):
+        hook = unet.register_forward_pre_hook(sampled.count, with_kwargs=True)
     try:
         yield
     finally:

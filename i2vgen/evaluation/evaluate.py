@@ -216,12 +216,12 @@ def model_for(model: I2VGenXL, variant: Variant) -> I2VGenXL:
     if variant.missing:
         negative, first = None, config.clip.text_length if config.use.text else 0
         if variant.missing == "text":
-            with plans.here(model.waiting, "clip"):
+            with plans.on_device(model.offloaded, "clip"):
                 negative = model.clip.text(model.clip.tokenize([config.negative_prompt]).to(model.device))
         local = slice(first, first + (config.unet.local_grid // 4) ** 2)
         unet = without(unet, variant.missing, negative, local)
     found = I2VGenXL(config, unet, model.vae, model.clip, model.device)
-    found.waiting = model.waiting
+    found.offloaded = model.offloaded
     return found
 
 

@@ -69,7 +69,7 @@ class FastGroupNorm(GroupNorm):
 
 def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
     """SiLU(norm(x + shift)): x [n ... c], shift [m c], a row of which is for n / m neighbours -> like x"""
-    if plain_kind(norm) is not GroupNorm or touched(norm) or torch.is_grad_enabled():
+    if plain_kind(type(norm)) is not GroupNorm or touched(norm) or torch.is_grad_enabled():
         return F.silu(norm(x if shift is None else kernels.shifted(x, shift)))
     if type(norm) is FastGroupNorm:
         return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift)

@@ -6,6 +6,7 @@ e embedding width; n branches of guidance; t is the timestep.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from i2vgen.adapt.context import Context, Keys, as_context, concatenate, tokens_of
 from i2vgen.diffusion.sampler import Predict
 from i2vgen.fast.attention import FastAttention
-from i2vgen.fast.guard import diverted, ordinary, undisturbed
+from i2vgen.fast.guard import diverted, ordinary, trust, undisturbed
 from i2vgen.fast.layers import Savings, norm_silu
 from i2vgen.fast.spatial import FastSpatialTransformer
 from i2vgen.model.conditioning import Prepared
@@ -40,7 +41,7 @@ class Branch(NamedTuple):
     x: Tensor  # [b f h w c] after the entrance
     embedding: Tensor  # [b e]
     context: Context  # [b k d]
-    begun: tuple[Tensor, Tensor] | None  # of the first block, as far as it needs no context
+    prefix: tuple[Tensor, Tensor] | None  # of the first block, as far as it needs no context
 
 
 class FastUNet(UNet):
@@ -62,6 +63,13 @@ class FastUNet(UNet):
 
         With `deep` the features come with it: those that were given, or those just computed.
         """
+        with trust() if undisturbed(self) else contextlib.nullcontext():
+            return self.guided(x, t, prepared, residuals, deep)
+
+    def guided(
+        self, x: Tensor, t: Tensor, prepared: Prepared, residuals: Residuals, deep: Deep | None
+    ) -> Tensor | tuple[Tensor, Sequence[Tensor]]:
+        """`forward`, once the network has been looked at."""
         self.check(x, residuals)
         if deep is not None and residuals is not NO_RESIDUALS:
             raise ValueError(
@@ -74,13 +82,13 @@ class FastUNet(UNet):
             x = self.temporal_in(x)
         features = None if deep is None else deep.features
         outer = None if deep is None else self.up[0].blocks[-deep.blocks]
-        first, begun = self.down[0].blocks[0], None
+        first, prefix = self.down[0].blocks[0], None
         if len(prepared.context) > len(x) and (features is None or deep.blocks > 1) and can_begin(first):
-            begun = begin(first, x, embedding)
+            prefix = begin(first, x, embedding)
         outs, kept = [], []
         for i, context in enumerate(self.contexts(prepared.context, len(x))):
             n = len(context) // len(x)
-            parts = None if begun is None else tuple(repeated(part, n) for part in begun)
+            parts = None if prefix is None else tuple(repeated(part, n) for part in prefix)
             branch = Branch(repeated(x, n), repeated(embedding, n), context, parts)
             if features is None:
                 out, entering = self.all_blocks(branch, residuals, outer)
@@ -92,23 +100,25 @@ class FastUNet(UNet):
         return out if deep is None else (out, kept)
 
     def contexts(self, context: Tensor | Context, b: int) -> list[Context]:
-        """The contexts of all branches as one batch or one by one, [b k d] each"""
+        """The contexts of all branches, [b k d] each, or as one batch; a hook sees one branch at a time."""
         context = as_context(context)
-        return [context] if len(context) == b or self.savings.batch_guidance else context.split(b)
+        if len(context) == b or (self.savings.batch_guidance and undisturbed(self)):
+            return [context]
+        return context.split(b)
 
     def all_blocks(
         self, branch: Branch, residuals: Residuals, outer: Block | None
     ) -> tuple[Tensor, Tensor | None]:
         """-> prediction [b c f h w], and what enters the block `outer`, [b f h w c]"""
-        x, embedding, context, begun = branch
+        x, embedding, context, prefix = branch
         down, up, filters = iter(residuals.down), iter(residuals.up), iter(self.skip_filter)
         entering, skips = None, [x]
         for level in self.down:
             for block in level.blocks:
-                if begun is None:
+                if prefix is None:
                     x = block(x, embedding, given(block, context))
                 else:
-                    x, begun = read(block, *begun, context), None
+                    x, prefix = read(block, *prefix, context), None
                 x = added(x, next(down, None))
                 skips.append(x)
             if level.resample is not None:
@@ -131,13 +141,13 @@ class FastUNet(UNet):
 
     def outer_blocks(self, branch: Branch, blocks: int, entering: Tensor) -> Tensor:
         """`all_blocks` with only the last `blocks`, which `entering` [b f h w c] enters. -> [b c f h w]"""
-        x, embedding, context, begun = branch
+        x, embedding, context, prefix = branch
         skips = [x]
         for block in self.down[0].blocks[: blocks - 1]:
-            if begun is None:
+            if prefix is None:
                 x = block(x, embedding, given(block, context))
             else:
-                x, begun = read(block, *begun, context), None
+                x, prefix = read(block, *prefix, context), None
             skips.append(x)
         x = entering
         for block in self.up[0].blocks[-blocks:]:

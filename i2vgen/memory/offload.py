@@ -1,7 +1,7 @@
-"""What waits on the CPU until it is needed: parts of the model, and blocks that run one after the other.
+"""Weights that stay on the CPU until they are needed: parts of the model, and blocks that run one by one.
 
-Tensors keep their places in the modules; only what stands behind them (`.data`) changes. The buffer on the
-CPU stays, so that nothing is ever copied back.
+The tensors in the modules stay the same objects; only their `.data` changes. The buffer on the CPU is kept,
+so nothing is ever copied back.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ def flat_bytes(held: Iterable[Tensor]) -> int:
     return sum(-(-t.numel() * t.element_size() // ALIGN) * ALIGN for t in held)
 
 
-class Shelf:
-    """Tensors that live in one flat buffer on the CPU, so that all of them travel as one copy."""
+class PackedTensors:
+    """Tensors in one flat buffer on the CPU, so that a single copy moves all of them."""
 
     def __init__(self, held: Sequence[Tensor], *, pin: bool):
         self.held, self.nbytes = list(held), flat_bytes(held)
-        # As they lie here: whoever lays a weight out anew later changes its strides, not these bytes.
-        # Channels last stays so.
+        # The layouts of now, channels last included: a later change of layout must not change these bytes.
         self.layouts = [(t.shape, t.stride()) for t in self.held]
         self.home = torch.empty(self.nbytes, dtype=torch.uint8, pin_memory=pin)
         views = self._views(self.home)
@@ -37,8 +36,8 @@ class Shelf:
             view.copy_(t)
             t.data = view
 
-    def stand_on(self, flat: Tensor) -> None:
-        """From now on the tensors are what this buffer holds: a copy of `home`, or `home` itself."""
+    def point_to(self, flat: Tensor) -> None:
+        """Make the tensors views of this buffer: a copy of `home`, or `home` itself."""
         for t, view in zip(self.held, self._views(flat), strict=True):
             t.data = view
 
@@ -51,25 +50,24 @@ class Shelf:
         return views
 
 
-class Guest:
-    """A part that is on the device within `with guest:` only; those of its blocks that are `streamed` one by
-    one."""
+class OffloadedPart:
+    """A part that is on the device only inside `with part:`; its `streamed` blocks come one by one."""
 
     def __init__(self, module: nn.Module, device: torch.device, *, streamed: Streamed | None = None):
         blocks = streamed.held if streamed else set()
-        self.shelf = Shelf([t for t in tensors(module) if id(t) not in blocks], pin=False)
+        self.packed = PackedTensors([t for t in tensors(module) if id(t) not in blocks], pin=False)
         self.device, self.streamed = device, streamed
 
     def __enter__(self) -> None:
-        slot = torch.empty(self.shelf.nbytes, dtype=torch.uint8, device=self.device)
-        self.shelf.stand_on(slot.copy_(self.shelf.home))
+        slot = torch.empty(self.packed.nbytes, dtype=torch.uint8, device=self.device)
+        self.packed.point_to(slot.copy_(self.packed.home))
         if self.streamed:
             self.streamed.start()
 
     def __exit__(self, *raised) -> None:
         if self.streamed:
             self.streamed.stop()
-        self.shelf.stand_on(self.shelf.home)
+        self.packed.point_to(self.packed.home)
 
 
 class Streamed:
@@ -85,7 +83,7 @@ class Streamed:
         kept = {id(t) for t in resident}
         held = [[t for t in tensors(block) if id(t) not in kept] for block in blocks]
         self.held = {id(t) for one in held for t in one}
-        self.shelves = [Shelf(one, pin=cuda) for one in held]
+        self.packed_blocks = [PackedTensors(one, pin=cuda) for one in held]
         self.side = torch.cuda.Stream(device) if cuda else None
         self.arrived = [torch.cuda.Event() for _ in range(2)] if cuda else None
         self.buffers: list[Tensor] = []
@@ -97,7 +95,7 @@ class Streamed:
 
     @property
     def buffer_bytes(self) -> int:
-        return 2 * max(shelf.nbytes for shelf in self.shelves)
+        return 2 * max(packed.nbytes for packed in self.packed_blocks)
 
     def start(self) -> None:
         half = self.buffer_bytes // 2
@@ -108,21 +106,21 @@ class Streamed:
     def stop(self) -> None:
         if self.side:  # nothing may still be arriving when the buffers go
             torch.cuda.current_stream(self.device).wait_stream(self.side)
-        for i in range(len(self.shelves)):
+        for i in range(len(self.packed_blocks)):
             self._end(i)
         self.buffers = []
 
     def _fetch(self, i: int, buffer: int) -> None:
         """Bring the weights of block i; the buffer's last user has been given to the main stream already."""
         self.holds[buffer] = i
-        shelf = self.shelves[i]
-        into = self.buffers[buffer][: shelf.nbytes]
+        packed = self.packed_blocks[i]
+        into = self.buffers[buffer][: packed.nbytes]
         if self.side is None:
-            into.copy_(shelf.home)
+            into.copy_(packed.home)
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.side):
-            into.copy_(shelf.home, non_blocking=True)
+            into.copy_(packed.home, non_blocking=True)
             self.arrived[buffer].record()
 
     def _begin(self, i: int) -> None:
@@ -133,10 +131,10 @@ class Streamed:
             self._fetch(i, buffer)
         if self.side:
             torch.cuda.current_stream(self.device).wait_event(self.arrived[buffer])
-        self.shelves[i].stand_on(self.buffers[buffer])
+        self.packed_blocks[i].point_to(self.buffers[buffer])
         # The other buffer was the previous block's, all of whose work has been given to the main stream.
-        self._fetch((i + 1) % len(self.shelves), self.last)
+        self._fetch((i + 1) % len(self.packed_blocks), self.last)
         self.last = buffer
 
     def _end(self, i: int) -> None:
-        self.shelves[i].stand_on(self.shelves[i].home)
+        self.packed_blocks[i].point_to(self.packed_blocks[i].home)

@@ -375,16 +375,18 @@ def streamable(module: nn.Module) -> Streamable | None:
     return None
 
 
-def guests(parts: dict[str, nn.Module], config: Config, device: torch.device) -> dict[str, offload.Guest]:
+def offloaded_parts(
+    parts: dict[str, nn.Module], config: Config, device: torch.device
+) -> dict[str, offload.OffloadedPart]:
     """The parts that wait on the CPU, each to be entered while it is used."""
     found = {}
     for name, module in parts.items() if config.runtime.offload != "none" else ():
         listed = streamable(module) if config.runtime.offload == "blocks" else None
         streamed = offload.Streamed(listed.blocks, device, resident=listed.resident) if listed else None
-        found[name] = offload.Guest(module, device, streamed=streamed)
+        found[name] = offload.OffloadedPart(module, device, streamed=streamed)
     return found
 
 
-def here(waiting: dict[str, offload.Guest], part: str) -> AbstractContextManager:
-    """`with here(waiting, "vae"):` the part is on the device inside."""
-    return waiting.get(part) or nullcontext()
+def on_device(offloaded: dict[str, offload.OffloadedPart], part: str) -> AbstractContextManager:
+    """`with on_device(offloaded, "vae"):` the part is on the device inside."""
+    return offloaded.get(part) or nullcontext()

@@ -29,7 +29,7 @@ from i2vgen.fast.unet import both_branches, projected, under
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
 from i2vgen.memory.free import free_memory
-from i2vgen.memory.offload import Guest
+from i2vgen.memory.offload import OffloadedPart
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
@@ -51,7 +51,9 @@ class Refiner:
     vae: AutoencoderKL
     clip: ClipEncoders
     device: torch.device
-    waiting: dict[str, Guest] = field(default_factory=dict)  # parts on the CPU until they are needed
+    offloaded: dict[str, OffloadedPart] = field(
+        default_factory=dict
+    )  # parts on the CPU until they are needed
 
     def __call__(
         self, frames: np.ndarray, prompt: str, *, seed: int = 0, on_step: OnStep | None = None
@@ -77,11 +79,11 @@ def refine(
     draws = SampleNoise(seed)
     table = levels(config)
 
-    with plans.here(model.waiting, "vae"):
+    with plans.on_device(model.offloaded, "vae"):
         given = encode(model, frames, shape, draws)
     latents = repeat(given, "c f h w -> 1 c (f r) h w", r=job.repeat_frames)
     states = texts(model, prompt)
-    with plans.here(model.waiting, "unet"):
+    with plans.on_device(model.offloaded, "unet"):
         kinds = zip((Conditions, Unconditional), states, strict=True)
         cond, uncond = (
             projected(model.unet, model.unet.prepare(kind(one[None], None, None, None), 1))
@@ -110,7 +112,7 @@ def refine(
             noise=lambda x: draws.draw(tuple(x.shape[1:])).to(x),
             on_step=on_step,
         )
-    with plans.here(model.waiting, "vae"):
+    with plans.on_device(model.offloaded, "vae"):
         return decode(model, latents[0, :, :: job.repeat_frames], shape, frames, given)
 
 
@@ -175,7 +177,7 @@ def texts(model: Refiner, prompt: str) -> Tensor:
     with warnings.catch_warnings():  # the note above has said so, in terms of this stage
         warnings.simplefilter("ignore")
         tokens = model.clip.tokenize([prompt + config.refine_suffix, config.refine_negative_prompt])
-    with plans.here(model.waiting, "clip"):
+    with plans.on_device(model.offloaded, "clip"):
         return model.clip.text(tokens.to(model.device))
 
 
@@ -333,7 +335,7 @@ def load(
     parts = load_parts(config, homes, device)
     plans.prepare_unet(parts["unet"], sized, device)
     savings.apply(parts["vae"], config.runtime, device)
-    return Refiner(config, **parts, device=device, waiting=plans.guests(parts, config, device))
+    return Refiner(config, **parts, device=device, offloaded=plans.offloaded_parts(parts, config, device))
 
 
 def load_parts(config: Config, homes: dict[str, str], device: torch.device) -> dict[str, nn.Module]:
