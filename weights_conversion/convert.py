@@ -164,6 +164,7 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
         raise ValueError(
             f"{', '.join(literals)} is not a model setting; give settings of unet., vae., clip., use. ..."
         )
+    merge.check_types(stated, "the command line")
     settings: dict[str, Any] = {}
     for part in found:
         if part.settings:
