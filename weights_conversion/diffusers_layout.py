@@ -87,6 +87,7 @@ class PartFiles:
     tensors: Mapping[str, Tensor]
     folded: float = 1.0  # factor on conv_in's concat columns in the file; `tensors` have it undone
     gain: float | None = None  # use.concat_gain, if we wrote the file
+    shards: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,12 +182,15 @@ def _variant(name: str) -> str | None:
 def open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
     """Open a file or index as the part `name`, with old names updated and a folded gain undone."""
     file = readers.open_sharded(path) if path.name.endswith(".json") else readers.open_file(path)
+    shards = tuple(part.path for part in file.parts)
     if name == "vae":
-        return PartFiles(path, _Changed(file.tensors, {_vae_name(old): old for old in file.tensors}))
+        names = {_vae_name(old): old for old in file.tensors}
+        return PartFiles(path, _Changed(file.tensors, names), shards=shards)
     if name == "unet":
         folded, gain = _gains(path, settings)
-        return PartFiles(path, _Changed(file.tensors, {n: n for n in file.tensors}, folded), folded, gain)
-    return PartFiles(path, file.tensors)
+        tensors = _Changed(file.tensors, {n: n for n in file.tensors}, folded)
+        return PartFiles(path, tensors, folded, gain, shards)
+    return PartFiles(path, file.tensors, shards=shards)
 
 
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import mmap
+import re
 import struct
 import tempfile
 import warnings
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from weights_conversion.mapped import (
+    AVERAGED,
     DAMAGED,
     LEFT_OUT,
     MAX_AXES,
@@ -46,7 +48,8 @@ from weights_conversion.read_pickle import (
 )
 
 # Keys under which a training program puts the state dict, beside its step counter and the like.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
+EMA = re.compile(r"(?:.*_)?ema(?:_.*)?")  # the same for weights averaged over the training
 MAX_WRAPPERS = 3  # inside each other
 MAX_PROTOCOL = 3
 # The format from before the zip begins with pickles of this number, version, system, content, storages' keys.
@@ -57,7 +60,7 @@ LEGACY_PICKLES = 5
 # --- the zip format
 
 
-def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
+def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...], ema: bool = False) -> TensorFile:
     """The tensors of a torch file as views into the mapped file, and the archive's entries that hold them."""
     entries, root, pickled = _read_archive(path, buffer)
     (found,) = _inspect(path, pickled, inert)
@@ -79,7 +82,7 @@ def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFil
                 f"numbers are described; {DAMAGED}"
             )
         holders[storage.data_ptr()] = entry
-    tensors, extra = _unwrap(path, content, len(buffer))
+    tensors, extra = _unwrap(path, content, len(buffer), ema)
     held = {name: holders.get(t.untyped_storage().data_ptr()) for name, t in tensors.items() if t.numel()}
     if None in held.values():
         raise ValueError(f"{path} has a tensor whose numbers are not in the file; {DAMAGED}")
@@ -103,6 +106,7 @@ def _read_archive(path: Path, buffer: mmap.mmap) -> tuple[dict[str, zipfile.ZipI
         root = _root(path, entries)
         for info in infos:
             _check_entry(path, info, is_data=info.filename.startswith(f"{root}data/"))
+        _check_places(path, buffer, infos, archive.start_dir)
         return entries, root, b"".join(read_entry(path, archive, entries[f"{root}data.pkl"]))
 
 
@@ -146,10 +150,22 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, *, is_data: bool) -> None:
         entry.CRC = None  # torch can be told to leave the checksum out; zipfile then compares nothing
 
 
+def _check_places(path: Path, buffer: mmap.mmap, entries: list[zipfile.ZipInfo], end: int) -> None:
+    """Each entry ends before the next: a header that moves one onto another would hide its checksum."""
+    entries = sorted(entries, key=lambda entry: entry.header_offset)
+    for entry, limit in zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True):
+        lengths = buffer[entry.header_offset + 26 : entry.header_offset + 30]  # of its name and its extras
+        if (
+            len(lengths) < 4
+            or entry.header_offset + 30 + sum(struct.unpack("<HH", lengths)) + (entry.file_size) > limit
+        ):
+            raise ValueError(f"{path}: its entry {shown(entry.filename)} lies over another one; {DAMAGED}")
+
+
 # --- the format before the zip
 
 
-def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
+def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...], ema: bool = False) -> TensorFile:
     """The tensors of an old torch file, read into memory: it says nowhere where they lie."""
     start = buffer[:MAX_PICKLE]
     if LEGACY_MAGIC not in start[:64]:
@@ -162,7 +178,7 @@ def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> Tensor
     if sum(found.storages.values()) > len(buffer):
         raise ValueError(f"{path} describes more numbers than it has bytes; {DAMAGED}")
     content = _load(path, found, "cpu", mapped=False)
-    tensors, extra = _unwrap(path, content, len(buffer))
+    tensors, extra = _unwrap(path, content, len(buffer), ema)
     return TensorFile(path, "torch", tensors, extra, {})
 
 
@@ -235,13 +251,13 @@ def _plain(content: Any) -> Any:
     return {key: _plain(value) for key, value in dict.items(content)}
 
 
-def _unwrap(path: Path, content: Any, file_size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in what torch.load gave, and the plain values beside it."""
+def _unwrap(path: Path, content: Any, file_size: int, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state dict in what torch.load gave, the averaged one if `ema`, and the plain values beside it."""
     content = _plain(content)
     extra: dict[str, Any] = {}
     left_out: list[str] = []
     wrapper: list[str] = []
-    while len(wrapper) < MAX_WRAPPERS and (key := _wrapper_key(path, content)) is not None:
+    while len(wrapper) < MAX_WRAPPERS and (key := _wrapper_key(path, content, ema)) is not None:
         _set_aside({k: v for k, v in content.items() if k != key}, extra, left_out)
         wrapper.append(key)
         content = content[key]
@@ -268,15 +284,24 @@ def _dense(where: str, tensor: Tensor, file_size: int) -> Tensor:
     return tensor
 
 
-def _wrapper_key(path: Path, content: Any) -> str | None:
+def _wrapper_key(path: Path, content: Any, ema: bool) -> str | None:
     if not isinstance(content, dict):
         return None
-    keys = [key for key in WRAPPERS if _holds_tensors(content.get(key))]
+    keys, averaged = [key for key in WRAPPERS if _holds_tensors(content.get(key))], _averaged(content)
+    if averaged and (ema or not (keys or any(isinstance(value, Tensor) for value in content.values()))):
+        keys = averaged
     if len(keys) > 1:
         raise ValueError(
             f"{path} holds several sets of tensors ({', '.join(keys)}); save the wanted one by itself"
         )
     return keys[0] if keys else None
+
+
+def _averaged(content: Mapping[Any, Any]) -> list[str]:
+    """The keys of averaged weights."""
+    return [
+        k for k, v in content.items() if isinstance(k, str) and EMA.fullmatch(k.lower()) and _holds_tensors(v)
+    ]
 
 
 def _holds_tensors(value: Any) -> bool:
@@ -293,6 +318,8 @@ def _names(keys: Iterable[Any]) -> str:
 
 
 def _set_aside(values: Mapping[Any, Any], extra: dict[str, Any], left_out: list[str]) -> None:
+    if averaged := _averaged(values):
+        extra[AVERAGED] = _names(averaged)
     for key, value in values.items():
         if isinstance(key, str) and (value is None or type(value) in (int, float, str, bool)):
             extra[key] = value
@@ -309,7 +336,7 @@ def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
         raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name; {SAVE_ANEW}")
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
     groups = [key for key, value in content.items() if _holds_tensors(value)]
-    if groups:
+    if groups and not (tensors and groups == _averaged(content)):
         raise ValueError(
             f"{path} holds its tensors in groups ({_names(groups)}); save the wanted one by itself"
         )

@@ -127,6 +127,11 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
         if not equals or not name:
             raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
         if name in TEXTS:
+            if name in literals and name not in LISTS:
+                combine = (
+                    "; in Python, several can be merged (i2vgen/adapt/lora.py)" if name == "adapter" else ""
+                )
+                raise ValueError(f"{name}= is given twice, {literals[name]} and {value}; give one{combine}")
             literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
             continue
         name = SHORT.get(name, name)
@@ -172,6 +177,11 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     )
     merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
     return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def check_types(settings: Mapping[str, Any], source: str) -> None:
+    """ValueError for an unknown name or a value of the wrong type, whether or not the values fit together."""
+    _merge(OmegaConf.structured(Config), settings, source)
 
 
 def without_removed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
