@@ -48,8 +48,9 @@ from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, SHIPPED, Config
-from i2vgen.settings.merge import load_config
+from i2vgen.settings.merge import load_config, read_stored_settings
 
+FAR = 1.5  # times the size or the frames of training, up or down
 BUILT = ("use", "unet", "vae", "clip", "schedule", "runtime")  # settings of a model that loading reads
 
 
@@ -456,6 +457,8 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
         raise ValueError(
             f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
         )
+    else:
+        note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
@@ -505,6 +508,20 @@ def refuse_unsampleable(config: Config) -> None:
             f"sample.steps={sample.steps} with sample.spacing={sample.spacing} visits t = {visited[0]}, "
             "where no signal is left: sample.eps_form=recovered and schedule.prediction=eps divide by zero "
             "there, as the official code does; use sample.eps_form=direct with v, or another step count"
+        )
+
+
+def note_other_size(config: Config) -> None:
+    """A note if size or frames are far from those that the weights store, which they were trained with."""
+    stored = read_stored_settings(config.weights).get("sample", {})
+    sample = config.sample
+    pairs = [(getattr(sample, name), stored.get(name)) for name in ("frames", "width", "height")]
+    if any(trained and max(now / trained, trained / now) >= FAR for now, trained in pairs):
+        frames, width, height = (trained or now for now, trained in pairs)
+        warnings.warn(
+            f"{sample.frames} frames of {sample.width} x {sample.height} pixels are far from the {frames} of "
+            f"{width} x {height} that these weights were trained with; expect worse clips",
+            stacklevel=3,
         )
 
 

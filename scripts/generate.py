@@ -136,7 +136,7 @@ def second_stage(
 
 def describe(config, model) -> str:
     sample, made = config.sample, pipeline.steps_made(config)
-    steps = f"{made} steps" + ("" if made == sample.steps else f" (sample.steps={sample.steps})")
+    steps = f"{made} steps" + ("" if made == sample.steps else f" (for steps={sample.steps}, by its spacing)")
     return (
         f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {steps}, "
         f"guidance {sample.guidance:g}, on {model.device} in {str(model.unet.conv_in.weight.dtype)[6:]}"

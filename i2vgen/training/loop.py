@@ -338,6 +338,7 @@ def _facts(path: Path) -> dict | None:
 
 def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None; ValueError names the setting in which another run differs."""
+    checkpoint.check_place(folder / "weights")
     found = checkpoints(folder)
     if not found:
         if resume:
