@@ -394,7 +394,7 @@ def test_train_then_sample(run_script, tmp_path):
     out = tmp_path / "clip.png"
     job = [f"image={picture}", f"prompt={prompt}", f"output={out}", f"adapter={adapter}"]
     assert run_script("generate.py", *job, *words)[0] == 0
-    assert json.loads((tmp_path / "clip.json").read_text())["settings"]["adapter"] == str(adapter)
+    assert json.loads((tmp_path / "clip.png.json").read_text())["settings"]["adapter"] == str(adapter)
 
     job = [f"image={picture}", "prompt=x", "output=x.png", f"adapter={tmp_path}"]
     status, out = run_script("generate.py", *job)

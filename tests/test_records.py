@@ -10,13 +10,13 @@ from i2vgen.files import records
 
 @pytest.mark.parametrize("name", ["record.mp4", "record", "a b.gif"])
 def test_records_stand_beside_their_clips(name):
-    assert records.path_of(Path("x") / name) == Path("x") / (name.split(".")[0] + ".json")
+    assert records.path_of(Path("x") / name) == Path("x") / f"{name}.json"
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1]", "null", "\udcff"])
 def test_a_record_that_cannot_be_read_is_none(tmp_path, text):
     if text is not None:
-        (tmp_path / "clip.json").write_bytes(text.encode(errors="surrogateescape"))
+        (tmp_path / "clip.mp4.json").write_bytes(text.encode(errors="surrogateescape"))
     assert records.read(tmp_path / "clip.mp4") is None
 
 

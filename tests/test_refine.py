@@ -442,7 +442,7 @@ def test_the_second_stage_alone(run):
     status, out, err = run(*SECOND, "video=in.gif", "prompt=a boat", "seed=[1,2]", "output=o.gif")
     assert status == 0 and out.count("settings in") == 2, err
     assert video.load("o-000-seed1.gif")[0].shape[1:] == (16, 20, 3)
-    record = json.loads(Path("o-000-seed1.json").read_text())
+    record = json.loads(Path("o-000-seed1.gif.json").read_text())
     assert record["fps"] == 5.0 and record["settings"]["image"] == []
     assert record["settings"]["video"] == "in.gif" and record["settings"]["refine_prompt"] == "a boat"
 
@@ -451,7 +451,7 @@ def test_a_list_may_hold_refine_prompts(run, picture_file):
     item = {"image": str(picture_file), "prompt": "one", "refine_prompt": "own", "output": "x.gif"}
     Path("list.jsonl").write_text(json.dumps(item) + "\n")
     assert run(*SECOND, "items=list.jsonl")[0] == 0
-    assert json.loads(Path("x.json").read_text())["settings"]["refine_prompt"] == "own"
+    assert json.loads(Path("x.gif.json").read_text())["settings"]["refine_prompt"] == "own"
 
 
 def test_one_frame_is_a_picture(run):

@@ -11,12 +11,14 @@ A SOURCE is a checkpoint file, a folder, or hf:OWNER/NAME[@REVISION][#FOLDER_OR_
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from weights_conversion.convert import CHECKING, convert
 from weights_conversion.export import LAYOUTS, export
 from weights_conversion.inspect_file import describe
@@ -93,6 +95,8 @@ def run_convert(arguments: argparse.Namespace) -> int:
     names = [word for word in arguments.words if not cli.is_setting(word)]
     if len(names) < 2:
         raise ValueError("convert needs at least one SOURCE and the folder OUT to write")
+    if not arguments.dry_run:
+        check_out(names[-1], names[:-1])
     with Bars() as bars:
         report = convert(
             names[:-1],
@@ -113,7 +117,15 @@ def run_convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_out(out: str, sources: list[str]) -> None:
+    """ValueError, before anything is read and hashed, unless the folder OUT can be written without loss."""
+    whole.check_place("OUT", out)
+    # A native folder may be converted in place; one that only holds the source would lose the rest.
+    whole.refuse_overwriting([out], [s for s in sources if os.path.realpath(s) != os.path.realpath(out)])
+
+
 def run_export(arguments: argparse.Namespace) -> int:
+    check_out(arguments.out, [arguments.native])
     with Bars() as bars:
         notes = export(
             arguments.native,
@@ -126,7 +138,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         )
     for note in notes:
         print(f"note: {note}")
-    print(f"written to {arguments.out}")
+    print(f"written to {cli.shown(arguments.out)}")
     return 0
 
 
@@ -177,7 +189,7 @@ class Bars:
             self.label = label
             of_tensors = label == CHECKING
             self.bar = tqdm(
-                desc=label,
+                desc=cli.shown(label),
                 total=total,
                 unit="tensor" if of_tensors else "B",
                 unit_scale=not of_tensors,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -38,6 +39,8 @@ from i2vgen.settings.config import SETTINGS_FILE, Config, Use
 from i2vgen.settings.merge import from_dict, read_stored_settings
 
 ORIGIN_FILE = "origin.json"
+# Files of a weights folder, and what systems put into any folder.
+OF_FOLDER = re.compile(r"(settings|origin)\.json|.*\.safetensors(\.index\.json)?|\..*")
 PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
 
 
@@ -301,15 +304,30 @@ def computed_state(model: nn.Module) -> dict[str, Tensor | Entry]:
 
 
 def check_place(folder: str | Path) -> Path:
-    """ValueError unless a weights folder can be written here: nothing there yet, or an older one."""
+    """ValueError unless a weights folder can be written here: nothing there yet, or an older one.
+
+    The older one is replaced, so it must hold nothing else.
+    """
     folder = Path(folder)
-    if folder.is_file() or (
-        folder.is_dir() and not (folder / SETTINGS_FILE).is_file() and any(folder.iterdir())
-    ):
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file() or (there and not _is_native(folder)):
         raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    if others := [name for name in there if not OF_FOLDER.fullmatch(name)]:
+        raise ValueError(
+            f"{folder} is a weights folder that also holds {others[0]}, which would be lost; choose another "
+            "place"
+        )
     if file := next((parent for parent in folder.absolute().parents if parent.is_file()), None):
         raise ValueError(f"{folder} cannot be made: {file} is a file, not a folder")
     return folder
+
+
+def _is_native(folder: Path) -> bool:
+    try:
+        held = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and "format" in held
 
 
 def _write_part(

@@ -148,6 +148,10 @@ def _check(study: Study, file: str | Path) -> None:
             both = _settings(study, name, BUDGETS["smoke"]), _settings(study, name, BUDGETS["full"])
         except ValueError as error:
             raise ValueError(f"{file}: the variant {name!r}: {error}") from error
+        if study.start == "scratch" and any(isinstance(s, Train) and s.lora_rank for s in both[1]):
+            raise ValueError(
+                f"{file}: the variant {name!r}: train.lora_rank adapts a trained UNet; write start: weights"
+            )
         known[name] = both[1]
         same = next(other for other, held in known.items() if held == both[1])
         if same != name:

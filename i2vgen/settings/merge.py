@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +23,14 @@ from omegaconf.errors import OmegaConfBaseException
 from i2vgen.settings.config import (
     ARCHITECTURE,
     DEFAULTS,
+    FOREIGN,
     FORMAT,
     FREE,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
     OPEN_CLIP_VISION,
+    PATHS,
     QUALITIES,
     RANDOM,
     REFINER_USE,
@@ -64,6 +67,7 @@ def load_config(
             f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
+    texts = {name: _expanded(name, value) for name, value in texts.items()}
     weights = texts["weights"] = texts.get("weights") or default_weights
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
     second = texts.get("refine_weights", "")
@@ -243,6 +247,15 @@ def _listed(name: str, value: Any) -> Any:
     return str(value)
 
 
+def _expanded(name: str, value: Any) -> Any:
+    """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
+    if name not in PATHS:
+        return value
+    values = value if name in LISTS else (value,)
+    found = tuple(os.path.expanduser(one) if one.startswith("~/") else one for one in values)
+    return found if name in LISTS else found[0]
+
+
 def _set(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
     """Put `value` at `a.b.c`; a single value for a setting that is a tuple becomes a tuple of one."""
     *parents, leaf = dotted.split(".")
@@ -310,6 +323,8 @@ def _replaced(name: str) -> str:
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    if name in FOREIGN:
+        return f"; that is diffusers' name, here it is {FOREIGN[name]}="
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     names = near or known
     return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"

@@ -338,12 +338,18 @@ def _facts(path: Path) -> dict | None:
 
 def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None; ValueError names the setting in which another run differs."""
+    checkpoint.check_place(folder / "weights")
     found = checkpoints(folder)
     if not found:
         if resume:
             raise ValueError(f"{folder} holds no checkpoint to resume")
-        if (folder / "weights").exists():
-            raise ValueError(f"{folder} holds finished weights but no checkpoint; choose another output")
+        for name in ("weights", "adapter"):
+            if (folder / name).exists():
+                raise ValueError(f"{folder} holds finished {name} but no checkpoint; choose another output")
+        log = folder / LOG
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        if lines and _step_of(lines[0]) == math.inf:
+            raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
     for name, here, there in _differences(settings_record(config, train), facts["settings"]):
