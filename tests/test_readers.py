@@ -714,7 +714,7 @@ def test_entries_that_lie_over_each_other_are_refused(torch_file):
     raw[first + 28 : first + 30] = struct.pack("<H", start - first - 30 - own_names)
     path.write_bytes(raw)
     assert torch.load(path)["a"].equal(torch.full((16,), 2.0))  # torch notices nothing
-    with pytest.raises(ValueError, match="its entry archive/data/0 lies over another one|data/0 lies over"):
+    with pytest.raises(ValueError, match="data/0 lies over another one"):
         open_file(path)
 
 
