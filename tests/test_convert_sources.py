@@ -179,6 +179,28 @@ def test_a_folder_of_shards_is_joined_and_every_file_is_recorded(converted, ours
     }
 
 
+def test_the_shards_of_a_diffusers_folder_are_recorded(states_for_diffusers, tmp_path):
+    folder = tmp_path / "diffusers"
+    assert run("export", states_for_diffusers, folder, "--layout", "diffusers", "--shard-size", "300K") == 0
+    assert run("convert", folder, tmp_path / "out") == 0
+    origin = json.loads((tmp_path / "out" / "origin.json").read_text())
+    files = [*folder.rglob("*.safetensors"), *folder.rglob("*.index.json")]
+    assert len(files) > 8
+    assert sorted(s["sha256"] for s in origin["sources"]) == sorted(map(records.sha256, files))
+
+
+def test_a_dangling_link_in_a_diffusers_folder_is_told(states_for_diffusers, tmp_path, capsys):
+    folder = tmp_path / "diffusers"
+    assert run("export", states_for_diffusers, folder, "--layout", "diffusers") == 0
+    assert run("convert", folder, tmp_path / "out", "--variant", "fp16") == 2
+    assert "leave the variant out" in capsys.readouterr().err
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../gone")
+    assert run("convert", folder, tmp_path / "out") == 2
+    assert "is a link to a file that is not there" in capsys.readouterr().err
+
+
 def test_incomplete_shards_are_refused(shards, tmp_path, capsys):
     alone = shards / "unet-00001-of-00002.safetensors"
     assert run("convert", alone, tmp_path / "out", *SETTINGS) == 2

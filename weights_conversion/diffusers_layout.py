@@ -159,12 +159,16 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
             for name in (f"{stem}{infix}.{ending}", f"{stem}.{ending}.index{infix}.json"):
                 if (folder / name).is_file():
                     return folder / name
+    if gone := [file for file in folder.iterdir() if file.is_symlink() and not file.exists()]:
+        raise ValueError(f"{gone[0]} is a link to a file that is not there; download it again")
     found = {_variant(file.name) for file in folder.iterdir()} - {None}
     if not found:
         raise ValueError(f"{folder} holds no weights; it should hold {' or '.join(STEMS)}.safetensors")
     wanted = f"of the variant {variant}" if variant else "without a variant"
+    others = sorted(found - {""})
     raise ValueError(
-        f"{folder} has no weights {wanted}; give one of variant={', '.join(sorted(found - {''})) or None}"
+        f"{folder} has no weights {wanted}; "
+        + (f"give one of variant={', '.join(others)} (--variant)" if others else "leave the variant out")
     )
 
 

@@ -7,8 +7,9 @@ Tensors are views into the mapped file: opening a 6 GB file takes no memory. The
 from before 2020, which is read into memory.
 
     read_safetensors   checks a safetensors header
-    read_torch         reads a torch file with torch.load and finds the state dict in it
-    read_pickle        inspects its pickle first
+    read_torch         reads a torch file with torch.load
+    state_dicts        finds the state dict in what that gives
+    read_pickle        inspects its pickle first, pickle_names the names in it
     mapped             what all of them share
 """
 
@@ -38,9 +39,11 @@ from weights_conversion.mapped import (
     shown,
     without_repeats,
 )
-from weights_conversion.read_pickle import MAX_PICKLE, find_refused, is_pickle
+from weights_conversion.pickle_names import find_refused, is_pickle
+from weights_conversion.read_pickle import MAX_PICKLE
 from weights_conversion.read_safetensors import open_safetensors
-from weights_conversion.read_torch import EMA, open_legacy, open_zip
+from weights_conversion.read_torch import open_legacy, open_zip
+from weights_conversion.state_dicts import EMA
 
 __all__ = [
     "AVERAGED",

@@ -23,11 +23,12 @@ class Signature:
     without: tuple[str, ...] = ()
 
 
+OTHER_VIDEO = (".temopral_conv.", ".time_stack.")  # ours, and Stable Video Diffusion's
 # A name that ends with a dot matches as a prefix; one that starts with a dot matches anywhere.
 SIGNATURES = (
     Signature("unet", "vgen", "", ("input_blocks.0.0.weight", ".temopral_conv.")),
-    Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
-    Signature("unet", "sd", "", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
+    Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), OTHER_VIDEO),
+    Signature("unet", "sd", "", ("input_blocks.0.0.weight",), OTHER_VIDEO),
     Signature("unet", "diffusers", "", ("transformer_in.norm.weight", "image_latents_proj_in.")),
     Signature("unet", "native", "", ("conv_in.weight", "time.linear1.weight", "mid1.res.conv1.weight")),
     Signature("vae", "compvis", "first_stage_model.", ("encoder.conv_in.weight", "encoder.mid.block_1.")),
