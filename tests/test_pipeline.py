@@ -326,6 +326,34 @@ def test_noise_of_other_libraries(road, with_config, picture):
             model.generate(picture, "a boat", 5, noise=wrong)
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: m.generate(p, "a", 1, sampler="ddim"), r"the sampler is a str.*sample\.sampler=NAME"),
+        (lambda m, p: m.generate(p, "a", 1, on_step=5), "on_step is a int; give a function"),
+        (lambda m, p: m(p, "a").save(None), "the output is None; give the path of a file"),
+        (lambda m, p: m(p, "a").save(""), "the output is empty"),
+        (lambda m, p: load(overrides=["steps=5", 5]), "the setting 5 is no text"),
+        (lambda m, p: load(config=5), "the config is a int; give the path"),
+    ],
+    ids=range(6),
+)
+def test_arguments_that_cannot_be_meant(road, with_config, picture, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(with_config(road, sample={"steps": 1}), picture)
+
+
+def test_a_lone_setting_is_a_list_of_one(monkeypatch):
+    assert merge.load_config(None, "steps=5") == merge.load_config(None, ["steps=5"])
+    assert merge.load_config(None, None) == merge.load_config(None)
+
+
+def test_clips_are_saved_in_the_home_folder(road, with_config, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = with_config(road, sample={"steps": 1})(picture, "a").save("~/new/a.gif")
+    assert made == tmp_path / "new" / "a.gif" and made.exists() and not Path("~").exists()
+
+
 def test_what_was_built_cannot_be_changed_by_the_settings(road, with_config):
     model = with_config(road)
     model.config = dataclasses.replace(road.config, negative_prompt="other")
