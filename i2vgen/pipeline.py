@@ -90,7 +90,7 @@ class Video:
         """
         save = self.config.save
         fps = save.fps if self.fps is None else self.fps
-        path = Path(os.path.expanduser(path))
+        path = given.path(path)
         records.check(path)
         path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
         frames, height, width, _ = self.frames.shape
@@ -165,6 +165,7 @@ class I2VGenXL:
         config = self.config
         pictures, prompts, seeds = given.paired(pictures, prompts, seeds)
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
+        given.functions(sampler=sampler, on_step=on_step)
         if noise is not None:
             noise = given.noise(noise, (len(seeds), *latent_shape(config)))
         opened = [open_picture(picture, config) for picture in pictures]
@@ -309,8 +310,8 @@ def reader(model: I2VGenXL) -> Callable[[nn.Module, Prepared], Predict]:
 @torch.no_grad()
 def invert(
     model: I2VGenXL,
-    frames: np.ndarray,
-    picture: Image.Image,
+    frames: np.ndarray | Tensor,
+    picture: given.Picture,
     prompt: str,
     *,
     seed: int = 0,
@@ -321,15 +322,17 @@ def invert(
     `seed` draws the posterior noise of the conditioning picture. Give the result to `I2VGenXL.generate`.
     """
     sample = model.config.sample
-    if frames.shape != (sample.frames, sample.height, sample.width, 3):
+    frames = torch.as_tensor(frames)
+    if frames.shape != (sample.frames, sample.height, sample.width, 3) or frames.dtype != torch.uint8:
         raise ValueError(
-            f"the clip has shape {frames.shape}; the settings say frames, height, width = "
-            f"{sample.frames}, {sample.height}, {sample.width}"
+            f"the clip has shape {tuple(frames.shape)} of {frames.dtype}; give uint8, and frames, height, "
+            f"width = {sample.frames}, {sample.height}, {sample.width} as the settings say"
         )
     draws = SampleNoise(seed)
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
-    cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
-    pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
+    opened = open_picture(picture, model.config)
+    cond, uncond = encode(model, [opened], [given.prompt(prompt)], draws.draw(latent))
+    pixels = rearrange(frames.to(model.device), "f h w c -> f c h w") / 127.5 - 1
     with plans.on_device(model.offloaded, "vae"):
         chunk = model.config.runtime.vae_chunk
         latents = finite(model.vae, lambda vae: vae.encode(pixels, None, chunk=chunk))
@@ -437,6 +440,9 @@ def load(
         raise ValueError(
             "load takes a weights folder and a YAML file; for a Config: pipeline.load_parts(config)"
         )
+    if not isinstance(config, str | os.PathLike | None):
+        raise ValueError(f"the config is a {type(config).__name__}; give the path of a YAML file")
+    config = None if config is None else os.path.expanduser(config)
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 

@@ -16,7 +16,7 @@ from PIL import Image
 from i2vgen import pipeline
 from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.fast import savings
-from i2vgen.files import checkpoint, video
+from i2vgen.files import checkpoint, records, video
 from i2vgen.memory import plans
 from i2vgen.memory.meter import Meter
 from i2vgen.model.conditioning import Conditions
@@ -445,6 +445,33 @@ def test_the_second_stage_alone(run):
     record = json.loads(Path("o-000-seed1.gif.json").read_text())
     assert record["fps"] == 5.0 and record["settings"]["image"] == []
     assert record["settings"]["video"] == "in.gif" and record["settings"]["refine_prompt"] == "a boat"
+
+
+@pytest.mark.parametrize(("fps", "output"), [(60, "o.gif"), (60, "new/o.GIF")])
+def test_a_rate_that_the_file_cannot_hold_is_told_before_refining(run, monkeypatch, fps, output):
+    video.save(clip(4), "in.webp", fps=fps)
+    monkeypatch.setattr(refine, "load", lambda *_, **__: pytest.fail("the second stage was loaded"))
+    status, out, err = run(*SECOND, "video=in.webp", "prompt=a boat", f"output={output}")
+    assert status == 2 and "too fast for a GIF" in err and out == ""
+    monkeypatch.setattr(video, "load", lambda *_, **__: (clip(4), 90000.0))  # a cover picture's clock
+    status, _, err = run(*SECOND, "video=in.webp", "prompt=a boat", "output=o.mp4")
+    assert status == 2 and "fps 90000.0 is not a frame rate" in err
+
+
+def test_the_rate_of_the_settings_does_not_stop_a_clip_that_keeps_its_own(run):
+    video.save(clip(4), "in.webp", fps=10)
+    assert run(*SECOND, "video=in.webp", "prompt=a boat", "output=o.gif", "save.fps=100")[0] == 0
+    status, _, err = run(*SECOND, "video=in.webp", "output=p.gif", "save.fps=100", "refine.fps=save")
+    assert status == 2 and "too fast for a GIF" in err
+
+
+def test_a_refined_clip_names_its_source(run):
+    video.save(clip(4), "in.gif", fps=5)
+    words = [*SECOND, "video=in.gif", "prompt=a boat", "output=o.gif", "--resume"]
+    assert run(*words)[0] == 0 and "1 clips are already there" in run(*words)[1]
+    assert json.loads(Path("o.gif.json").read_text())["inputs"]["video"]["sha256"] == records.sha256("in.gif")
+    video.save(clip(3), "in.gif", fps=5)
+    assert "0 clips are already there" in run(*words)[1]
 
 
 def test_a_list_may_hold_refine_prompts(run, picture_file):

@@ -107,6 +107,11 @@ def fit(config, train, folder, **how):
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
         (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is not a multiple .* 8"),
         (["sample.stepz=3"], r"no setting sample\.stepz"),
+        (["steps=5"], r"steps= is no training setting; write train\.steps=, or sample\.steps= if"),
+        (["seed=5"], r"write train\.seed=, or sample\.seed="),
+        (["batch=5"], r"write train\.batch=, or runtime\.batch="),
+        (["learning_rate=0.1"], r"write train\.learning_rate=$"),
+        (["guidance=5"], r"guidance= is a setting of sampling; write sample\.guidance="),
     ],
 )
 def test_bad_settings_are_refused_by_name(words, message):
@@ -124,9 +129,25 @@ def test_a_file_is_a_difference_and_the_command_line_another(tmp_path):
     file.write_text("sample: {framez: 8}\ntrain: {steps: 7}\n")
     with pytest.raises(ValueError, match=rf"{file}: there is no setting sample\.framez"):
         load_settings(file)
+    file.write_text("steps: 5\ntrain: {steps: 7}\n")
+    with pytest.raises(ValueError, match=rf"{file}: steps= is no training setting"):
+        load_settings(file)
+    assert load_settings(None, ["width=64", "height=64", "frames=4", "device=cpu"])[0].sample.frames == 4
     file.write_text("train: 7\n")
     with pytest.raises(ValueError, match="train is a group of settings"):
         load_settings(file)
+
+
+@pytest.mark.parametrize("name", ["weights", "adapter", "log.jsonl"])
+def test_other_peoples_files_are_not_replaced(stages, tmp_path, name):
+    if name == "log.jsonl":
+        (tmp_path / name).write_text("my own notes\n")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    config, train = load_settings(None, [])
+    with pytest.raises(ValueError, match="choose another"):
+        loop.open_folder(tmp_path, config, train, resume=False)
 
 
 def test_diffusion_without_its_other_parts_is_refused(stages):

@@ -12,6 +12,7 @@ import operator
 import os
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -111,6 +112,23 @@ def seed(given: Any) -> int:
     except TypeError:
         pass
     raise ValueError(f"the seed is {_kind(given)}; give an integer, 0 or more")
+
+
+def path(given: Any) -> Path:
+    if not isinstance(given, str | os.PathLike) or not Path(given).name:
+        what = "empty" if isinstance(given, str | os.PathLike) else _kind(given)
+        raise ValueError(f"the output is {what}; give the path of a file, such as outputs/clip.mp4")
+    return Path(os.path.expanduser(given))
+
+
+def functions(*, sampler: Any, on_step: Any) -> None:
+    if sampler is not None and not callable(sampler):
+        raise ValueError(
+            f"the sampler is {_kind(sampler)}; give a function, for a scheduler of diffusers "
+            "schedulers.from_diffusers(it), or name one of ours when loading: sample.sampler=NAME"
+        )
+    if on_step is not None and not callable(on_step):
+        raise ValueError(f"on_step is {_kind(on_step)}; give a function of one argument")
 
 
 def noise(given: Any, shape: Sequence[int]) -> Tensor:

@@ -86,6 +86,8 @@ class Plan:
     device: str = "auto"
 
     def __post_init__(self):
+        if isinstance(self.metrics, str):
+            raise ValueError(f"metrics is {self.metrics!r}; give a list of names, such as [{self.metrics!r}]")
         if wrong := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"there is no metric {wrong[0]}; choose from {', '.join(METRICS)}")
         if self.frames < 0:

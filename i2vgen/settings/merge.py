@@ -126,7 +126,11 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
     """`["a.b=1", "prompt=x"]` -> nested settings dict, literal fields. Values are YAML, literals are text."""
     settings: dict[str, Any] = {}
     literals: dict[str, Any] = {}
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides or ():
+        if not isinstance(override, str):
+            raise ValueError(
+                f"the setting {override!r} is no text; write name=value, such as 'sample.steps=20'"
+            )
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
@@ -373,7 +377,7 @@ def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     clip = layer.get("clip")
     if not isinstance(clip, dict) or not clip.get("model"):
         return layer
-    model = str(clip["model"])
+    model = os.path.expanduser(str(clip["model"]))
     if model.endswith(".json"):
         try:
             card = json.loads(Path(model).read_text())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -328,6 +329,8 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
                 )
             if fields[name].startswith("tuple") and not isinstance(value, list | tuple):
                 value = [value]
+            if isinstance(value, str) and value.startswith("~/"):
+                value = os.path.expanduser(value)
             if fields[name] == "float" and isinstance(value, str):
                 value = _float(value)  # YAML reads 1e-4 as a string
             try:
