@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import OnStep
-from i2vgen.files import given, records, video, whole
+from i2vgen.files import given, lists, records, video, whole
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import Config
 
@@ -147,37 +146,32 @@ def pair(config: Config) -> list[dict]:
 
 
 def read_items(path: str) -> Iterator[dict]:
-    """Records of a JSONL file: `image` and `prompt`, perhaps `seed` (one or a list) and `output`."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"items={path} cannot be read: {error}") from error
-    count = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is no JSON: {error}") from error
-        if not isinstance(item, dict) or not {"image", "prompt"} <= item.keys() <= set(ITEM_FIELDS):
+    """Records of a JSONL file: `image` and `prompt`, perhaps `seed` (one or a list) and `output`.
+
+    Pictures are relative to the working folder or to the list's.
+    """
+    item = None
+    for number, item in lists.json_rows(path, expected="image and prompt", setting="items="):
+        where = f"{path}, line {number}"
+        if not {"image", "prompt"} <= item.keys() <= set(ITEM_FIELDS):
             raise ValueError(
-                f"{path}, line {number}: expected an object with image and prompt and maybe seed, output, "
-                "refine_prompt"
+                f"{where}: expected an object with image and prompt and maybe seed, output, refine_prompt; "
+                f"it has {', '.join(map(repr, item)) or 'nothing'}"
             )
         for name in ("image", "prompt", "output", "refine_prompt"):
             if not isinstance(item.get(name, ""), str):
-                raise ValueError(f"{path}, line {number}: {name} is {item[name]!r}, expected text")
+                raise ValueError(f"{where}: {name} is {item[name]!r}, expected text")
+        for name in ("image", "output"):
+            if "\0" in item.get(name, ""):
+                raise ValueError(f"{where}: {name} is {item[name]!r}, but a path holds no \\0")
         if "seed" in item:
             seeds = item["seed"] if isinstance(item["seed"], list) else [item["seed"]]
             if not seeds or any(type(s) is not int or not 0 <= s <= settings.MAX_SEED for s in seeds):
-                raise ValueError(
-                    f"{path}, line {number}: seed is {item['seed']!r}, expected 0 to {settings.MAX_SEED}"
-                )
+                raise ValueError(f"{where}: seed is {item['seed']!r}, expected 0 to {settings.MAX_SEED}")
             item["seed"] = seeds
-        count += 1
+        item["image"] = str(lists.resolved(path, item["image"]))
         yield item
-    if count == 0:
+    if item is None:
         raise ValueError(f"items={path} holds no records")
 
 

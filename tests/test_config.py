@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import yaml
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import Config, Use
 from i2vgen.settings.merge import load_config
+from i2vgen.training.settings import load_settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -195,6 +197,23 @@ MISTAKES = [
     ("save.quality=11", "save.quality is 11"),
     ("vae_chunk=0", "runtime.vae_chunk is 0"),
     ("batch=0", "runtime.batch is 0"),
+    # slips of size, which would otherwise fail after minutes
+    (f"width={2**40}", f"sample.width is {2**40}", "at most 65536"),
+    (f"height={2**62}", f"sample.height is {2**62}", "at most 65536"),
+    (f"fps={2**40}", "sample.fps is", "at most"),
+    (f"batch={2**40}", "runtime.batch is", "at most"),
+    (f"refine.width={2**40}", "refine.width is", "at most"),
+    ("refine.repeat_frames=65", "refine.repeat_frames is 65", "at most 64"),
+    (f"schedule.num_timesteps={2**40}", "schedule.num_timesteps is", "at most"),
+    (f"unet.base_width={2**40}", "unet.base_width is", "at most"),
+    ("unet.blocks_per_level=33", "unet.blocks_per_level is 33", "at most 32"),
+    ("unet.base_width=32768", "unet.base_width times the largest of", "131072", "at most 65536"),
+    (f"unet.local_grid={2**40}", "unet.local_grid is", "at most"),
+    (f"vae.base_width={2**40}", "vae.base_width is", "at most"),
+    ("clip.text.layers=257", "clip.text.layers is 257", "at most 256"),
+    (f"clip.text.vocab_size={2**40}", "clip.text.vocab_size is", "at most"),
+    (f"clip.vision.image_size={2**40}", "clip.vision.image_size is", "at most"),
+    (f"clip.embed_dim={2**40}", "clip.embed_dim is", "at most"),
     ("unet.dropout=1", "unet.dropout is 1"),
     ("unet.norm_groups=0", "unet.norm_groups is 0"),
     ("vae.scale=nan", "vae.scale is nan"),
@@ -295,6 +314,92 @@ def test_files_that_are_not_settings_are_refused(text, words, write):
     message = str(caught.value)
     assert not [word for word in (*words, str(path)) if word not in message], message
     assert "\n" not in message
+
+
+LAUGHS = "a0: &a0 [x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 12)
+)
+ENDLESS = [
+    (LAUGHS, "more than 65536 values"),
+    ("[" * 50_000, "nests deeper than 64 levels"),
+    ("{a: " * 50_000, "nests deeper than 64 levels"),
+    ("- " * 50_000, "nests deeper than 64 levels"),
+    ("&a [*a]", "*a stands inside of what it refers to"),
+    ("&a {b: {c: *a}}", "*a stands inside of what it refers to"),
+    ("a: &a " + "[" * 60 + "]" * 60 + "\nb: " + "[" * 60 + "*a" + "]" * 60, "nests deeper than 64 levels"),
+    ("9" * 5000, "Exceeds the limit"),
+    ("!!int ''", "string index out of range"),
+    ("!!timestamp x", "NoneType"),
+    ("2024-13-45", "month must be in 1..12"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), ENDLESS, ids=[e[1] for e in ENDLESS])
+def test_yaml_that_grows_or_nests_without_end_is_refused_at_once(text, words, write):
+    start = time.process_time()
+    doors = [lambda: load_config(write(text)), lambda: load_settings(write(text))]
+    doors += [lambda: load_config(None, [f"sample.steps={text}"])] * ("\n" not in text)
+    doors += [lambda: load_settings(None, [f"train.steps={text}"])] * ("\n" not in text)
+    for door in doors:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            door()
+        message = str(caught.value)
+        assert words in message and "\n" not in message and len(message) < 600
+    assert time.process_time() - start < 10
+
+
+def test_aliases_and_merge_keys_work(write):
+    got = load_config(write("sample: &a {steps: 3}\nsave: {fps: 5}\nrefine: {<<: *a, width: 64}\n"))
+    assert (got.sample.steps, got.refine.steps, got.refine.width) == (3, 3, 64)
+
+
+@pytest.mark.parametrize(
+    "text", ["sample: {steps: 3}\nsample: {fps: 4}\n", "sample: {steps: 3, 'steps': 4}\n"]
+)
+def test_a_name_given_twice_in_a_file_is_refused(text, write):
+    with pytest.raises(ValueError, match=r"gives '(sample|steps)' a second time"):
+        load_config(write(text))
+
+
+def test_files_may_start_with_a_byte_order_mark(write, weights):
+    path = write("")
+    path.write_bytes(b"\xef\xbb\xbfsample: {steps: 3}\nprompt: caf\xc3\xa9\n")
+    assert (load_config(path).sample.steps, load_config(path).prompt) == (3, ("café",))
+    folder = weights({"sample": {"steps": 11}})
+    stored = Path(folder, config.SETTINGS_FILE)
+    stored.write_bytes(b"\xef\xbb\xbf" + stored.read_bytes())
+    assert load_config(weights=folder).sample.steps == 11
+
+
+@pytest.mark.parametrize(
+    "word", ["device=${oc.env:SECRET}", "clip.words=[a,'${sample.steps}']", "clip.vision={a: [['${x}']]}"]
+)
+def test_references_are_never_expanded(word, write, weights, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cr3t")
+    name, value = word.split("=")
+    name = name if "." in name else f"runtime.{name}"
+    stored = {}
+    merge._set(stored, name, yaml.safe_load(value), "")
+    for door in (
+        lambda: load_config(None, [word]),
+        lambda: load_config(write(f"{name}: {value}\n")),
+        lambda: load_config(weights=weights(stored)),
+        lambda: merge.from_dict(stored),
+    ):
+        with pytest.raises(ValueError, match=r"references such as \$\{\.\.\.\} are not expanded") as caught:
+            door()
+        assert "s3cr3t" not in str(caught.value) and name in str(caught.value)
+    for word in ("train.data=${oc.env:SECRET}", "train.kinds=['${oc.env:SECRET}']"):
+        with pytest.raises(ValueError, match="are not expanded"):
+            load_settings(None, [word])
+
+
+def test_stored_settings_may_not_nest_without_end(weights):
+    deep = {"vision": {}}
+    for _ in range(200):
+        deep = {"vision": deep}
+    with pytest.raises(ValueError, match="nests deeper than 64 levels"):
+        load_config(weights=weights({"clip": deep}))
 
 
 def test_unreadable_files_are_refused(tmp_path):

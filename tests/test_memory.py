@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 import warnings
 
 import numpy as np
@@ -466,3 +467,32 @@ def test_the_estimate_is_what_a_run_takes(root):
     assert done.returncode == 0, done.stderr
     for words, (estimated, measured) in zip(MEASURED, json.loads(done.stdout), strict=True):
         assert 0.85 < estimated / measured < 1.15, (words, estimated / 2**20, measured / 2**20)
+
+
+def test_a_hopeless_size_is_refused_within_seconds(tiny):
+    size = {"width": 65536, "height": 65536, "frames": 64}
+    hopeless = changed(tiny, sample=size, runtime={"memory": "auto"})
+    start = time.process_time()
+    with pytest.raises(
+        ValueError, match=r"needs at least \d.* GiB under memory=low and 1\.0 GiB are free; give"
+    ):
+        plans.choose(hopeless, 2**30)
+    assert time.process_time() - start < 30
+
+
+def test_what_is_called_hopeless_does_not_fit(tiny, monkeypatch):
+    """The line through two narrow strips runs just below the true peak."""
+    monkeypatch.setattr(plans, "LARGE", 2**15)
+    runtime = {"memory": "balanced", "token_chunk": 2**12}
+    large = changed(tiny, sample={"width": 1024, "height": 512, "frames": 8}, runtime=runtime)
+    ledger = plans.Ledger(large)
+    settled = plans.settle(large, "balanced")
+    savings.apply(ledger.parts["unet"], settled.runtime)
+    true = plans.peak(lambda: plans.step(ledger.parts["unet"], settled))
+    plans.refuse_hopeless(large, ledger, true)
+    with pytest.raises(ValueError, match="needs at least"):
+        plans.refuse_hopeless(large, ledger, int(0.8 * true))
+
+
+def test_more_than_pytorch_can_count_is_more_than_fits():
+    assert plans.peak(lambda: torch.empty(2**40, 2**40, device="meta")) == plans.UNCOUNTABLE

@@ -543,7 +543,10 @@ def test_frame_numbers_never_leave_the_file():
         (lambda p: shutil.rmtree(p), "is not a folder"),
         (lambda p: (p / "captions.csv").unlink(), r"holds 0 of captions\.csv"),
         (lambda p: (p / "captions.csv").write_text("file,caption\n"), "no clip to train on: 0 captions"),
-        (lambda p: (p / "captions.csv").write_text("name,text\na.gif,x\n"), "entry 1: it needs the columns"),
+        (
+            lambda p: (p / "captions.csv").write_text("name,text\na.gif,x\n"),
+            "columns 'name', 'text'; it",
+        ),
         (lambda p: (p / "captions.csv").write_text("file,caption\n../x.gif,x\n"), "outside the folder"),
         (lambda p: (p / "captions.csv").write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         (lambda p: (p / "captions.jsonl").write_text("{}"), r"holds 2 of"),
@@ -566,6 +569,28 @@ def test_captions_as_json_lines(folder):
     (folder / "captions.jsonl").write_text('{"file": "a.gif", "caption": "a, with a comma"}\n\n')
     config, train = folder_settings(folder, "train.frame_lengths=2")
     assert data.open_source(config, train)(Bucket(2, 16, 1), [7]).captions == ("a, with a comma",)
+
+
+@pytest.mark.parametrize(
+    ("what", "change"),
+    [
+        ("captions", lambda p: (p / "captions.csv").write_text("file,caption\na.gif,x\nsub/b.gif,y\n")),
+        ("clips", lambda p: (p / "a.gif").write_bytes((p / "short.gif").read_bytes())),
+        ("clips", lambda p: (p / "sub" / "b.gif").unlink()),
+    ],
+)
+def test_resuming_on_other_clips_or_captions_is_refused(what, change, folder, root, stages):
+    rows = "a.gif,what a shows\nsub/b.gif,what b shows\n"
+    (folder / "captions.csv").write_text("file,caption\n" + rows)
+    words = [f"train.data={folder}", "train.steps=2", "train.sample_fps=10"]
+    config, train = settings(root, stages, "vae", *words)
+    out = folder.with_name(folder.name + "-out")
+    lines = fit(config, train, out)
+    assert fit(config, train, out) == lines  # nothing changed: it goes on
+    change(folder)
+    with pytest.raises(ValueError, match=rf"holds other {what} than when .*checkpoint-00000002 was saved"):
+        fit(config, train, out)
+    assert fit(config, train, out, resume=True) == lines
 
 
 # --- the world as a source

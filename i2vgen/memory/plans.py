@@ -37,6 +37,8 @@ PLANS: dict[str, dict[str, object]] = {
     "low": {"offload": "blocks", "token_chunk": 28_160, "vae_chunk": 1, "vae_tile": 64},
 }
 META = torch.device("meta")
+UNCOUNTABLE = 2**63
+LARGE = 2**19  # tokens of a latent video; beyond it, counting chunk by chunk takes minutes
 FEW_TOKENS = 2**16  # of a latent video; with fewer, a GPU waits for its CPU to launch operations
 
 
@@ -121,11 +123,40 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
     )
 
 
+def refuse_hopeless(config: Config, ledger: Ledger, free: int) -> None:
+    """ValueError, within seconds, for a large video that cannot fit.
+
+    What the UNet takes grows at least in proportion to the tokens, so two narrow strips of the video tell.
+    """
+    tokens = config.runtime.batch * config.sample.frames * math.prod(config.latent_size)
+    if tokens <= LARGE or not config.runtime.check_memory:
+        return
+    plan = list(PLANS)[-1] if config.runtime.memory == "auto" else config.runtime.memory
+    multiple, rest = config.size_multiple, config.height_rest
+    height = min(config.sample.height, 32 * multiple + rest)
+    settled = settle(config, plan)
+    strip = dataclasses.replace(settled, runtime=dataclasses.replace(settled.runtime, batch=1))
+    savings.apply(ledger.parts["unet"], strip.runtime)
+    column = config.sample.frames * math.prod(_resized(strip, multiple, height).latent_size)
+    count = math.ceil(LARGE / 4 / column)
+    narrow, wide = (_resized(strip, multiple * count * times, height) for times in (1, 2))
+    taken = [peak(lambda strip=strip: step(ledger.parts["unet"], strip)) for strip in (narrow, wide)]
+    least = (taken[1] - taken[0]) * tokens // (count * column)
+    if least > free:
+        sample = config.sample
+        raise ValueError(
+            f"{sample.width} x {sample.height} x {sample.frames} needs at least {amount(least)} under "
+            f"memory={plan} and {amount(free)} are free; give a smaller size or fewer frames "
+            "(runtime.check_memory=false runs anyway)"
+        )
+
+
 def fastest(config: Config, ledger: Ledger, free: int) -> tuple[Config, Estimate]:
     """Settings and needs of the first plan that fits, of those that were asked for; else of the last.
 
     auto begins with guidance as one batch, where that pays and is not decided.
     """
+    refuse_hopeless(config, ledger, free)
     wanted = config.runtime.memory
     tries = [(plan, False) for plan in (PLANS if wanted == "auto" else [wanted])]
     guided = config.sample.guidance != 1.0 and config.runtime.batch_guidance is None
@@ -243,12 +274,17 @@ def dtype(part: str, runtime_: Runtime) -> torch.dtype:
 
 
 def peak(run: Callable[[], object]) -> int:
-    """The most bytes alive at once while `run` runs on `meta`; 0, with a warning, if it cannot run there."""
+    """The most bytes alive at once while `run` runs on `meta`; 0, with a warning, if it cannot run there.
+
+    A tensor with more elements than PyTorch can count takes UNCOUNTABLE bytes.
+    """
     try:
         with torch.no_grad(), Meter() as meter:
             run()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
+        if "overflow" in reason:
+            return UNCOUNTABLE
         warnings.warn(
             f"the memory of a part is not counted, since it does not run on meta ({reason})", stacklevel=2
         )

@@ -26,8 +26,7 @@ class ClipEncoders(nn.Module):
 
     def __init__(self, clip: config.Clip):
         super().__init__()
-        import open_clip
-
+        open_clip = imported()
         self.settings = clip
         self.tokenizer = make_tokenizer(clip)
         if self.tokenizer.vocab_size > clip.text["vocab_size"]:
@@ -118,10 +117,19 @@ class ClipEncoders(nn.Module):
         return self.model.positional_embedding.device
 
 
+def imported():
+    """open_clip, imported outside any device context.
+
+    A first import calculates with tensors (torch 2.6 with open_clip 3.0), which fails on `meta`.
+    """
+    with torch.device("cpu"):
+        import open_clip
+    return open_clip
+
+
 def make_tokenizer(clip: config.Clip):
     """open_clip's byte-pair tokenizer: its own 49,408 tokens, or those of `clip.words`."""
-    import open_clip
-
+    open_clip = imported()
     options = {"context_length": clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})}
     if not clip.words:
         return open_clip.SimpleTokenizer(**options)

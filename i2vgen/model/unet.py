@@ -161,10 +161,10 @@ class UNet(nn.Module):
         if self.temporal_in is not None:
             x = self.temporal_in(x)
 
-        skips, down = [x], iter(residuals.down)
+        skips, down = [x], [*residuals.down]
         for level in self.down:
             for block in level.blocks:
-                x = plus(block(x, embedding, prepared.context), next(down, None))
+                x = plus(block(x, embedding, prepared.context), first_of(down))
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
@@ -175,11 +175,11 @@ class UNet(nn.Module):
         x = self.mid1(x, embedding, prepared.context)
         x = plus(self.mid2(x, embedding, prepared.context), residuals.middle)
 
-        up, filters = iter(residuals.up), iter(self.skip_filter)
+        up, filters = [*residuals.up], [*self.skip_filter]
         for level in reversed(self.up):
             for block in level.blocks:
-                x = block(concatenated(x, skips.pop(), next(filters, None)), embedding, prepared.context)
-                x = plus(x, next(up, None))
+                x = block(concatenated(x, skips.pop(), first_of(filters)), embedding, prepared.context)
+                x = plus(x, first_of(up))
             if level.resample is not None:
                 x = level.resample(x)
 
@@ -243,6 +243,11 @@ def concatenated(x: Tensor, skip: Tensor, gains: tuple[float, float] | None) -> 
     if gains is not None:
         x, skip = filter_skip(x, skip, gains)
     return torch.cat([x, skip], dim=-1)
+
+
+def first_of(rest: list):
+    """Take the first of a list; None once it is empty. (Torch 2.6 cannot compile `next(..., None)`.)"""
+    return rest.pop(0) if rest else None
 
 
 def plus(x: Tensor, residual: Tensor | None) -> Tensor:

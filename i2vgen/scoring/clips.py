@@ -15,8 +15,6 @@ Axes: f frames, h w pixel rows and columns.
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from i2vgen.files import images, reading, records
+from i2vgen.files import images, lists, reading, records
 from i2vgen.files.reading import VIDEOS, is_frames
 from i2vgen.settings.config import Preprocess
 
@@ -95,46 +93,28 @@ def is_video(path: Path) -> bool:
 
 def read_list(setting: str, path: Path) -> Iterator[Clip]:
     """Read the clips of a .jsonl or .csv list; ValueError names the line that is wrong."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{setting}={path} cannot be read: {error}") from error
     if path.suffix.lower() == ".csv":
-        rows = csv.DictReader(text.splitlines())
-        lines = [(rows.line_num, {k: v for k, v in row.items() if v}) for row in rows]
+        filled = lists.csv_rows(path, (), setting=f"{setting}=")
+        rows = ((number, {k: v for k, v in row.items() if v}) for number, row in filled)
     else:
-        lines = [
-            (n, parse_line(path, n, line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()
-        ]
-    for number, row in lines:
+        rows = lists.json_rows(path, expected="file, image and prompt", setting=f"{setting}=")
+    for number, row in rows:
         # lists for generate.py say "output"
         row = {"file" if name == "output" else name: value for name, value in row.items()}
         if "file" not in row:
-            raise ValueError(f"{path}, line {number} names no file; each line has {', '.join(FIELDS)}")
+            raise ValueError(
+                f"{path}, line {number} names no file; each line has {', '.join(FIELDS)}, and this one "
+                f"{', '.join(map(repr, row)) or 'none of them'}"
+            )
         if wrong := [n for n in FIELDS if not isinstance(row.get(n, ""), str)]:
             raise ValueError(f"{path}, line {number}: {wrong[0]} is {row[wrong[0]]!r}, expected text")
-        file = resolved(path, row["file"])
+        file = lists.resolved(path, row["file"])
         if file.exists() and not is_video(file):
             raise ValueError(f"{path}, line {number}: {file} is not a video; use {', '.join(VIDEOS)}")
         clip = with_record(Clip(row.get("name") or without_suffix(Path(file.name), file), file))
-        image = str(resolved(path, row["image"])) if row.get("image") else clip.image
-        reference = str(resolved(path, row["reference"])) if row.get("reference") else ""
+        image = str(lists.resolved(path, row["image"])) if row.get("image") else clip.image
+        reference = str(lists.resolved(path, row["reference"])) if row.get("reference") else ""
         yield replace(clip, image=image, prompt=row.get("prompt", clip.prompt), reference=reference)
-
-
-def parse_line(path: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{path}, line {number}: expected an object with file, image and prompt")
-    return row
-
-
-def resolved(path: Path, name: str) -> Path:
-    """The path relative to the working folder if it exists there, else relative to the list's folder."""
-    return Path(name) if Path(name).exists() else path.parent / name
 
 
 def with_record(clip: Clip) -> Clip:

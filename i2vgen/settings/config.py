@@ -37,6 +37,13 @@ REFINE_NEGATIVE_PROMPT = (
 )
 MAX_FRAMES = 64
 MAX_SEED = 2**63 - 1
+# Larger numbers are slips: they would only fail later, after minutes, for want of memory or time.
+MAX_SIDE = 2**16  # pixels
+MAX_COUNT = 2**16  # channels, tokens, clips
+MAX_LAYERS = 2**8  # of CLIP's towers
+MAX_BLOCKS = 2**5  # per level
+MAX_LEVELS = 16  # each halves the rows and columns
+MAX_VOCABULARY = MAX_TIMESTEPS = 2**20
 RANDOM = "random"  # `weights=random`: seeded random weights, to run the pipeline without a model
 SHIPPED = str(Path(__file__).parents[1] / "assets" / "small")  # the small model in the package
 SHIPPED_REFINER = str(Path(__file__).parents[1] / "assets" / "small_refiner")  # its second stage
@@ -265,6 +272,7 @@ class Clip:
                     f"clip.text.{name} is set, but text towers from Hugging Face are not supported; use an "
                     "open_clip model with its own text tower"
                 )
+        _at_most("clip.embed_dim", self.embed_dim, MAX_COUNT)
         counts = [("vision", "image_size")]
         counts += [("text", key) for key in ("context_length", "vocab_size", "layers", "width", "heads")]
         transformer = isinstance(self.vision.get("layers"), int)  # a ResNet has a list of stages
@@ -274,6 +282,8 @@ class Clip:
             value = getattr(self, name).get(key, 1)
             if type(value) is not int or value < 1:
                 raise ValueError(f"clip.{name}.{key} is {value!r}; give a positive integer")
+            most = {"layers": MAX_LAYERS, "vocab_size": MAX_VOCABULARY}.get(key, MAX_COUNT)
+            _at_most(f"clip.{name}.{key}", value, most)
         if self.vision.get("patch_size", 1) > self.image_size:
             raise ValueError(
                 f"clip.vision.patch_size is {self.vision['patch_size']} but clip.vision.image_size is "
@@ -331,6 +341,7 @@ class Schedule:
     def __post_init__(self):
         if self.num_timesteps < 2:
             raise ValueError(f"schedule.num_timesteps is {self.num_timesteps}; give at least 2")
+        _at_most("schedule.num_timesteps", self.num_timesteps, MAX_TIMESTEPS)
         if not 0 <= self.cosine_s < 1:
             raise ValueError(f"schedule.cosine_s is {self.cosine_s}; give 0 to below 1 (official 0.008)")
         if len(self.logsnr_shift) != 2 or not all(0 < shift < math.inf for shift in self.logsnr_shift):
@@ -387,6 +398,8 @@ class Sample:
             raise ValueError(f"sample.frames is {self.frames}; give 1 to {MAX_FRAMES}")
         if self.fps < 1:
             raise ValueError(f"sample.fps is {self.fps}; give at least 1 (the released model: 8 or 16)")
+        for name, most in (("width", MAX_SIDE), ("height", MAX_SIDE), ("fps", MAX_COUNT)):
+            _at_most(f"sample.{name}", getattr(self, name), most)
         if not math.isfinite(self.guidance):
             raise ValueError(f"sample.guidance is {self.guidance}; give a finite number (official 9.0)")
         if not math.isfinite(self.adapter_scale):
@@ -503,6 +516,9 @@ class Refine:
         for name in ("width", "height", "repeat_frames", "window", "noise_level", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"refine.{name} is {getattr(self, name)}; give at least 1")
+            _at_most(
+                f"refine.{name}", getattr(self, name), MAX_FRAMES if name == "repeat_frames" else MAX_SIDE
+            )
         if self.frames < 0:
             raise ValueError(f"refine.frames is {self.frames}; give a number of frames, 0 for all")
         if self.window > MAX_FRAMES:
@@ -615,6 +631,7 @@ class Runtime:
             raise ValueError(f"runtime.vae_chunk is {self.vae_chunk}; give at least 1 frame")
         if self.batch < 1:
             raise ValueError(f"runtime.batch is {self.batch}; give at least 1 clip")
+        _at_most("runtime.batch", self.batch, MAX_COUNT)
         if self.vae_tile < 0:
             raise ValueError(f"runtime.vae_tile is {self.vae_tile}; give a number of rows, 0 for all")
         if self.token_chunk < 0:
@@ -782,6 +799,16 @@ def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:
             continue
         if any(not isinstance(n, bool) and not 0 < n < math.inf for n in numbers):  # also catches NaN
             raise ValueError(f"{section}.{f.name} is {value}; it must be positive")
+        most = MAX_BLOCKS if f.name in ("blocks_per_level", "concat_layers") else MAX_COUNT
+        _at_most(f"{section}.{f.name}", max(numbers, default=0), most)
+    _at_most(f"the number of {section}.width_multipliers", len(config.width_multipliers), MAX_LEVELS)
+    widest = config.base_width * max(config.width_multipliers, default=0)
+    _at_most(f"{section}.base_width times the largest of {section}.width_multipliers", widest, MAX_COUNT)
+
+
+def _at_most(what: str, value: float, most: int) -> None:
+    if value > most:
+        raise ValueError(f"{what} is {value}; give at most {most}")
 
 
 DEFAULTS = Config()

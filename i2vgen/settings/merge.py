@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from i2vgen.settings import yaml_text
 from i2vgen.settings.config import (
     ARCHITECTURE,
     DEFAULTS,
@@ -144,9 +144,9 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
             continue
         name = SHORT.get(name, name)
         try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{override!r}: the value cannot be read: {first_line(error)}") from error
+            parsed = yaml_text.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{shortened(override)}: the value cannot be read: {error}") from error
         _set(settings, name, parsed, override)
     return settings, literals
 
@@ -162,7 +162,7 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         )
     path = folder / SETTINGS_FILE
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
+        read = json.loads(path.read_text(encoding="utf-8-sig"))
         stored = read["settings"]
         if not isinstance(stored, dict):
             raise TypeError(f"settings are a {type(stored).__name__}")
@@ -173,7 +173,7 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder"
         ) from None
-    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); convert the weights again") from error
 
 
@@ -217,15 +217,14 @@ def without_removed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def _read_yaml(file: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise ValueError(f"configuration file {file} does not exist")
+    text = yaml_text.read_text(file)
     try:
-        text = path.read_text()
-        parsed = yaml.safe_load(text)
-        plain = yaml.load(text, Loader=yaml.BaseLoader)  # every scalar as it is written
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{file} is no readable YAML file: {' '.join(str(error).split())}") from error
+        parsed = yaml_text.parse(text)
+        plain = yaml_text.parse_plain(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is no readable YAML file: {error}") from error
     if parsed is None:  # empty, or comments only
         return {}, {}
     if not isinstance(parsed, dict):
@@ -279,10 +278,31 @@ def _merge(base, layer: Mapping[str, Any], source: str):
     if not layer:
         return base
     layer = {name: _wrap_tuples(name, value) for name, value in layer.items()}
+    refuse_references(layer, source)
     try:
         return OmegaConf.merge(base, OmegaConf.create(layer))
     except (OmegaConfBaseException, TypeError) as error:  # TypeError: a dict where a list stands, and so on
         raise ValueError(f"{source}: {_explain(error, layer)}") from error
+
+
+def refuse_references(value: Any, where: str, depth: int = 0) -> None:
+    """ValueError for `${...}`, which OmegaConf would replace by another setting or by the environment.
+
+    Also for values that nest without end.
+    """
+    if depth > yaml_text.MAX_DEPTH:
+        raise ValueError(f"{where[:80]}... nests deeper than {yaml_text.MAX_DEPTH} levels")
+    if isinstance(value, Mapping):
+        for name, inner in value.items():
+            refuse_references(inner, f"{where}{'.' if depth else ': '}{name}", depth + 1)
+    elif isinstance(value, list | tuple | set):
+        for inner in value:
+            refuse_references(inner, where, depth + 1)
+    elif isinstance(value, str) and "${" in value:
+        raise ValueError(
+            f"{where} is {shortened(value)}; references such as ${{...}} are not expanded, write the value "
+            "itself"
+        )
 
 
 def _wrap_tuples(section: str, values: Any) -> Any:
@@ -318,7 +338,7 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             try:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
-                return f"{section}.{name} is {value!r}, expected {known[name]}"
+                return f"{section}.{name} is {shortened(value)}, expected {known[name]}"
     return first_line(error)
 
 
@@ -332,6 +352,12 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     names = near or known
     return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
+
+
+def shortened(value: Any, most: int = 200) -> str:
+    """A value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else text[:most] + "..."
 
 
 def first_line(error: BaseException) -> str:
@@ -380,10 +406,10 @@ def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     model = os.path.expanduser(str(clip["model"]))
     if model.endswith(".json"):
         try:
-            card = json.loads(Path(model).read_text())
+            card = json.loads(Path(model).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(f"clip.model={model} does not exist") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"clip.model={model} is no JSON file: {error}") from error
     else:
         import open_clip  # takes seconds; needed only for a model's name

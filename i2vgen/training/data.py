@@ -8,13 +8,12 @@ Axes: b batch, f frames, c channels, H W pixel rows and columns.
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import multiprocessing
 import os
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen.files import images, reading
+from i2vgen.files import fingerprint, images, lists, reading
 from i2vgen.settings.config import Config
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, world_speed
 from i2vgen.world import drawing
@@ -236,34 +235,46 @@ def read_captions(folder: Path) -> dict[str, str]:
     """Read captions.csv or captions.jsonl -> {file: caption}; ValueError if it is missing or malformed."""
     if not folder.is_dir():
         raise ValueError(f"train.data={folder} is not a folder; give {WORLD!r} or a folder of videos")
-    try:
-        found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
-        if len(found) != 1:
-            raise ValueError(
-                f"train.data={folder} holds {len(found)} of {' and '.join(CAPTION_FILES)}; give one of them"
-            )
-        with found[0].open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file) if found[0].suffix == ".csv" else _json_lines(file, found[0]))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"train.data={folder} cannot be read: {error}") from error
-    captions = {}
-    for number, row in enumerate(rows, start=1):
-        name, caption = (row.get("file"), row.get("caption")) if isinstance(row, dict) else (None, None)
+    found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+    if len(found) != 1:
+        raise ValueError(
+            f"train.data={folder} holds {len(found)} of {' and '.join(CAPTION_FILES)}; give one of them"
+        )
+    path, needed = found[0], ("file", "caption")
+    if path.suffix == ".csv":
+        rows = lists.csv_rows(path, needed)
+    else:
+        rows = lists.json_rows(path, expected=" and ".join(needed))
+    captions: dict[str, str] = {}
+    lines: dict[str, int] = {}
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        name, caption = row.get("file"), row.get("caption")
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
-            raise ValueError(f"{found[0]}, entry {number}: it needs the columns file and caption, both text")
+            given = ", ".join(f"{key}: {value!r}" for key, value in row.items())
+            raise ValueError(
+                f"{where}: it needs file and caption, both text; it has {given[:200] or 'nothing'}"
+            )
         if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise ValueError(f"{found[0]}, entry {number}: {name} lies outside the folder")
-        captions[str(Path(name))] = caption.strip()
+            raise ValueError(f"{where}: {name!r} lies outside the folder")
+        name, caption = str(Path(name)), caption.strip()
+        if captions.get(name, caption) != caption:
+            raise ValueError(f"{where}: {name!r} has another caption in line {lines[name]}; keep one of them")
+        captions[name], lines[name] = caption, line
+    if empty := [name for name, caption in captions.items() if not caption]:
+        LOGGER.warning(
+            "%s: %d of %d captions are empty, such as that of %r", path, len(empty), len(captions), empty[0]
+        )
     return captions
 
 
-def _json_lines(file, path: Path) -> Iterator[dict]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
+def contents(source: Source) -> dict[str, str]:
+    """Fingerprints of a folder's clips and captions, by which a resumed run knows whether they changed."""
+    if not isinstance(source, Folder):
+        return {}
+    captions = json.dumps([(name, source.captions[name]) for name in source.files])
+    clips = fingerprint.of_paths(source.folder / name for name in source.files)
+    return {"clips": clips, "captions": fingerprint.of_text(captions)}
 
 
 # ---------------------------------------------------------------------------------------------------

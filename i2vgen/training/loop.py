@@ -99,7 +99,8 @@ def fit(
     """
     folder = Path(folder)
     state = start(part, train, device)
-    newest = open_folder(folder, config, train, resume=resume)
+    contents = data.contents(source)
+    newest = open_folder(folder, config, train, resume=resume, contents=contents)
     if newest is not None:
         restore(newest, state, part.model)
     step = part.step
@@ -141,7 +142,7 @@ def fit(
                     writer.write(state.step, state.pending)
                 state.pending = []
             if rank == 0 and (last or state.step % train.save_every == 0):
-                save(folder, state, part.model, config, train)
+                save(folder, state, part.model, config, train, contents)
                 prune(folder, train.keep)
                 save_weights(folder, state, part, config, train)
             if rank == 0 and train.sample_every and state.step % train.sample_every == 0:
@@ -336,8 +337,18 @@ def _facts(path: Path) -> dict | None:
         return None
 
 
-def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None; ValueError names the setting in which another run differs."""
+def open_folder(
+    folder: Path,
+    config: Config,
+    train: Train,
+    *,
+    resume: bool,
+    contents: Mapping[str, str] | None = None,
+) -> Path | None:
+    """The checkpoint to resume from, or None; ValueError names the setting in which another run differs.
+
+    `contents`, from `data.contents`, is compared too where it is given.
+    """
     checkpoint.check_place(folder / "weights")
     found = checkpoints(folder)
     if not found:
@@ -357,6 +368,12 @@ def open_folder(folder: Path, config: Config, train: Train, *, resume: bool) -> 
             continue
         advice = "" if _architectural(name) else ", or resume anyway with --resume"
         raise ValueError(f"{name} is {here} here but {there} in {found[-1]}; choose another output{advice}")
+    for what, there in facts.get("contents", {}).items():
+        if not resume and contents and contents.get(what) != there:
+            raise ValueError(
+                f"train.data={train.data} holds other {what} than when {found[-1]} was saved; choose another "
+                "output, or resume anyway with --resume"
+            )
     return found[-1]
 
 
@@ -381,7 +398,14 @@ def _architectural(name: str) -> bool:
     )
 
 
-def save(folder: Path, state: State, model: nn.Module, config: Config, train: Train) -> Path:
+def save(
+    folder: Path,
+    state: State,
+    model: nn.Module,
+    config: Config,
+    train: Train,
+    contents: Mapping[str, str] | None = None,
+) -> Path:
     """Write a checkpoint, whole or not at all; a damaged one of this step is replaced."""
     place = folder / f"checkpoint-{state.step:08d}"
     with whole.replacing_folder(place, sync=True) as temporary:
@@ -394,6 +418,7 @@ def save(folder: Path, state: State, model: nn.Module, config: Config, train: Tr
             "scaler": state.scaler.state_dict(),
             "pending": state.pending,
             "settings": settings_record(config, train),
+            "contents": dict(contents or {}),
         }
         whole.write_json(temporary / FACTS, facts, indent=1)
     return place

@@ -18,13 +18,15 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from i2vgen.settings.config import MAX_FRAMES, MAX_SEED, SHORT, Config
-from i2vgen.settings.merge import first_line, load_config
+from i2vgen.settings import yaml_text
+from i2vgen.settings.config import MAX_COUNT, MAX_FRAMES, MAX_SEED, SHORT, Config
+from i2vgen.settings.merge import first_line, load_config, refuse_references, shortened
 from i2vgen.world import drawing
 
 SECTION = "train"
 SIZES = ("width", "height", "frames", "fps")  # settings of `sample` that a training uses
 WORLD = "world"
+MAX_WORKERS = 256
 MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly leave the picture
 # Settings that do not affect what is learned; they may differ from those of a checkpoint.
 FREE = ("cache", "save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
@@ -112,6 +114,9 @@ class Train:
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "num_clips", "workers", "sample_every", "lora_rank"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
+        for name in ("batch", "lora_rank", "workers"):
+            most = MAX_WORKERS if name == "workers" else MAX_COUNT
+            _check(self, name, getattr(self, name) <= most, f"at most {most}")
         _check(
             self, "learning_rate", 0 < self.learning_rate < 1, "a number above 0 and below 1 (official 3e-5)"
         )
@@ -273,17 +278,17 @@ def _load_file(file: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, 
     """Cut the `train:` section out of the text and let `load_config` read the rest."""
     if not file.is_file():
         raise ValueError(f"configuration file {file} does not exist")
+    text = yaml_text.read_text(file)
     try:
-        text = file.read_text()
-        section = (yaml.safe_load(text) or {}) if text.strip() else {}
-        cut = "".join(_without_section(text))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from error
+        section = yaml_text.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a readable YAML file: {error}") from error
+    cut = "".join(_without_section(text))
     refuse_bare(str(file), section if isinstance(section, dict) else ())
     section = section.get(SECTION) if isinstance(section, dict) else None
     with tempfile.TemporaryDirectory() as folder:
         rest = Path(folder) / file.name
-        rest.write_text(cut)
+        rest.write_text(cut, encoding="utf-8")
         try:
             config = load_config(rest, overrides)
         except ValueError as error:
@@ -310,9 +315,9 @@ def _parse(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"{word!r} is not a setting; write name=value, for example train.steps=20")
         try:
-            values[name.removeprefix(f"{SECTION}.")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{word!r}: the value is not valid YAML") from error
+            values[name.removeprefix(f"{SECTION}.")] = yaml_text.parse(value)
+        except ValueError as error:
+            raise ValueError(f"{shortened(word)}: the value is not valid YAML: {error}") from error
     return values
 
 
@@ -320,6 +325,7 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
     fields = {field.name: str(field.type) for field in dataclasses.fields(Train)}
     merged = OmegaConf.structured(Train)
     for source, values in layers:
+        refuse_references({SECTION: values}, source)
         for name, value in values.items():
             if name not in fields:
                 near = difflib.get_close_matches(str(name), fields, n=3, cutoff=0.5) or list(fields)
@@ -336,7 +342,8 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
             try:
                 merged = OmegaConf.merge(merged, {name: value})
             except (OmegaConfBaseException, TypeError) as error:
-                raise ValueError(f"{source}: train.{name} is {value!r}, expected {fields[name]}") from error
+                given = shortened(value)
+                raise ValueError(f"{source}: train.{name} is {given}, expected {fields[name]}") from error
     try:
         return OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # a ValueError of __post_init__ passes through unchanged
