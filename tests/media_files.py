@@ -67,13 +67,13 @@ def srgb_levels(linear):
 
 def write_video(path, frames, *, times=None, rate=10, codec="libx264", aspect=None, options=None, **color):
     """uint8 [f h w 3] -> a video file; `times` in seconds for a variable rate; `color`, e.g. color_trc=16."""
-    container = {"live": "1"} if path.suffix == ".mkv" and options == "live" else {}
-    with av.open(str(path), "w", options=container) as file:
+    with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.bit_rate = 4_000_000
         if codec == "libx264":
-            stream.options = {"crf": "1", **(options if isinstance(options, dict) else {})}
+            stream.options = {"crf": "1", **(options or {})}
         if aspect:
             stream.sample_aspect_ratio = aspect
         for name, value in color.items():
@@ -90,9 +90,9 @@ def write_video(path, frames, *, times=None, rate=10, codec="libx264", aspect=No
 
 def turn(path, a, b, c, d):
     """Set the display matrix of an .mp4 or .mov: a pixel at x, y is shown at a x + c y, b x + d y."""
+    a, b, c, d = (round(value * 0x10000) for value in (a, b, c, d))
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40  # version 0: 40 bytes of times, ids and layers come first
-    one, last = 0x10000, 0x40000000
-    data[start : start + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, last)
+    data[start : start + 36] = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 0x40000000)
     path.write_bytes(data)
     return path
