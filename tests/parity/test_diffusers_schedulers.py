@@ -275,6 +275,30 @@ def test_a_limit_on_x0_matches(made, limit):
         assert all(info.x0.abs().max() <= 1 for info in seen)
 
 
+# --- k-diffusion, where it is installed
+
+
+@pytest.mark.parametrize("name", ["euler", "heun", "dpmpp_2m"])
+@pytest.mark.parametrize("steps", [6, 25])
+def test_k_diffusions_own_code_matches(made, name, steps):
+    """It keeps x / alpha over sigma / alpha, and ends without noise; in float64 only rounding differs."""
+    sampling = pytest.importorskip("k_diffusion").sampling
+    x, visited = start(), list(range(999, 0, -(1000 // steps)))
+    sigmas = (made.sqrt_one_minus_abar / made.sqrt_abar)[visited]
+    of_sigma = dict(zip(sigmas.tolist(), visited, strict=True))
+    estimate = solvers.x0_of(network(made), made)
+
+    def denoised(x, sigma):
+        t = of_sigma[sigma[0].item()]
+        return estimate(made.sqrt_abar[t] * x, t)
+
+    theirs = getattr(sampling, f"sample_{name}")
+    expected = theirs(denoised, x / made.sqrt_abar[999], sampling.append_zero(sigmas), disable=True)
+    run = functools.partial(solvers.SOLVERS[name], network(made), x, made, steps=1, final_alpha="one")
+    assert relative(run(timesteps=visited), expected) < 1e-8
+    assert relative(run(timesteps=[t - 1 for t in visited]), expected) > 1e-5  # the planted mistake
+
+
 # --- the numbers that diffusers' own tests of its schedulers expect
 #
 # Their samples are 4 x 3 x 8 x 8 numbers that rise evenly from 0 to 1 (noise: that fall), the axes in the
