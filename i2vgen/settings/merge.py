@@ -135,11 +135,11 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
         if not equals or not name:
             raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
         if name in TEXTS:
-            if name in literals and name not in LISTS:
-                combine = (
-                    "; in Python, several can be merged (i2vgen/adapt/lora.py)" if name == "adapter" else ""
+            if name == "adapter" and name in literals:  # nobody means the second one alone
+                raise ValueError(
+                    f"adapter= is given twice, {literals[name]} and {value}; give one; in Python, several "
+                    "can be merged (i2vgen/adapt/lora.py)"
                 )
-                raise ValueError(f"{name}= is given twice, {literals[name]} and {value}; give one{combine}")
             literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
             continue
         name = SHORT.get(name, name)
