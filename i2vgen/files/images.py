@@ -99,7 +99,7 @@ def open_picture(
         with Image.open(path) as image:
             _refuse_bomb(image, path)
             image.load()
-            picture = _to_rgb(image, alpha, exif, f"picture {path}")
+            picture = to_rgb(image, alpha=alpha, exif=exif, name=f"picture {path}")
             if _has_second_frame(image):
                 warnings.warn(f"picture {path} holds several frames; the first one is used", stacklevel=2)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -123,8 +123,9 @@ def to_rgb(
     *,
     alpha: Literal["white", "drop"] = "white",
     exif: Literal["apply", "ignore"] = "ignore",
+    name: str = "the picture",
 ) -> Image.Image:
-    """Any PIL image, any mode -> PIL RGB image; exif="apply" turns it upright.
+    """Any PIL image, any mode -> PIL RGB image; exif="apply" turns it upright. `name` is for warnings.
 
     alpha="white": colours with an ICC profile are converted to sRGB; transparency (alpha bands,
     premultiplied ones, palette or key colours) is laid over white; and deep pictures are brought to 8
@@ -133,10 +134,6 @@ def to_rgb(
     alpha="drop" is the official plain `convert("RGB")`: profiles are ignored, hidden colours show and
     16-bit values above 255 clip to white.
     """
-    return _to_rgb(image, alpha, exif, "the picture")
-
-
-def _to_rgb(image: Image.Image, alpha: str, exif: str, name: str) -> Image.Image:
     if image.width == 0 or image.height == 0:
         raise UserMistake(f"the picture is {image.width} x {image.height} pixels; it has nothing to show")
     if exif == "apply":
@@ -162,7 +159,7 @@ def to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     """8-bit PIL image whose values an ICC profile describes -> PIL RGB or RGBA image in sRGB.
 
     Unchanged if the profile is sRGB within rounding; also, with a warning, if it is broken or of another
-    colour space. `name` is what the warning calls the picture.
+    colour space.
     """
     try:
         found = _srgb_transform(profile)

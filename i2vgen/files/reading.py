@@ -75,11 +75,13 @@ def load(
     chosen = timing.shown if only is None else timing.shown[_checked(path, only, len(timing.shown))]
     _refuse_size(path, len(chosen), *timing.size)
     notes = list(timing.notes)
-    frames = None
     order = np.argsort(chosen, kind="stable")  # places of the output, by the frame that they show
-    ordered = chosen[order]
-    wanted = np.unique(chosen).tolist()
-    found = []
+
+    def places(number: int) -> np.ndarray:
+        first, end = np.searchsorted(chosen, [number, number + 1], sorter=order)
+        return order[first:end]
+
+    frames, found, wanted = None, [], np.unique(chosen).tolist()
     for number, pixels in _reader(path)(path, timing, wanted, alpha, notes):
         if frames is None:
             _refuse_size(path, len(chosen), pixels.shape[1], pixels.shape[0])
@@ -88,8 +90,7 @@ def load(
             raise ValueError(
                 f"the frames of {path} change their size on the way; encode it again at one size"
             )
-        first, end = np.searchsorted(ordered, [number, number + 1])
-        frames[order[first:end]] = pixels
+        frames[places(number)] = pixels
         found.append(number)
     if frames is None:
         raise ValueError(f"{path} holds no frame that can be decoded; it is no usable video")
@@ -97,8 +98,7 @@ def load(
         found.sort()
         for number in missing:  # as a player does, which leaves the frame before on the screen
             seen = found[max(bisect.bisect(found, number) - 1, 0)]
-            first, end = np.searchsorted(ordered, [number, number + 1])
-            frames[order[first:end]] = frames[order[np.searchsorted(ordered, seen)]]
+            frames[places(number)] = frames[places(seen)[0]]
         notes.append(
             f"is damaged: {len(missing)} of its frames cannot be decoded and show the one before instead"
         )
@@ -194,12 +194,15 @@ def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def _rgb(picture: Image.Image, alpha: str, name: str) -> np.ndarray:
-    """Any PIL picture -> uint8 [h w 3]"""
+    """Any PIL picture -> uint8 [h w 3]; unlike for pictures, "drop" ignores nothing but transparency."""
+    if alpha == "white":
+        return np.asarray(images.to_rgb(picture, name=name))
+    profile = picture.info.get("icc_profile")
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = images.to_eight_bits(picture)
-    if picture.info.get("icc_profile"):
-        picture = images.to_srgb(picture, picture.info["icc_profile"], name)
-    return np.asarray(images.to_rgb(picture) if alpha == "white" else picture.convert("RGB"))
+    if profile:
+        picture = images.to_srgb(picture, profile, name)
+    return np.asarray(picture.convert("RGB"))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -216,8 +219,10 @@ def _pngs(path: Path) -> list[Path]:
 def _png_timing(path: Path) -> Timing:
     files = _pngs(path)
     with _reading(files[0]), Image.open(files[0]) as picture:
-        fps = float(picture.info["fps"]) if "fps" in picture.info else None
-        return Timing(np.arange(len(files)), fps, picture.size)
+        size, fps = picture.size, None
+        with contextlib.suppress(ValueError):  # another program's text may say anything
+            fps = float(picture.info.get("fps", "nan"))
+    return Timing(np.arange(len(files)), fps if fps and FPS_RANGE[0] <= fps <= FPS_RANGE[1] else None, size)
 
 
 def _png_frames(path: Path, timing: Timing, wanted: list[int], alpha: str, notes: list[str]):
@@ -438,9 +443,11 @@ def _stamps(container, stream, path: Path) -> tuple[list[int] | None, list[str]]
     missing = f"{packets} of its {listed} frames are there"
     if packets < listed and damaged:
         raise images.UserMistake(f"video {path} is cut short: {missing}; save or download it again")
-    micro = _av().time_base
-    lasts = (container.duration or 0) / micro
-    end -= max(container.start_time or 0, 0) / micro
+    stamps = sorted(stamps) if None not in stamps and len(set(stamps)) == len(stamps) else None
+    lasts = (container.duration or 0) / _av().time_base
+    end -= max(container.start_time or 0, 0) / _av().time_base
+    if stamps and len(stamps) > 1:  # the last frame may stand as long as any other, without saying so
+        end += float(max(b - a for a, b in itertools.pairwise(stamps)) * stream.time_base)
     notes = []
     if packets < 0.95 * listed:
         notes.append(f"is cut short: {missing} and used")
@@ -448,8 +455,7 @@ def _stamps(container, stream, path: Path) -> tuple[list[int] | None, list[str]]
         notes.append(f"is cut short: it ends after {end:.4g} of {lasts:.4g} seconds; what is there is used")
     elif damaged:
         notes.append("is damaged or cut short: some of its frames are broken")
-    usable = None not in stamps and len(set(stamps)) == len(stamps)
-    return (sorted(stamps) if usable else None), notes
+    return stamps, notes
 
 
 def _times_by_decoding(path: Path) -> tuple[int, np.ndarray | None]:

@@ -305,14 +305,15 @@ def needs_truth(job: Job) -> bool:
 
 def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
     """The true clip at the length and size of the generated one; ValueError if they differ (size: `fit`)."""
-    truth = video.load(clip.reference)[0]
-    truth = truth[: job.plan.frames] if job.plan.frames else truth
+    total, _ = video.measure(clip.reference)
+    total = min(total, job.plan.frames or total)
     count, height, width, _ = frames.shape
-    if len(truth) != count:
+    if total != count:
         raise ValueError(
-            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give clips "
-            f"of equal length, or frames={min(count, len(truth))} to compare the first frames"
+            f"{clip.file} has {count} frames and its true clip {clip.reference} has {total}; give clips "
+            f"of equal length, or frames={min(count, total)} to compare the first frames"
         )
+    truth, _ = video.load(clip.reference, only=range(count))
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
             f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "

@@ -536,11 +536,11 @@ class Refine:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Input pictures. The official code ignores EXIF, drops alpha and may leave a black column."""
+    """Input pictures. The official code ignores EXIF, alpha and profiles and may leave a black column."""
 
     crop: Literal["clean", "official"] = "clean"
     exif: Literal["apply", "ignore"] = "apply"
-    alpha: Literal["white", "drop"] = "white"
+    alpha: Literal["white", "drop"] = "white"  # drop: the official plain conversion, without colour profiles
 
 
 @dataclass(frozen=True)
