@@ -288,7 +288,7 @@ def test_seeds_of_other_libraries(road, with_config, picture, tmp_path, seed):
         (-1, r"sample\.seed is -1"),
         (2**64, r"sample\.seed is 18446744073709551616"),
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_seeds_that_cannot_be_meant(road, picture, seed, message):
     with pytest.raises(ValueError, match=message):
