@@ -436,9 +436,9 @@ def test_names_that_cannot_be_written_are_told_first(run, mistakes, unloadable, 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"output": "nul\0.gif"}, "null byte"),
-        ({"image": "nul\0.png"}, "does not exist"),
-        ({"prompt": "\ud800"}, "is not valid Unicode"),
+        ({"output": "nul\0.gif"}, "a path holds no"),
+        ({"image": "nul\0.png"}, "a path holds no"),
+        ({"prompt": "\ud800"}, "holds half of a character"),
     ],
     ids=str,
 )

@@ -366,22 +366,6 @@ def write(path, frames, times=None, pix_fmt="yuv420p", codec="libx264", rate=10)
     return path
 
 
-def test_a_variable_rate_is_made_even(tmp_path):
-    frames = np.stack([np.full((16, 16, 3), 20 * i, np.uint8) for i in range(10)])
-    path = write(tmp_path / "v.mkv", frames, times=[0, 1, 2, 3, 8, 9, 10, 11, 12, 13])
-    with pytest.warns(UserWarning, match="variable frame rate"):
-        got, fps = video.load(path)
-    # frame 3 stays until time 8
-    shown = np.round(got[:, 8, 8, 0] / 20).astype(int).tolist()
-    assert shown == sorted(shown) and shown.count(3) >= 3 and len(got) > len(frames) and fps > 0
-
-
-def test_even_times_stay_as_they_are():
-    assert video.evenly([0.0, 0.033, 0.067, 0.1], 30.0) == [0, 1, 2, 3]  # a clock of milliseconds
-    assert video.evenly([None, None, None], 30.0) == [0, 1, 2]
-    assert video.evenly([0.0, 0.1, 0.5], 10.0) == [0, 1, 1, 1, 1, 2]
-
-
 def test_alpha_is_laid_over_white(tmp_path):
     frames = np.zeros((2, 16, 16, 4), np.uint8)
     frames[..., 3] = 255
