@@ -57,7 +57,8 @@ def main():
     parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
     model = i2vgen.load(overrides=given.settings)
-    frames = video.load(given.clip)[0][: model.config.sample.frames]
+    count = min(model.config.sample.frames, video.measure(given.clip)[0])
+    frames, _ = video.load(given.clip, only=range(count))
     n, rest = divmod(frames.shape[1], model.config.sample.height)
     if not rest:  # saved with save.enlarge=n: every pixel repeated n times
         frames = frames[:, ::n, ::n]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import re
 import sys
 import warnings
@@ -9,31 +12,61 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
+from tqdm import tqdm
 
 from i2vgen.files import whole
+from i2vgen.settings.config import FOREIGN
+
+# What can command a terminal, or hide what a text says: control characters, line separators, the marks that
+# turn the direction of writing; and surrogates, which no terminal can show.
+UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def run(main: Callable[[], int | None]) -> int:
     """Run `main` -> exit status. User errors and lack of memory are reported in one line, with status 2."""
     warnings.showwarning = _note
-    try:
-        return main() or 0
-    except SystemExit as stopped:  # after --help
-        return stopped.code or 0
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except torch.OutOfMemoryError as error:
-        sys.stderr.write(f"error: out of device memory; use a smaller size or fewer frames ({error})\n")
-        return 2
-    except RuntimeError as error:
-        if "DefaultCPUAllocator" not in str(error):
-            raise  # our own bugs keep their traceback
-        sys.stderr.write("error: out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        return 130
+    with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
+        try:
+            return main() or 0
+        except SystemExit as stopped:  # after --help
+            return stopped.code or 0
+        except (ValueError, OSError, FloatingPointError) as error:
+            return _failed(str(error))
+        except torch.OutOfMemoryError as error:
+            return _failed(f"out of device memory; use a smaller size or fewer frames ({error})")
+        except MemoryError:
+            return _failed("out of memory; use a smaller size or fewer frames")
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise  # our own bugs keep their traceback
+            return _failed("out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1")
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted\n")
+            return 130
+
+
+class Shown:
+    """A stream on which no name can command the terminal: control characters become escapes.
+
+    Line ends, tabs and the carriage returns of progress bars pass; `shown` stops them too.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that are not Unicode
+
+    def write(self, text: str) -> int:
+        return self.stream.write(re.sub(r"[^\n\t\r]+", lambda part: shown(part[0]), text))
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+
+def shown(text: object) -> str:
+    """One line of text, fit for a terminal."""
+    return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def split(
@@ -50,13 +83,17 @@ def split(
     for word in argv:
         if word.startswith("--"):
             if word not in flags:
-                known = ", ".join((*flags, "--help"))
-                raise ValueError(f"there is no option {word}; known are {known}; settings are name=value")
+                known, name = ", ".join((*flags, "--help")), re.split("[ =]", word)[0].strip("-")
+                name = name.replace("-", "_")
+                raise ValueError(
+                    f"there is no option {word}; known are {known}; settings are name=value, without dashes: "
+                    f"{FOREIGN.get(name, name)}=..."
+                )
             given.add(word)
         elif "=" in word:
             overrides.append(word)
         elif file is None:
-            file = word
+            file = os.path.expanduser(word)
         else:
             raise ValueError(
                 f"got two configuration files, {file} and {word}; one is allowed. Settings are name=value; "
@@ -80,7 +117,7 @@ def take(
         elif name in texts:
             if not value:
                 raise ValueError(f"{word} is empty; give a value or leave it out")
-            own[name] = value
+            own[name] = os.path.expanduser(value)
         else:
             rest.append(word)
     return own, rest
@@ -112,17 +149,41 @@ def at_least_one(name: str, value: int) -> int:
     return value
 
 
-def check_file(name: str, path: str | Path) -> Path:
-    """ValueError, before any work, unless a file can be written there; its folder is made."""
-    path = Path(path)
+def check_file(name: str, path: str | Path, words: Sequence[str] = ()) -> Path:
+    """ValueError, before any work, unless a file can be written there; its folder is made.
+
+    `words` are the command line: none of the other files that it names is overwritten.
+    """
+    path = Path(os.path.expanduser(path))
     if path.is_dir():
         raise ValueError(f"{name}={path} is a folder; give the name of a file in it")
-    whole.check_folder(f"{name}=", path.absolute().parent)
+    whole.check_place(f"{name}=", path)
+    whole.refuse_overwriting(
+        [path], [word.partition("=")[2] or word for word in words if not word.startswith(f"{name}=")]
+    )
     return path
 
 
+def check_picture(name: str, path: str | Path, words: Sequence[str] = ()) -> Path:
+    """The same for a picture; ValueError for an ending that Pillow cannot write."""
+    path = Path(path)
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{name}={path}: no picture has this ending; write .png")
+    return check_file(name, path, words)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    with whole.replacing(path) as temporary:
+        picture.save(temporary, Image.registered_extensions()[path.suffix.lower()], optimize=True)
+
+
 def _note(message, category, filename, lineno, file=None, line=None) -> None:
-    sys.stderr.write(f"note: {message}\n")
+    tqdm.write(f"note: {shown(message)}", file=sys.stderr)  # on a line of its own beside a progress bar
+
+
+def _failed(message: str) -> int:
+    sys.stderr.write(f"error: {shown(message)}\n")
+    return 2
 
 
 def is_setting(word: str) -> bool:

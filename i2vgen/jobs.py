@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import OnStep
-from i2vgen.files import images, lists, records, video
+from i2vgen.files import given, lists, records, video, whole
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import Config
 
+LONGEST_STEM = 200  # bytes; numbers, a seed and two endings follow
 ITEM_FIELDS = ("image", "prompt", "seed", "output", "refine_prompt")
 
 
@@ -32,10 +34,19 @@ class Job:
         return dataclasses.replace(config, refine_prompt=self.refine_prompt)
 
     def done(self, config: Config) -> bool:
-        """Its file is there, whole, and its record names the same settings (where to run may differ)."""
+        """Its file is there, whole, and its record names the same settings (where to run may differ).
+
+        So are the picture or clip that it was made from, if the record holds their hashes.
+        """
         record = records.read(self.output)
         if record is None or not self.output.exists() or record.get("sha256") != records.sha256(self.output):
             return False
+        if not record.get("reproducible", True):
+            return False
+        for path, kind in ((self.image, "image"), (config.video, "video")):
+            held = record.get("inputs", {}).get(kind)
+            if path and held and held["sha256"] != records.sha256(path):
+                return False
         config = self.settings(config)
         wanted = records.settings_of(config, self.image, self.prompt, self.seed, self.output).to_dict()
         have = dict(record.get("settings", {}))
@@ -58,6 +69,19 @@ def make(
         yield job, dataclasses.replace(clip, config=job.settings(clip.config))
 
 
+def save(clips: Iterable[tuple[Job, pipeline.Video]], tell: Callable[[pipeline.Video, Path], object]) -> None:
+    """Save every clip. One that cannot be saved costs no other: a note says so, and the end is an error."""
+    failed = []
+    for job, clip in clips:
+        try:
+            tell(clip, clip.save(job.output))
+        except (OSError, ValueError) as error:
+            warnings.warn(f"{job.output} is not saved: {error}", stacklevel=2)
+            failed.append(error)
+    if failed:
+        raise failed[0]
+
+
 def plan(config: Config) -> list[Job]:
     """All jobs of a configuration, checked: pictures are readable, outputs writable, names distinct."""
     refuse_idle(config)
@@ -77,7 +101,8 @@ def plan(config: Config) -> list[Job]:
             refine_prompt = item.get("refine_prompt", config.refine_prompt)
             if config.refine_weights and not refine_prompt:
                 refine_prompt = "".join(config.prompt) if config.video else item["prompt"]
-            jobs.append(Job(item["image"], item["prompt"], seed, Path(output), refine_prompt))
+            image, output = map(os.path.expanduser, (item["image"], output))
+            jobs.append(Job(image, item["prompt"], seed, Path(output), refine_prompt))
     check(jobs, config)
     return jobs
 
@@ -150,29 +175,47 @@ def read_items(path: str) -> Iterator[dict]:
         raise ValueError(f"items={path} holds no records")
 
 
-def check(jobs: list[Job], config: Config) -> None:
+def check(jobs: Sequence[Job], config: Config) -> None:
+    """ValueError, before any work, for what would stop the jobs later: all that they read and write."""
+    pictures = list(dict.fromkeys(job.image for job in jobs if job.image))
+    for path in pictures:
+        given.picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+    for job in jobs:
+        given.prompt(job.prompt)
+        given.prompt(job.refine_prompt)
+    check_outputs(jobs, config, fps=None if follows_input(config) else config.save.fps)
     outputs = [job.output for job in jobs]
-    beside = [os.path.abspath(records.path_of(path)) for path in outputs]  # clip.mp4, clip.gif share one
-    if len(set(beside)) < len(beside):
-        twice = next(path for path, record in zip(outputs, beside, strict=True) if beside.count(record) > 1)
-        raise ValueError(
-            f"two clips would be written to {twice} or to its record; give each its own output name"
-        )
-    given = (*(job.image for job in jobs), config.items, config.video)
-    read = {os.path.abspath(path): path for path in given if path}
-    for output, record in zip(outputs, beside, strict=True):
-        if taken := {os.path.abspath(output), record} & read.keys():
-            raise ValueError(f"output {output} would overwrite {read[taken.pop()]}; choose another name")
-    for path in dict.fromkeys(job.image for job in jobs if job.image):
-        images.open_picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+    places = [Path(os.path.realpath(path.parent), path.name) for path in outputs]
+    if len(set(places)) < len(places):
+        twice = next(path for path, place in zip(outputs, places, strict=True) if places.count(place) > 1)
+        raise ValueError(f"two clips would be written to {twice}; give each its own output name")
+    read = [*pictures, *(path for path in (config.items, config.video) if path)]
+    whole.refuse_overwriting(outputs, read)
+    whole.refuse_overwriting(map(records.path_of, outputs), read)
+
+
+def check_outputs(
+    jobs: Sequence[Job], config: Config, *, fps: float | None, size: tuple[int, int] | None = None
+) -> None:
+    """ValueError if a clip of this rate and (width, height) or its record cannot be written to its place."""
     made = config.refine if config.refine_weights else config.sample
-    for path in outputs:
-        size = config.save.enlarge * made.width, config.save.enlarge * made.height
-        video.check_output(path, fps=config.save.fps, size=size)
+    width, height = size or (made.width, made.height)
+    for job in jobs:
+        whole.check_place(f"output {job.output}", job.output)
+        enlarged = config.save.enlarge * width, config.save.enlarge * height
+        video.check_output(job.output, fps=fps, size=enlarged)
+        records.check(job.output)
+
+
+def follows_input(config: Config) -> bool:
+    """Whether the clips get the frame rate of `video=`, which is known once it is read."""
+    return bool(config.video) and config.refine.fps == "input"
 
 
 def default_output(source: str) -> str:
-    return f"outputs/{Path(source).stem}.mp4"
+    """outputs/PICTURE.mp4, with a name that numbers and a record still fit"""
+    stem = Path(source).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
+    return f"outputs/{stem}.mp4"
 
 
 def numbered(output: str, index: int, seed: int) -> str:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -39,7 +40,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.fast import compiled, deep_cache, machine, runtime, savings
 from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.files import checkpoint, images, records, video
+from i2vgen.files import checkpoint, given, images, records, video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import OffloadedPart
 from i2vgen.model.clip import ClipEncoders
@@ -47,7 +48,10 @@ from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, SHIPPED, Config
-from i2vgen.settings.merge import load_config
+from i2vgen.settings.merge import load_config, read_stored_settings
+
+FAR = 1.5  # times the size or the frames of training, up or down
+BUILT = ("use", "unet", "vae", "clip", "schedule", "runtime")  # settings of a model that loading reads
 
 
 class Sampler(Protocol):
@@ -75,14 +79,19 @@ class Video:
     seed: int
     config: Config
     fps: float | None = None  # of the file; None: as the settings say
+    facts: dict = field(default_factory=dict)  # entries of the record that the settings do not hold
 
     def save(self, path: str | Path) -> Path:
         """Write the clip by the ending of `path` (.mp4, .gif, .webp, .png, else PNGs) and a JSON beside it.
 
-        The JSON holds all settings, the seed, the versions that matter and the file's SHA-256.
+        The JSON, clip.mp4.json, holds all settings, the seed, the versions that matter, the SHA-256 of file
+        and inputs, and whether the settings alone remake the clip. ValueError, before anything is written,
+        if it would replace a JSON file that is no such record.
         """
         save = self.config.save
         fps = save.fps if self.fps is None else self.fps
+        path = given.path(path)
+        records.check(path)
         path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
         frames, height, width, _ = self.frames.shape
         records.write(
@@ -91,6 +100,7 @@ class Video:
             size=(save.enlarge * width, save.enlarge * height),
             frames=frames,
             fps=fps,
+            facts=self.facts,
         )
         return path
 
@@ -101,28 +111,46 @@ class I2VGenXL:
     def __init__(
         self, config: Config, unet: UNet, vae: AutoencoderKL, clip: ClipEncoders, device: torch.device
     ):
-        self.config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
+        self._config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
         self.parts = {"unet": unet, "vae": vae, "clip": clip}
         self.offloaded: dict[str, OffloadedPart] = {}  # parts that wait on the CPU until they are needed
 
+    @property
+    def config(self) -> Config:
+        return self._config
+
+    @config.setter
+    def config(self, config: Config) -> None:
+        """ValueError for a change of what was built when the model was loaded."""
+        for name in BUILT:
+            if getattr(config, name) != getattr(self._config, name):
+                raise ValueError(
+                    f"{name} was read when the model was loaded, and a change would have no effect now; load "
+                    "the model with it"
+                )
+        self._config = config
+
     def __call__(
         self,
-        image: str | Path | Image.Image,
+        image: given.Picture,
         prompt: str,
         *,
         seed: int | None = None,
         on_step: OnStep | None = None,
     ) -> Video:
-        """One clip. `seed` defaults to the first of `sample.seed`; `on_step` is told of every step."""
+        """One clip. `seed` defaults to the first of `sample.seed`; `on_step` is told of every step.
+
+        `image` is a path, a PIL picture, or an array [h w 3] of uint8 or of floats from 0 to 1.
+        """
         seed = self.config.sample.seed[0] if seed is None else seed
         return self.generate([image], [prompt], [seed], on_step=on_step)[0]
 
     def generate(
         self,
-        pictures: Sequence[str | Path | Image.Image],
-        prompts: Sequence[str],
-        seeds: Sequence[int],
+        pictures: Sequence[given.Picture] | given.Picture,
+        prompts: Sequence[str] | str,
+        seeds: Sequence[int] | int,
         *,
         noise: Tensor | None = None,
         sampler: Sampler | None = None,
@@ -130,17 +158,26 @@ class I2VGenXL:
     ) -> list[Video]:
         """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only.
 
+        A single picture, prompt or seed instead of a list serves all clips.
         `noise` [b c f h w] replaces the initial noise that the seeds would draw, e.g. by that of `invert`.
         `sampler` replaces the one that the settings name, e.g. by `schedulers.from_diffusers`.
         """
         config = self.config
-        if not len(pictures) == len(prompts) == len(seeds):
-            raise ValueError(
-                f"got {len(pictures)} pictures, {len(prompts)} prompts, {len(seeds)} seeds; "
-                "give as many of each"
-            )
-        opened = [open_picture(picture, config) for picture in pictures]
+        pictures, prompts, seeds = given.paired(pictures, prompts, seeds)
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
+        given.functions(sampler=sampler, on_step=on_step)
+        if noise is not None:
+            noise = given.noise(noise, (len(seeds), *latent_shape(config)))
+        opened = [open_picture(picture, config) for picture in pictures]
+        facts = [
+            given.facts(*both, None if noise is None else noise[i], sampler)
+            for i, both in enumerate(zip(pictures, opened, strict=True))
+        ]
+        for one in facts:
+            if sampler is None:
+                one["steps"] = steps_made(config)
+            if any(isinstance(module, lora.LowRank) for module in self.unet.modules()):
+                one |= {"reproducible": False, "changed": "adapters are attached to the UNet"}
         try:
             frames = generate(self, opened, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
         except FloatingPointError as error:  # it names the step
@@ -160,9 +197,9 @@ class I2VGenXL:
                         "(save.grey_last_frame=drop)",
                         stacklevel=2,
                     )
-        names = [str(p) if isinstance(p, str | Path) else "<picture>" for p in pictures]
-        return [Video(c.cpu().numpy(), *facts, config)
-                for c, *facts in zip(clips, names, prompts, seeds, strict=True)]  # fmt: skip
+        names = [os.fsdecode(p) if isinstance(p, str | os.PathLike) else given.UNNAMED for p in pictures]
+        return [Video(clip.cpu().numpy(), *inputs, config, facts=one)
+                for clip, *inputs, one in zip(clips, names, prompts, seeds, facts, strict=True)]  # fmt: skip
 
 
 @torch.no_grad()
@@ -182,17 +219,16 @@ def generate(
     """
     config, sample = model.config, model.config.sample
     noises = [SampleNoise(seed) for seed in seeds]
-    latent = (config.vae.embed_dim, *config.latent_size)
+    shape = latent_shape(config)
+    latent = (shape[0], *shape[2:])
 
     # A network that never sees the first-frame latent draws nothing for it, as v1 does not.
     posterior = draw_all(noises, latent) if sees_latent(config) else None
     cond, uncond = encode(model, pictures, prompts, posterior)
-    drawn = draw_all(noises, (latent[0], sample.frames, *latent[1:]))
+    drawn = draw_all(noises, shape)
     if sample.noise_offset:
-        drawn = drawn + sample.noise_offset * draw_all(noises, (latent[0], sample.frames, 1, 1))
-    start = (drawn if noise is None else noise).to(model.device)
-    if start.shape != drawn.shape:
-        raise ValueError(f"noise has shape {tuple(start.shape)}; this job needs {tuple(drawn.shape)}")
+        drawn = drawn + sample.noise_offset * draw_all(noises, (*shape[:2], 1, 1))
+    start = (drawn if noise is None else given.noise(noise, drawn.shape)).to(model.device)
 
     def step_noise(x: Tensor) -> Tensor:
         return draw_all(noises, tuple(x.shape[1:])).to(x)
@@ -207,6 +243,17 @@ def generate(
             on_step=on_step,
         )
     return decode(model, latents)
+
+
+def latent_shape(config: Config) -> tuple[int, int, int, int]:
+    """Of one clip: c f h w."""
+    return config.vae.embed_dim, config.sample.frames, *config.latent_size
+
+
+def steps_made(config: Config) -> int:
+    """The number of steps, which the official spacing rounds up: 4 for 3, 500 for 400."""
+    sample, count = config.sample, config.schedule.num_timesteps
+    return count if sample.sampler == "ancestral" else len(timesteps(count, sample.steps, sample.spacing))
 
 
 def named_sampler(config: Config) -> Sampler:
@@ -263,8 +310,8 @@ def reader(model: I2VGenXL) -> Callable[[nn.Module, Prepared], Predict]:
 @torch.no_grad()
 def invert(
     model: I2VGenXL,
-    frames: np.ndarray,
-    picture: Image.Image,
+    frames: np.ndarray | Tensor,
+    picture: given.Picture,
     prompt: str,
     *,
     seed: int = 0,
@@ -275,15 +322,17 @@ def invert(
     `seed` draws the posterior noise of the conditioning picture. Give the result to `I2VGenXL.generate`.
     """
     sample = model.config.sample
-    if frames.shape != (sample.frames, sample.height, sample.width, 3):
+    frames = torch.as_tensor(frames)
+    if frames.shape != (sample.frames, sample.height, sample.width, 3) or frames.dtype != torch.uint8:
         raise ValueError(
-            f"the clip has shape {frames.shape}; the settings say frames, height, width = "
-            f"{sample.frames}, {sample.height}, {sample.width}"
+            f"the clip has shape {tuple(frames.shape)} of {frames.dtype}; give uint8, and frames, height, "
+            f"width = {sample.frames}, {sample.height}, {sample.width} as the settings say"
         )
     draws = SampleNoise(seed)
     latent = (model.config.vae.embed_dim, *model.config.latent_size)
-    cond, uncond = encode(model, [picture], [prompt], draws.draw(latent))
-    pixels = rearrange(torch.from_numpy(frames).to(model.device), "f h w c -> f c h w") / 127.5 - 1
+    opened = open_picture(picture, model.config)
+    cond, uncond = encode(model, [opened], [given.prompt(prompt)], draws.draw(latent))
+    pixels = rearrange(frames.to(model.device), "f h w c -> f c h w") / 127.5 - 1
     with plans.on_device(model.offloaded, "vae"):
         chunk = model.config.runtime.vae_chunk
         latents = finite(model.vae, lambda vae: vae.encode(pixels, None, chunk=chunk))
@@ -391,6 +440,9 @@ def load(
         raise ValueError(
             "load takes a weights folder and a YAML file; for a Config: pipeline.load_parts(config)"
         )
+    if not isinstance(config, str | os.PathLike | None):
+        raise ValueError(f"the config is a {type(config).__name__}; give the path of a YAML file")
+    config = None if config is None else os.path.expanduser(config)
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 
@@ -411,6 +463,8 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
         raise ValueError(
             f"weights folder {config.weights} lacks {', '.join(missing)}, which generation needs"
         )
+    else:
+        note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
@@ -463,6 +517,20 @@ def refuse_unsampleable(config: Config) -> None:
         )
 
 
+def note_other_size(config: Config) -> None:
+    """A note if size or frames are far from those that the weights store, which they were trained with."""
+    stored = read_stored_settings(config.weights).get("sample", {})
+    sample = config.sample
+    pairs = [(getattr(sample, name), stored.get(name)) for name in ("frames", "width", "height")]
+    if any(trained and max(now / trained, trained / now) >= FAR for now, trained in pairs):
+        frames, width, height = (trained or now for now, trained in pairs)
+        warnings.warn(
+            f"{sample.frames} frames of {sample.width} x {sample.height} pixels are far from the {frames} of "
+            f"{width} x {height} that these weights were trained with; expect worse clips",
+            stacklevel=3,
+        )
+
+
 def make_schedule(config: Config) -> Schedule:
     if config.schedule.kind == "logsnr_cosine":
         raise ValueError(
@@ -472,8 +540,6 @@ def make_schedule(config: Config) -> Schedule:
     return Schedule.of(config.schedule)
 
 
-def open_picture(picture: str | Path | Image.Image, config: Config) -> Image.Image:
-    """A path or a PIL image -> RGB, as `preprocess` says."""
-    if isinstance(picture, Image.Image):
-        return images.to_rgb(picture, alpha=config.preprocess.alpha)
-    return images.open_picture(picture, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+def open_picture(picture: given.Picture, config: Config) -> Image.Image:
+    """A path, a PIL picture or an array -> RGB, as `preprocess` says."""
+    return given.picture(picture, exif=config.preprocess.exif, alpha=config.preprocess.alpha)

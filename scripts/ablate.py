@@ -39,6 +39,8 @@ from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 from i2vgen.training import data
 
+COSTS = "cost.json"
+
 
 def main() -> int:
     file, words, _ = cli.split(sys.argv[1:], doc=__doc__)
@@ -60,6 +62,8 @@ def main() -> int:
         todo = studies.runs(study, budget, folder)
         note = settle_stale(todo, stale)
         left = [run for run in todo if not measure.finished(study, run, budget)]
+        begun = len(left) < len(todo) or (folder / COSTS).exists()
+        whole.check_results("output=", folder, report.FILES, ours=begun)
         print(
             f"{study.question}\n{len(study.variants)} variants, {len(todo)} runs, of which "
             f"{len(todo) - len(left)} are done"
@@ -68,11 +72,11 @@ def main() -> int:
         costs = None
         if "cost" in study.measures:
             costs = measure.cost(study, budget)
-            whole.write_json(folder / "cost.json", costs, indent=1)
+            whole.write_json(folder / COSTS, costs, indent=1)
         perform(study, left, budget, places(given, len(left)))
         page = report.write(study, todo, costs, folder, name, note)
     print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"page in {page}")
+    print(f"page in {cli.shown(page)}")
     return 0
 
 
@@ -143,7 +147,7 @@ def perform(study, runs, budget, devices: list[str]) -> None:
                 except BaseException as error:  # raised again below
                     failed.append(error)
                     return
-                bar.set_description(f"{run.variant}, {run.measure}", refresh=False)
+                bar.set_description(cli.shown(f"{run.variant}, {run.measure}"), refresh=False)
                 bar.update()
 
         threads = [threading.Thread(target=serve, args=(device,)) for device in devices]

@@ -51,14 +51,14 @@ def main() -> int:
         raise ValueError(f"case= is missing; choose {' or '.join(CASES)}")
     case = cli.choose("case", given["case"], CASES)
     cli.choose("against", given.get("against", "diffusers"), AGAINST)
-    out = cli.check_file("json", given["json"]) if "json" in given else None
+    out = cli.check_file("json", given["json"], sys.argv[1:]) if "json" in given else None
     options = options_of(case, given, out)
 
     report = CASES[case](diffusers_side(), options)
     print("\n\n".join(map(str, report.tables)))
     if out is not None:
         report.write(out)
-        print(f"\nfigures in {out}")
+        print(f"\nfigures in {cli.shown(out)}")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Draw the example pictures of the README; deterministic, needs no input.
 
-python scripts/draw_example.py output=i2vgen/assets/boat.png          a red sailing boat on a lake at dusk
-python scripts/draw_example.py seed=17 output=i2vgen/assets/star.png  first frame of the world's clip 17
+python scripts/draw_example.py output=outputs/boat.png          a red sailing boat on a lake at dusk
+python scripts/draw_example.py seed=17 output=outputs/star.png  first frame of the world's clip 17
 
 seed=       draw a clip of the procedural world with one object and print its caption; without seed, the boat
 size=       width and height of the world's picture in pixels, 256 by default
@@ -75,15 +75,15 @@ def boat(canvas: ImageDraw.ImageDraw, *, x: float, y: float, size: float) -> Non
 def main() -> int:
     _, words, _ = cli.split(sys.argv[1:], doc=__doc__, bare=True)
     given = cli.take_all(words, numbers=("seed", "size"), texts=("output",))
-    output = cli.check_file("output", given.get("output", "boat.png"))
+    output = cli.check_picture("output", given.get("output", "boat.png"), sys.argv[1:])
     if "seed" in given:
         size = given.get("size", 256)
         clip = drawing.clip(given["seed"], width=size, height=size, frames=1, kind="basic")
-        Image.fromarray(clip.frames[0]).save(output, optimize=True)
-        print(f"{output}: {clip.caption}")
+        cli.save_picture(Image.fromarray(clip.frames[0]), output)
+        print(f"{cli.shown(output)}: {clip.caption}")
     else:
-        draw().save(output, optimize=True)
-        print(output)
+        cli.save_picture(draw(), output)
+        print(cli.shown(output))
     return 0
 
 

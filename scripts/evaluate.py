@@ -47,8 +47,8 @@ def main() -> int:
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
     rows = evaluate.check(config, plan)
-    json_path = cli.check_file("json", own["json"]) if "json" in own else None
-    folder = whole.check_folder("output=", config.output) if config.output else None
+    json_path = cli.check_file("json", own["json"], sys.argv[1:]) if "json" in own else None
+    folder = whole.check_results("output=", config.output, pages.FILES) if config.output else None
 
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
@@ -59,9 +59,9 @@ def main() -> int:
         print(f"\n{table}")
     if json_path is not None:
         whole.write_json(json_path, found.to_dict(), allow_nan=False)
-        print(f"\nscores in {json_path}")
+        print(f"\nscores in {cli.shown(json_path)}")
     if folder is not None:
-        print(f"\npage in {pages.write_report(found, folder)}")
+        print(f"\npage in {cli.shown(pages.write_report(found, folder))}")
     return 0
 
 

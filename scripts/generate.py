@@ -29,13 +29,13 @@ import dataclasses
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
 from i2vgen.fast import runtime
-from i2vgen.files import records, video
+from i2vgen.files import given, records, video
 from i2vgen.refiner import refine
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
@@ -62,28 +62,32 @@ def main() -> int:
     if config.refine_weights:  # errors of the second stage show before the first one runs
         size, frames = (config.sample.width, config.sample.height), config.sample.frames
         if source is not None:
-            frames, height, width, _ = source[0].shape
+            frames, height, width, _ = source.frames.shape
             size = width, height
+            jobs.check_outputs(todo, config, fps=source.fps or config.save.fps)
         refine.check(config, size, frames)
     if source is None:
         clips = first_stage(config, todo)
     else:
-        clips = ((job, pipeline.Video(source[0], "", "", job.seed, config, source[1])) for job in todo)
+        clips = ((job, dataclasses.replace(source, seed=job.seed)) for job in todo)
     if config.refine_weights:
         clips = second_stage(config, list(clips))  # frees the first stage's memory
-    for job, clip in clips:
-        path = clip.save(job.output)
-        record = records.path_of(path)
-        print(f"{path} ({len(clip.frames)} frames, seed {job.seed}), settings in {record}")
+    jobs.save(clips, tell)
     return 0
 
 
-def read_clip(config: Config) -> tuple[np.ndarray, float | None]:
-    """The clip of video= and its frame rate."""
+def tell(clip: pipeline.Video, path: Path) -> None:
+    facts = f"{len(clip.frames)} frames, seed {clip.seed}"
+    print(f"{cli.shown(path)} ({facts}), settings in {cli.shown(records.path_of(path))}")
+
+
+def read_clip(config: Config) -> pipeline.Video:
+    """The clip of video=, with the frame rate that its refined versions get."""
     frames, fps = video.load(config.video, alpha=config.preprocess.alpha)
     if len(frames) == 1:
         warnings.warn(f"video {config.video} has one frame; it is refined as a single picture", stacklevel=1)
-    return frames, fps
+    facts = {"reproducible": True, "inputs": {"video": given.of_file(config.video)}}
+    return pipeline.Video(frames, "", "", 0, config, fps if jobs.follows_input(config) else None, facts=facts)
 
 
 def first_stage(config: Config, todo: list[jobs.Job]) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
@@ -127,14 +131,14 @@ def second_stage(
                 seed=job.seed,
                 on_step=lambda info, bar=bar: advance(bar, info),
             )
-        fps = clip.fps if config.refine.fps == "input" else None
-        yield job, dataclasses.replace(clip, frames=frames, fps=fps, config=job.settings(config))
+        yield job, dataclasses.replace(clip, frames=frames, config=job.settings(config))
 
 
 def describe(config, model) -> str:
-    sample = config.sample
+    sample, made = config.sample, pipeline.steps_made(config)
+    steps = f"{made} steps" + ("" if made == sample.steps else f" (for steps={sample.steps}, by its spacing)")
     return (
-        f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {sample.steps} steps, "
+        f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {steps}, "
         f"guidance {sample.guidance:g}, on {model.device} in {str(model.unet.conv_in.weight.dtype)[6:]}"
     )
 

@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--failures", action="store_true", help="print only rows that fail")
     arguments = parser.parse_args()
 
+    out = cli.check_file("--json", arguments.json, arguments.files) if arguments.json else None
     where = runtime.device(config.Runtime(device=arguments.device))
     runtime.apply(config.Runtime())  # TF32 off: its error would hide everything below 1e-3
     settings = Settings(dtype=runtime.DTYPES[arguments.dtype], device=str(where))
@@ -55,8 +56,8 @@ def main() -> int:
             print_table(file, rows, failures_only=arguments.failures)
     rows = [row for table in tables.values() for row in table]
     failed = sum(not row.passed for row in rows)
-    if arguments.json:
-        write_json(Path(arguments.json), arguments.dtype, str(where), tables, unread)
+    if out is not None:
+        write_json(out, arguments.dtype, str(where), tables, unread)
     print(f"\n{len(rows)} rows in {len(tables)} files, {arguments.dtype} on {where}: {failed} failed")
     if unread:
         raise ValueError("; ".join(unread))
@@ -105,7 +106,6 @@ def write_json(path: Path, dtype: str, device: str, tables: dict[str, list[Row]]
         "unread": unread,
         "files": {file: [plain(row) for row in table] for file, table in tables.items()},
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     whole.write_json(path, report)
 
 

@@ -49,8 +49,8 @@ def main() -> int:
         words.append(f"refine_weights={SHIPPED_REFINER}")
     config = load_config(file, words, default_weights=SHIPPED)
     refiner_gain.check(config)
-    path = cli.check_file("json", out) if out else None
-    picture = cli.check_file("output", config.output) if config.output else None
+    path = cli.check_file("json", out, sys.argv[1:]) if out else None
+    picture = cli.check_picture("output", config.output, sys.argv[1:]) if config.output else None
 
     runtime.apply(config.runtime)
     with tqdm(total=plan.clips * len(plan.sources), unit="clip", mininterval=0.5) as bar:
@@ -60,8 +60,8 @@ def main() -> int:
         whole.write_json(path, found.to_dict(), allow_nan=False)
         print(f"\nscores in {path}")
     if picture is not None:
-        refiner_gain.strip(found, plan.sources[-1], frame=-1).save(picture)
-        print(f"\npicture in {picture}")
+        cli.save_picture(refiner_gain.strip(found, plan.sources[-1], frame=-1), picture)
+        print(f"\npicture in {cli.shown(picture)}")
     return 0
 
 

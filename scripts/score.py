@@ -47,7 +47,7 @@ def main() -> int:
     if file is not None:
         raise ValueError(f"{file} is no setting; write videos={file}")
     given = cli.take_all(words, numbers=("frames",), texts=(*TEXTS, "json"))
-    json_path = cli.check_file("json", given.pop("json")) if "json" in given else None
+    json_path = cli.check_file("json", given.pop("json"), sys.argv[1:]) if "json" in given else None
     if "videos" not in given:
         raise ValueError("no videos given; write videos=FOLDER")
     if "metrics" in given:
@@ -63,7 +63,7 @@ def main() -> int:
         print(line)
     if json_path is not None:
         whole.write_json(json_path, report.to_dict(job, found), allow_nan=False)
-        print(f"scores in {json_path}")
+        print(f"scores in {cli.shown(json_path)}")
     return 0
 
 

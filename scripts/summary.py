@@ -31,7 +31,7 @@ def main() -> int:
     given, words = cli.take(words, numbers=("depth",), texts=("part", "json"))
     config = load_config(file, words)
     part = cli.choose("part", given.get("part", "unet"), checkpoint.PARTS)
-    out = cli.check_file("json", given["json"]) if "json" in given else None
+    out = cli.check_file("json", given["json"], sys.argv[1:]) if "json" in given else None
     rows = summary.summarise(part, config, cli.at_least_one("depth", given.get("depth", 2)))
     header, *lines = summary.table(rows)
     print(Table("", header, tuple(lines), words=(0, 1, 2)))

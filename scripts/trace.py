@@ -41,6 +41,7 @@ def main() -> int:
     config = load_config(file, words, default_weights=SHIPPED)
     calls, tolerance = cli.at_least_one("calls", given.get("calls", 1)), above_zero(given, "tolerance", 1e-5)
     against = given.get("against", "")
+    output = cli.check_file("output", given["output"], sys.argv[1:]) if "output" in given else None
     other, names = None, {}
     if against and against != DIFFUSERS:
         other = trace.read(Path(against))
@@ -51,9 +52,9 @@ def main() -> int:
         other, names = of_diffusers(unet, config, calls)
     found = trace.of_unet(unet, config, calls)
     print(f"{len(found)} outputs of {len({r.path for r in found})} modules")
-    if "output" in given:
-        trace.write(found, Path(given["output"]))
-        print(f"written to {given['output']}")
+    if output is not None:
+        trace.write(found, output)
+        print(f"written to {cli.shown(output)}")
     if broken := [r for r in found if r.broken]:
         print(f"first values that are not finite: {broken[0].path}, {broken[0].broken} of {broken[0].shape}")
     if other is None:

@@ -28,9 +28,11 @@ from pathlib import Path
 import torch
 import yaml
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from i2vgen import cli
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.settings import SECTION, load_settings
 
@@ -47,6 +49,7 @@ def main() -> int:
         return 0
     if not config.output:
         raise ValueError("no output given; name a folder with output=")
+    whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
     rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
@@ -60,7 +63,10 @@ def main() -> int:
         source = data.open_source(config, train)
         part = PARTS[train.part](config, train, source, device)
         count = sum(p.numel() for p in part.model.parameters())
-        with tqdm(total=train.steps, unit="step", disable=rank > 0, mininterval=0.5) as bar:
+        with (
+            logging_redirect_tqdm(),  # log lines beside the bar, not in it
+            tqdm(total=train.steps, unit="step", disable=rank > 0, mininterval=0.5) as bar,
+        ):
             if rank == 0:
                 bar.write(
                     f"{train.part}: {count:,} parameters on {device}, {ranks} process(es)", file=sys.stdout
@@ -81,7 +87,7 @@ def main() -> int:
         if ranks > 1:
             torch.distributed.destroy_process_group()
     if rank == 0:
-        print(f"{weights} holds the weights after {train.steps} steps")
+        print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
     return 0
 
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
 from i2vgen.fast import runtime
+from i2vgen.files import whole
 from i2vgen.scoring import vbench
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
@@ -43,6 +44,7 @@ def main() -> int:
     samples, ratio = plan(own, config)
     todo = share(own.get("share", "1/1"), samples)
     jobs.check([sample.job for sample in todo], config)
+    whole.check_folder("output=", Path(config.output) / "videos")
     left = [sample for sample in todo if not sample.job.done(config)]
     print(f"{len(todo)} clips, of which {len(todo) - len(left)} are done")
     if left:
@@ -93,9 +95,8 @@ def make(config: Config, todo: list[vbench.Sample]) -> None:
     model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
     with tqdm(total=len(todo), unit="clip", mininterval=0.5) as bar:
         for start in range(0, len(todo), size):
-            for job, clip in jobs.make(model, [sample.job for sample in todo[start : start + size]]):
-                clip.save(job.output)
-                bar.update()
+            batch = [sample.job for sample in todo[start : start + size]]
+            jobs.save(jobs.make(model, batch), lambda clip, path: bar.update())
 
 
 if __name__ == "__main__":

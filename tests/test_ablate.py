@@ -77,7 +77,7 @@ def test_the_central_study_of_the_paper_exists():
         (("  without: [use.concat=false]\n", ""), "at least one variant"),
         (("use.concat=false", "train.steeps=3"), r"did you mean train\.steps"),
         (("[use.concat=false]", "use.concat=false"), "give a list of strings"),
-        (("use.concat=false", "train.lora_rank=2"), r"lora_rank = 2 .* from scratch; write `start: weights`"),
+        (("use.concat=false", "train.lora_rank=2"), "'without': train.lora_rank adapts a trained UNet"),
         (("use.concat=false", "train.first_stage=shipped"), "trains a refiner, which a study cannot score"),
         (("use.concat=false", "'device=${oc.env:HOME}'"), "references such as"),
         (("train: {", "train: {<<: [" + "[" * 99 + "]" * 99 + "], "), "nests deeper than 64 levels"),
@@ -104,6 +104,27 @@ def test_the_command_line_refuses(run, study_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     assert "need matplotlib" in run(file, f"output={tmp_path}")[1]
+
+
+def test_other_peoples_pages_are_not_replaced(run, study_file, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("my own page")
+    status, out = run(study_file(), f"output={tmp_path / 'site'}", "budget=smoke")
+    assert status == 2 and "index.html is not from an earlier run" in out
+    assert [path.name for path in (tmp_path / "site").iterdir()] == ["index.html"]
+
+
+def test_a_study_of_adapters_samples_with_them(study_file, tmp_path, monkeypatch):
+    text = SMALL.replace("cost, untrained, ", "").replace("use.concat=false", "train.lora_rank=2")
+    study = studies.read(study_file(text + "start: weights\n"))
+    budget = dataclasses.replace(studies.BUDGETS["smoke"], train_steps=1, sample_steps=1)
+    (run,) = (r for r in studies.runs(study, budget, tmp_path / "out") if r.variant == "without")
+    loaded = []
+    right = measure.pipeline.load_parts
+    monkeypatch.setattr(measure.pipeline, "load_parts", lambda config: loaded.append(config) or right(config))
+    measure.perform(study, run, budget, "cpu")
+    assert loaded[0].adapter == str(run.folder / "train" / "adapter")
+    assert json.loads((run.folder / measure.RESULT).read_text())["scores"]["first_frame_psnr"] > 0
 
 
 # --- numbers
@@ -264,19 +285,6 @@ def test_a_base_that_was_trained_again_is_another_base(study_file, tmp_path):
     held[-1000:] = bytes(1000)
     (tmp_path / "base" / "unet.safetensors").write_bytes(held)
     assert studies.identity(study, run, budget) != before
-
-
-def test_a_study_of_adapters_ends(study_file, tmp_path):
-    text = SMALL.replace("[cost, untrained, trained]", "[trained]").replace(
-        "use.concat=false", "train.lora_rank=2"
-    )
-    study = studies.read(
-        study_file(text.replace("learning_rate: 0.001", "lora_rank: 1") + "start: weights\n")
-    )
-    run = studies.runs(study, studies.BUDGETS["smoke"], tmp_path)[-1]
-    facts = json.loads(measure.perform(study, run, studies.BUDGETS["smoke"], "cpu").read_text())
-    assert facts["scores"]["first_frame_psnr"] > 10 and len(facts["loss"]) == 2
-    assert (run.folder / "train" / "adapter" / "adapter_config.json").is_file()
 
 
 # --- processes

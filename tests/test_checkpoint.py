@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from i2vgen.adapt import lora
 from i2vgen.files import checkpoint
 from i2vgen.files.safefile import write_safetensors
+from i2vgen.memory import storage as eight_bits
 from i2vgen.model.unet import UNet
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import STRUCTURAL_SWITCHES, Config, Use
@@ -91,6 +93,26 @@ def test_all_parts_of_a_model(tmp_path, tiny_model):
         again = checkpoint.load(part, loaded, device="cpu", dtype=torch.float32)
         assert same_bits(checkpoint.inner(again).state_dict(), checkpoint.inner(model).state_dict())
         assert not again.training and not any(p.requires_grad for p in again.parameters())
+
+
+@pytest.mark.parametrize("storage", ["int8", "float8", "adapter", "compiled"])
+def test_a_model_that_stores_its_weights_otherwise_saves_what_it_computes_with(
+    tmp_path, settings, state, storage
+):
+    unet = checkpoint.build("unet", settings)
+    checkpoint.fill(unet, state)
+    if storage == "adapter":
+        torch.nn.init.normal_(lora.attach(unet, ["mid1.spatial.*"], rank=2).part("mid1.spatial.proj_in").b)
+    elif storage == "compiled":
+        unet.compile()
+    else:
+        eight_bits.store(unet.requires_grad_(False), storage)
+    folder = checkpoint.save(tmp_path / "w", {"unet": unet}, settings)
+    loaded = load_unet(folder, settings)
+    changed = [path for path, weight in loaded.named_parameters() if not weight.equal(state[path])]
+    assert all(weight.equal(unet.get_submodule(path.rpartition(".")[0]).weight)
+               for path, weight in loaded.named_parameters() if path in changed)  # fmt: skip
+    assert bool(changed) == (storage != "compiled")
 
 
 def test_settings_ride_along_without_the_job(tmp_path, settings, state):

@@ -406,6 +406,45 @@ def test_an_unwritable_output_fails_before_anything_is_read(official, tmp_path, 
         assert "error:" in capsys.readouterr().err
 
 
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+    official, native, tmp_path, monkeypatch, capsys
+):
+    from weights_conversion import readers
+
+    monkeypatch.setattr(readers, "open_file", lambda *_, **__: pytest.fail("a source was read"))
+    monkeypatch.setattr(checkpoint, "read_part", lambda *_, **__: pytest.fail("a source was read"))
+
+    def refuse(self, **how):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "touch", refuse)
+    assert run("convert", official / "unet.pth", tmp_path / "out", *HEADS) == 2
+    assert "Read-only file system" in capsys.readouterr().err
+    assert run("export", native, tmp_path / "out", "--layout", "vgen") == 2
+    assert "Read-only file system" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_not_replaced(native, tmp_path, capsys):
+    project = tmp_path / "project"
+    project.mkdir()
+    (project / "settings.json").write_text('{"editor": 1}')  # not of weights
+    (project / "mine.py").write_text("precious")
+    assert run("convert", native, project) == 2
+    assert "exists and is no weights folder" in capsys.readouterr().err
+    assert run("convert", native, tmp_path / "copy") == 0
+    (tmp_path / "copy" / "clip.mp4").write_text("precious")
+    assert run("convert", native, tmp_path / "copy") == 2
+    assert "also holds clip.mp4, which would be lost" in capsys.readouterr().err
+    assert (project / "mine.py").exists() and (tmp_path / "copy" / "clip.mp4").exists()
+
+
+def test_a_source_inside_the_output_is_kept(native, tmp_path, capsys):
+    assert run("convert", native, tmp_path / "copy") == 0
+    assert run("convert", tmp_path / "copy" / "unet.safetensors", tmp_path / "copy") == 2
+    assert "would overwrite" in capsys.readouterr().err
+    assert run("convert", tmp_path / "copy", tmp_path / "copy", "--dtype", "float16") == 0  # in place
+
+
 def test_verify_compares_settings_too(native, tmp_path, capsys):
     stored = merge.from_dict(merge.read_stored_settings(native))
     other = dataclasses.replace(stored, vae=dataclasses.replace(stored.vae, scale=0.5))

@@ -63,7 +63,7 @@ def test_one_clip(run, quick, loads, picture_file, road, name):
         *quick, f"image={picture_file}", "prompt=a boat: it sails", f"output=new/{name}", "seed=7"
     )
     assert status == 0 and "error" not in err
-    record = f"new/{name.split('.')[0]}.json"
+    record = f"new/{name}.json"
     assert f"new/{name} (3 frames, seed 7), settings in {record}" in out
     assert (
         "16 x 16 pixels, 3 frames, 2 steps, guidance 9, on cpu in float64" in out
@@ -96,7 +96,7 @@ def test_one_picture_for_all_prompts_and_the_default_place(run, quick, loads, pi
     assert status == 0
     stem = f"{picture_file.stem}-{{}}-seed8888"
     assert made("outputs") == sorted(
-        stem.format(n) + end for n in ("000", "001") for end in (".json", ".mp4")
+        stem.format(n) + end for n in ("000", "001") for end in (".mp4.json", ".mp4")
     )
 
 
@@ -111,16 +111,16 @@ def test_a_list_of_items_then_resume(run, quick, loads, picture_file):
     status, _, err = run(*words)
     assert status == 0 and "note: the prompt is empty" in err
     names = ["a", "b-001-seed1", "b-002-seed2", "rest-003-seed5"]
-    assert {f"{name}{end}" for name in names for end in (".gif", ".json")} <= {*made()}
-    assert json.loads(Path("b-002-seed2.json").read_text())["seed"] == 2
+    assert {f"{name}{end}" for name in names for end in (".gif", ".gif.json")} <= {*made()}
+    assert json.loads(Path("b-002-seed2.gif.json").read_text())["seed"] == 2
 
     status, out, _ = run(*words, "--resume")
     assert (status, len(loads)) == (0, 1) and out == "4 clips are already there, 0 to make\n"
-    Path("b-001-seed1.json").unlink()
+    Path("b-001-seed1.gif.json").unlink()
     before = Path("a.gif").stat().st_mtime_ns
     status, out, _ = run(*words, "--resume")
     assert status == 0 and "3 clips are already there, 1 to make" in out and "clip 1 of 1" not in out
-    assert Path("b-001-seed1.json").exists() and Path("a.gif").stat().st_mtime_ns == before
+    assert Path("b-001-seed1.gif.json").exists() and Path("a.gif").stat().st_mtime_ns == before
 
 
 @pytest.mark.parametrize("name", ["astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg"])
@@ -327,12 +327,207 @@ def test_mistakes_in_what_comes_first(run, mistakes, monkeypatch, words, message
     said_no(*run(*words), message)
 
 
-def test_two_clips_may_not_share_a_record(run, mistakes, monkeypatch):
+def test_two_clips_may_not_share_a_file(run, mistakes, monkeypatch):
     monkeypatch.setattr(pipeline, "load_parts", lambda settings, tell: pytest.fail("the model was loaded"))
     item = {"image": "whole.png", "prompt": "p"}
-    for names in (("a.mp4", "a.gif"), ("a.mp4", "a"), ("a.mp4", "folder/../a.mp4")):
-        Path("list.jsonl").write_text("\n".join(json.dumps({**item, "output": name}) for name in names))
-        said_no(*run(*QUICK, "items=list.jsonl"), "or to its record")
+    Path("here").symlink_to(".")
+    for name in ("a.mp4", "folder/../a.mp4", "here/a.mp4"):
+        Path("list.jsonl").write_text("\n".join(json.dumps({**item, "output": n}) for n in ("a.mp4", name)))
+        said_no(*run(*QUICK, "items=list.jsonl"), "two clips would be written to a.mp4")
+
+
+# --- what is there already
+
+
+@pytest.fixture
+def unloadable(monkeypatch):
+    monkeypatch.setattr(pipeline, "load_parts", lambda settings, tell: pytest.fail("the model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("image", "output"),
+    [
+        ("link.png", "whole.png"),
+        ("whole.png", "link.png"),
+        ("here/whole.png", "here/here/whole.png"),
+        ("twin.png", "whole.png"),
+        ("frames/frame_0000.png", "frames"),
+        ("here/frames/frame_0000.png", "frames"),
+    ],
+)
+def test_the_picture_is_not_overwritten_under_another_name(run, mistakes, unloadable, image, output):
+    Path("link.png").symlink_to("whole.png")
+    Path("here").symlink_to(".")
+    os.link("whole.png", "twin.png")
+    Path("frames").mkdir()
+    Path("frames/frame_0000.png").write_bytes(Path("whole.png").read_bytes())
+    before = Path("whole.png").read_bytes()
+    said_no(*run(*QUICK, f"image={image}", "prompt=p", f"output={output}"), "would overwrite")
+    assert Path("whole.png").read_bytes() == Path("frames/frame_0000.png").read_bytes() == before
+
+
+def test_another_programs_json_is_kept(run, quick, loads, picture_file):
+    for name in ("photo.json", "photo.gif.json", "notes.json"):
+        Path(name).write_text('{"my": "annotation"}')
+    words = [*quick, f"image={picture_file}", "prompt=p", "steps=1"]
+    assert run(*words, "output=photo.webp")[0] == 0
+    said_no(*run(*words, "output=photo.gif"), "would overwrite photo.gif.json, which is no record of a clip")
+    said_no(*run(*words, "output=notes"), "would overwrite notes.json")
+    assert {Path(n).read_text() for n in ("photo.json", "photo.gif.json", "notes.json")} == {
+        '{"my": "annotation"}'
+    }
+
+
+@pytest.mark.parametrize("name", ["settings", "origin"])
+def test_the_files_of_a_weights_folder_are_kept(run, tiny_model, picture_file, name):
+    checkpoint.save("w", tiny_model.parts, tiny_model.config)
+    before = Path(f"w/{name}.json").read_bytes()
+    words = ["weights=w", f"image={picture_file}", "prompt=p", "steps=1", "device=cpu"]
+    said_no(*run(*words, f"output=w/{name}"), f"w/{name}.json")
+    assert run(*words, f"output=w/{name}.gif")[0] == 0
+    assert Path(f"w/{name}.json").read_bytes() == before
+
+
+def test_an_old_record_is_read_and_then_replaced(run, quick, loads, picture_file):
+    words = [*quick, f"image={picture_file}", "prompt=p", "steps=1", "output=c.gif"]
+    assert run(*words)[0] == 0
+    Path("c.gif.json").rename("c.json")  # where earlier versions put it
+    assert "1 clips are already there" in run(*words, "--resume")[1]
+    assert run(*words, "seed=2")[0] == 0 and made() == ["a picture.png", "c.gif", "c.gif.json"]
+
+
+def test_clips_of_one_name_keep_a_record_each(run, quick, loads, picture_file):
+    words = [*quick, f"image={picture_file}", "prompt=p", "steps=1"]
+    for seed, name in enumerate(("c.gif", "c.webp", "c")):
+        assert run(*words, f"output={name}", f"seed={seed}")[0] == 0
+    seeds = [json.loads(Path(f"{name}.json").read_text())["seed"] for name in ("c.gif", "c.webp", "c")]
+    assert seeds == [0, 1, 2]
+    for seed, name in enumerate(("c.gif", "c.webp", "c")):
+        assert "1 clips are already" in run(*words, f"output={name}", f"seed={seed}", "--resume")[1]
+
+
+def test_a_changed_picture_is_made_again(run, quick, loads, picture_file):
+    words = [*quick, f"image={picture_file}", "prompt=p", "steps=1", "output=c.gif", "--resume"]
+    assert run(*words)[0] == 0 and "1 clips are already there" in run(*words)[1]
+    Image.new("RGB", (50, 50), "red").save(picture_file)
+    assert "0 clips are already there, 1 to make" in run(*words)[1]
+
+
+# --- names
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["output=" + 251 * "a" + ".mp4"], "File name too long"),
+        (["output=" + 251 * "a"], "File name too long"),  # its record's is
+        (["output=" + 100 * "/long" + 4000 * "g" + "/c.gif"], "File name too long"),
+        (["output=bad\udcff.gif"], "not valid Unicode"),
+        (["output=\ud800.gif", "seed=[1,2]"], "not valid Unicode"),
+        (["prompt=\ud800"], "is not valid Unicode"),
+    ],
+    ids=["name", "record", "path", "bytes", "surrogate", "prompt"],
+)
+def test_names_that_cannot_be_written_are_told_first(run, mistakes, unloadable, words, message):
+    said_no(*run(*QUICK, "image=whole.png", "prompt=p", *words), message)
+    assert not Path("outputs").exists() or list(Path("outputs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ({"output": "nul\0.gif"}, "a path holds no"),
+        ({"image": "nul\0.png"}, "a path holds no"),
+        ({"prompt": "\ud800"}, "holds half of a character"),
+    ],
+    ids=str,
+)
+def test_lists_with_impossible_names(run, mistakes, unloadable, item, message):
+    Path("list.jsonl").write_text(json.dumps({"image": "whole.png", "prompt": "p", **item}))
+    said_no(*run(*QUICK, "items=list.jsonl"), message)
+
+
+@pytest.mark.parametrize("stem", [79 * "\u5bff", 250 * "x", "caf\udce9"], ids=["chinese", "long", "latin-1"])
+def test_any_picture_has_a_default_output(run, quick, loads, picture, stem):
+    picture.save("p.png")
+    os.rename("p.png", f"{stem}.png")
+    assert run(*quick, f"image={stem}.png", "prompt=p", "steps=1", "seed=[1,2,3]")[0] == 0
+    assert len(made("outputs")) == 6
+    (record, *_) = (path for path in Path("outputs").iterdir() if path.suffix == ".json")
+    assert json.loads(record.read_text("utf-8"))["settings"]["image"] == [f"{stem}.png"]
+
+
+def test_home_folders(run, quick, loads, picture, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    picture.save("home/p.png")
+    assert run(*quick, "image=~/p.png", "prompt=p", "steps=1", "output=~/o/c.gif")[0] == 0
+    item = {"image": "~/p.png", "prompt": "p", "output": "~/o/d.gif"}
+    Path("home/list.jsonl").write_text(json.dumps(item))
+    assert run(*quick, "items=~/list.jsonl", "steps=1")[0] == 0
+    assert made("home/o") == ["c.gif", "c.gif.json", "d.gif", "d.gif.json"] and not Path("~").exists()
+
+
+def test_names_never_command_the_terminal(run, quick, loads, picture):
+    name = "\x1b]0;owned\x07\x9b31m\r\u202e.png"
+    picture.save("p.png")
+    os.rename("p.png", name)
+    status, out, err = run(*quick, f"image={name}", "prompt=\x1b[1m", "steps=1")
+    assert status == 0 and "\\x1b]0;owned" in out
+    status, _, more = run(*quick, f"image=no{name}", "prompt=p")
+    assert status == 2 and "\\x1b]0;owned" in more
+    assert not set(out + err.replace("\r", "") + more) & set("\x1b\x07\x9b\r\u202e")
+
+
+# --- finished work is kept
+
+
+def test_a_clip_that_cannot_be_saved_costs_no_other(run, quick, loads, picture_file, monkeypatch):
+    right = video.save
+
+    def full(frames, path, **how):
+        if "seed2" in str(path):
+            raise OSError(28, "No space left on device")
+        return right(frames, path, **how)
+
+    monkeypatch.setattr(video, "save", full)
+    words = [f"image={picture_file}", "prompt=p", "steps=1", "seed=[1,2,3]", "output=c.gif", "batch=3"]
+    status, out, err = run(*quick, *words)
+    assert status == 2 and out.count("settings in") == 2 and "error: [Errno 28] No space left" in err
+    assert "note: c-001-seed2.gif is not saved" in err
+
+
+# --- what is told
+
+
+def test_steps_that_are_made(run, quick, loads, picture_file):
+    words = [*quick, f"image={picture_file}", "prompt=p", "output=c.gif"]
+    status, out, _ = run(*words, "steps=3")
+    assert status == 0 and "4 steps (for steps=3" in out
+    assert json.loads(Path("c.gif.json").read_text())["steps"] == 4
+
+
+def test_sizes_far_from_the_trained_ones(run, tiny_model, picture_file):
+    checkpoint.save("w", tiny_model.parts, tiny_model.config)
+    words = ["weights=w", f"image={picture_file}", "prompt=p", "output=c.gif", "steps=1", "device=cpu"]
+    assert "far from" not in run(*words, "frames=4")[2]
+    status, _, err = run(*words, "frames=6", "width=128")
+    assert status == 0 and "note: 6 frames of 128 x 64 pixels are far from the 3 of 64 x 64" in err
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("num_inference_steps=4", "here it is steps="),
+        ("sample.guidance_scale=2", "here it is guidance="),
+        ("num_frames=4", "here it is frames="),
+        ("target_fps=4", "here it is fps="),
+        ("--num_inference_steps", "without dashes: steps=..."),
+        ("--image=a.png", "without dashes: image=..."),
+    ],
+)
+def test_diffusers_names_are_known(run, mistakes, unloadable, word, hint):
+    said_no(*run(*QUICK, *GOOD, word), hint)
 
 
 def test_too_little_memory(run, mistakes, monkeypatch):
@@ -350,7 +545,7 @@ def test_weights_that_lack_a_part(run, mistakes, monkeypatch, tiny):
 def test_a_run_that_breaks_down_says_where(run, quick, loads, mistakes):
     status, _, err = run(*quick, *GOOD, "eps_form=recovered", "spacing=trailing", "output=c.mp4")
     assert status == 2 and "error: latents are not finite after step 1 of 2 (t = 999)" in err
-    assert not Path("c.mp4").exists() and not Path("c.json").exists()
+    assert not Path("c.mp4").exists() and not Path("c.mp4.json").exists()
 
 
 # --- memory

@@ -134,7 +134,7 @@ def test_scripts_take_the_gpu_by_themselves(root, run_script, tmp_path):
     given = [f"image={root / 'i2vgen/assets/star.png'}", f"prompt={PROMPT}", "steps=3"]
     status, out = run_script("generate.py", *given, f"output={tmp_path / 'a.mp4'}")
     assert status in (0, None) and (tmp_path / "a.mp4").exists(), out
-    record = json.loads((tmp_path / "a.json").read_text())
+    record = json.loads((tmp_path / "a.mp4.json").read_text())
     assert record["frames"] == 8
     cascade = root / "configs" / "cascade_small.yaml"
     status, out = run_script("generate.py", cascade, *given, f"output={tmp_path / 'b.png'}")

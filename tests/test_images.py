@@ -1,12 +1,14 @@
 """images.py: any picture file to the two views, without surprises."""
 
+import os
 import warnings
 from pathlib import Path
 
+import media_files
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, TiffImagePlugin
 
 from i2vgen.files import images
 
@@ -116,6 +118,111 @@ def test_float_values_out_of_range(tmp_path, bad):
         images.open_picture(tmp_path / "f.tif")
 
 
+# --- colours
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "webp", "tif"])
+@pytest.mark.parametrize("primaries", [media_files.ADOBE_RGB, media_files.DISPLAY_P3], ids=["adobe", "p3"])
+def test_wide_colours_come_out_as_srgb(tmp_path, primaries, ending):
+    """The right values come from the standards' formulas, not from the library that converts."""
+    values = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    values = values.repeat(8, axis=0).repeat(8, axis=1)  # flat fields, which lossy files keep
+    lossless = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(ending, {})
+    path, profile = tmp_path / f"p.{ending}", media_files.rgb_profile(primaries, 2.19921875)
+    Image.fromarray(values).save(path, icc_profile=profile, **lossless)
+    with Image.open(path) as stored:
+        right = media_files.srgb_of(primaries, 2.19921875, np.asarray(stored.convert("RGB")))
+    got = np.asarray(images.open_picture(path))
+    assert np.abs(got - right).max() < 1.1
+    assert np.abs(got.astype(int) - values).mean() > 5  # the profile matters
+    with Image.open(path) as picture:  # a PIL image carries its profile along
+        assert np.array_equal(np.asarray(images.to_rgb(picture)), got)
+        plain = np.asarray(picture.convert("RGB"))
+    assert np.array_equal(np.asarray(images.open_picture(path, alpha="drop")), plain)  # as officially
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "P", "L", "LA", "1"])
+def test_profiles_of_other_modes(tmp_path, mode):
+    """Palettes, transparent pictures and grey ones with an RGB profile (PNG optimisers write these)."""
+    values = np.array([[[90, 90, 90], [200, 200, 200], [255, 255, 255], [0, 0, 0]]], np.uint8)
+    source = Image.fromarray(values)
+    if mode in ("RGBA", "LA"):
+        source.putalpha(Image.fromarray(np.array([[255, 255, 0, 255]], np.uint8)))
+    source.convert(mode).save(tmp_path / "p.png", icc_profile=media_files.rgb_profile(media_files.SRGB, 1))
+    got = np.asarray(images.open_picture(tmp_path / "p.png"))[0, :, 0]
+    stored = np.asarray(source.convert(mode).convert("RGB"))[0, :, 0]
+    right = np.rint(media_files.srgb_levels(stored / 255))
+    assert got.tolist() == pytest.approx(right.tolist(), abs=1)
+    if mode != "1":
+        assert right[0] > 150  # 90 of a linear space is light
+
+
+def test_grey_profile(tmp_path):
+    ramp = np.arange(256, dtype=np.uint8)[None]
+    Image.fromarray(ramp).save(tmp_path / "g.png", icc_profile=media_files.grey_profile(1.8))
+    got = np.asarray(images.open_picture(tmp_path / "g.png"))[0]
+    right = media_files.srgb_levels((ramp[0] / 255) ** (round(1.8 * 256) / 256))
+    assert np.abs(got - right[:, None]).max() < 1.6
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    deep.save(tmp_path / "deep.png", icc_profile=media_files.grey_profile(1.8))
+    assert np.array_equal(np.asarray(images.open_picture(tmp_path / "deep.png"))[0], got)
+
+
+@pytest.mark.parametrize("ending", ["jpg", "tif"])
+def test_cmyk_profile(tmp_path, ending):
+    lightness = np.zeros((2, 2, 2, 2))
+    for inks in np.ndindex(lightness.shape):
+        lightness[inks] = max(0, 100 - 20 * sum(inks[:3]) - 40 * inks[3])
+    inks = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 1, 0), (0, 0, 0, 1)]
+    values = (np.array(inks, np.uint8)[None] * 255).repeat(16, axis=0).repeat(16, axis=1)
+    picture = Image.frombytes("CMYK", (64, 16), values.tobytes())
+    path = tmp_path / f"c.{ending}"
+    picture.save(path, icc_profile=media_files.cmyk_profile(lightness), quality=100)
+    got = np.asarray(images.open_picture(path))[8, 8::16]
+    right = [media_files.srgb_levels(((lightness[ink] + 16) / 116) ** 3) for ink in inks]
+    assert np.abs(got - np.array(right)[:, None]).max() < 2
+
+
+def test_an_srgb_profile_changes_nothing(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.fromarray(values).save(tmp_path / "s.png", icc_profile=profile)
+    assert np.array_equal(np.asarray(images.open_picture(tmp_path / "s.png")), values)
+    if PHOTOS:  # whose profile is Hewlett-Packard's sRGB, which rounds differently
+        with Image.open(PHOTOS[0]) as photo:
+            assert "icc_profile" in photo.info
+            assert np.array_equal(np.asarray(images.open_picture(PHOTOS[0])), np.asarray(photo))
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        b"nonsense" * 50,
+        media_files.rgb_profile(media_files.ADOBE_RGB, 2.2)[:200],
+        media_files.cmyk_profile(np.zeros((2, 2, 2, 2))),  # PIL keeps it when CMYK becomes RGB
+        media_files.icc_profile("GRAY", "XYZ "),  # without its curve
+        media_files.icc_profile("3CLR", "XYZ "),
+    ],
+    ids=["nonsense", "cut", "of cmyk", "empty", "odd space"],
+)
+def test_a_useless_profile_costs_a_warning_only(tmp_path, profile):
+    gradient().save(tmp_path / "p.png", icc_profile=profile)
+    with pytest.warns(UserWarning, match=r"p\.png: its colour profile cannot be used"):
+        got = images.open_picture(tmp_path / "p.png")
+    assert np.array_equal(np.asarray(got), np.asarray(gradient()))
+
+
+def test_pillow_without_colour_management(tmp_path, monkeypatch):
+    gradient().save(tmp_path / "p.png", icc_profile=media_files.rgb_profile(media_files.ADOBE_RGB, 2.5))
+
+    def missing(source):
+        raise ImportError("no littlecms")
+
+    monkeypatch.setattr(ImageCms, "ImageCmsProfile", missing)
+    with pytest.warns(UserWarning, match="no littlecms"):
+        images.open_picture(tmp_path / "p.png")
+
+
 # --- files
 
 
@@ -134,6 +241,8 @@ def test_exif_orientation(tmp_path, orientation, ending):
     assert np.array_equal(np.asarray(images.open_picture(path)), np.asarray(upright))
     if ending != "tif":  # PIL itself turns TIFF files
         assert np.array_equal(np.asarray(images.open_picture(path, exif="ignore")), np.asarray(stored))
+    with Image.open(path) as lazy:  # a PIL image that was only just opened
+        assert np.array_equal(np.asarray(images.to_rgb(lazy, exif="apply")), np.asarray(upright))
 
 
 def test_orientation_table_against_exif_wording():
@@ -178,6 +287,40 @@ def test_wrong_files(tmp_path):
     (tmp_path / "text.png").write_text("not a picture at all")
     with pytest.raises(ValueError, match="not a picture"):
         images.open_picture(tmp_path / "text.png")
+    with pytest.raises(ValueError, match="does not exist"):
+        images.open_picture("n" * 5000 + ".png")
+    with pytest.raises(ValueError, match="web address; download"):
+        images.open_picture("https://example.com/x.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="a device or a pipe"):
+        images.open_picture(tmp_path / "pipe.png")
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>403</html>", "web page"),
+        (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "drawing"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC picture; convert"),
+    ],
+    ids=["lfs", "html", "svg", "heic"],
+)
+def test_a_disguised_file_is_named(tmp_path, start, message):
+    (tmp_path / "photo.jpg").write_bytes(start + bytes(200))
+    with pytest.raises(ValueError, match=message):
+        images.open_picture(tmp_path / "photo.jpg")
+
+
+def test_running_out_of_memory_is_an_error_in_words(tmp_path, monkeypatch):
+    gradient().save(tmp_path / "p.tif")
+
+    def exhausted(self):
+        raise MemoryError
+
+    monkeypatch.setattr(TiffImagePlugin.TiffImageFile, "load", exhausted)
+    with pytest.raises(ValueError, match="more memory than there is"):
+        images.open_picture(tmp_path / "p.tif")
 
 
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "bmp", "tif"])

@@ -179,7 +179,7 @@ def test_names_that_differ_in_spelling_are_told(listed, folder, tmp_path, caplog
         (tmp_path / "a.gif").rename(tmp_path / present)
     caplog.set_level(logging.WARNING)
     folder(f"file,caption\n{listed},x\nb.gif,y\n")
-    assert f"the list names {listed!a} and the folder holds {present!a}" in caplog.text
+    assert f"the captions say {listed!a}, but the file is called {present!a}" in caplog.text
 
 
 # --- fingerprints

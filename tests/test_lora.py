@@ -1,11 +1,14 @@
 """Low-rank adapters: exact on and off, small on disk, readable by peft, through the scripts."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from i2vgen import pipeline
 from i2vgen.adapt import lora
@@ -127,6 +130,214 @@ def test_peft_reads_it_and_we_read_peft(network, tmp_path, make_unet):
     assert not torch.allclose(adapted, plain)
 
 
+# --- what peft, diffusers and kohya write
+
+
+MODULES = ["mid1.spatial.cross_attention.to_q", "mid1.res.conv1", "temporal_in.proj_in", "time.linear1"]
+KEYS = {
+    "plain": {},
+    "one key": {"alpha_pattern": {"to_q": 32}},
+    "a regular expression": {"alpha_pattern": {r"mid1\..*\.to_[qk]": 32, "(time|mid1).*": 3}},
+    "the first that matches": {"alpha_pattern": {"linear1": 5, r"time\.linear1": 7}},
+    "part of a name matches nothing": {"alpha_pattern": {"inear1": 5, "onv1": 7}},
+    "ranks": {"rank_pattern": {"to_q": 2, r"^time\..*": 6}},
+    "both": {"rank_pattern": {"to_q": 2}, "alpha_pattern": {"to_q": 16, "conv1": 1}},
+    "rslora": {"use_rslora": True, "rank_pattern": {"conv1": 3}},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal", "target_modules": ["to_q", "linear1"]},
+}
+
+
+def made_by_peft(unet, folder, **settings):
+    """A trained adapter in peft's own files, and the weights that peft merges it to after loading."""
+    peft = pytest.importorskip("peft")
+    asked = {"r": 4, "lora_alpha": 8, "target_modules": MODULES, **settings}
+    network = peft.get_peft_model(copy.deepcopy(unet), peft.LoraConfig(**asked))
+    with torch.no_grad():
+        for name, matrix in network.named_parameters():
+            if "lora_B" in name and "weight" in name:
+                matrix.normal_(std=0.1)
+    network.save_pretrained(str(folder))
+    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(unet), str(folder))
+    return dict(loaded.merge_and_unload().state_dict())
+
+
+def differ(unet, expected):
+    return max((tensor - expected[name]).abs().max().item() for name, tensor in unet.state_dict().items())
+
+
+@torch.no_grad()
+@pytest.mark.reference
+@pytest.mark.parametrize("name", KEYS)
+def test_every_accepted_setting_of_peft_acts_as_in_peft(make_unet, tmp_path, name):
+    unet = make_unet(dtype=torch.float32)
+    expected = made_by_peft(unet, tmp_path, **KEYS[name])
+    assert differ(unet, expected) > 0.05
+    adapters = lora.load(unet, tmp_path)
+    adapters.save(tmp_path / "again")
+    adapters.merge()
+    assert differ(unet, expected) < 2e-6
+    again = make_unet(dtype=torch.float32)
+    lora.load(again, tmp_path / "again").merge()
+    assert differ(again, expected) < 2e-6
+    theirs = pytest.importorskip("peft").PeftModel.from_pretrained(
+        make_unet(dtype=torch.float32), str(tmp_path / "again")
+    )
+    assert differ(theirs.merge_and_unload(), expected) < 2e-6
+
+
+REFUSED = {
+    "use_dora": {"use_dora": True},
+    "lora_bias": {"lora_bias": True, "target_modules": ["time.linear1"]},
+    "bias": {"bias": "all"},
+    "init_lora_weights": {"init_lora_weights": "pissa", "target_modules": ["time.linear1"]},
+    "modules_to_save": {"modules_to_save": ["conv_out"]},
+}
+
+
+@pytest.mark.reference
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_do_more_are_refused_by_name(make_unet, tmp_path, name):
+    unet = make_unet(dtype=torch.float32)
+    made_by_peft(unet, tmp_path, **REFUSED[name])
+    with pytest.raises(ValueError, match=name):
+        lora.load(unet, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("init_lora_weights", "olora"), ("init_lora_weights", "pissa_niter_4"), ("init_lora_weights", "loftq"),
+     ("init_lora_weights", "corda"), ("use_qalora", True), ("layer_replication", [[0, 1]]),
+     ("a_setting_of_next_year", True), ("peft_type", "LOHA")],
+)  # fmt: skip
+def test_settings_are_refused_unless_known(network, tmp_path, name, value):
+    unet, _ = network
+    trained(lora.attach(unet, PATTERNS, rank=2)).save(tmp_path)
+    edit(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=str(value) if name == "peft_type" else name):
+        lora.read(tmp_path)
+
+
+def edit(folder, **settings):
+    file = folder / lora.SETTINGS_FILE
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"alpha_pattern": {"(": 2}}, "no regular expression"),
+        ({"alpha_pattern": {"(a+)+b": 2}}, "simpler"),
+        ({"alpha_pattern": {".*.*.*.*.*x": 2}}, "simpler"),
+        ({"alpha_pattern": {"conv1": "big"}}, "the alpha of mid1.res.conv1 is 'big'"),
+        ({"alpha_pattern": [1]}, r"alpha_pattern is \[1\]"),
+        ({"rank_pattern": {"conv1": 3}}, "say rank 3 for mid1.res.conv1, its matrices have 2"),
+        ({"lora_alpha": None}, "the alpha of .* is None"),
+        ({"lora_alpha": float("nan")}, "is nan"),
+    ],
+)
+def test_damaged_settings(network, tmp_path, settings, words):
+    unet, _ = network
+    trained(lora.attach(unet, PATTERNS, rank=2)).save(tmp_path)
+    edit(tmp_path, **settings)
+    with pytest.raises(ValueError, match=words):
+        lora.load(unet, tmp_path)
+
+
+KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
+def parts(adapters):
+    """(path, which matrix, its tensor as peft writes it) of every adapter."""
+    for path in adapters.modules_by_path:
+        yield path, "lora_A.weight", adapters.part(path).a.detach().float()
+        yield path, "lora_B.weight", adapters.part(path).b.detach().float()
+
+
+def single_file(adapters, form):
+    tensors = {}
+    for path, which, tensor in parts(adapters):
+        if form == "kohya":
+            tensors[f"lora_unet_{path.replace('.', '_')}.{KOHYA[which]}"] = tensor
+            tensors[f"lora_unet_{path.replace('.', '_')}.alpha"] = torch.tensor(6.0)
+        elif form == "diffusers":
+            tensors[f"unet.{path}.{which}"] = tensor
+        else:
+            tensors[f"unet.{path}.{which.replace('_A', '.down').replace('_B', '.up')}"] = tensor
+    return tensors
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["kohya", "diffusers", "diffusers before peft", "metadata"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_single_files(network, tmp_path, form, folder):
+    unet, call = network
+    strength = {"kohya": 3.0, "metadata": 2.5}.get(form, 1.0)
+    adapters = trained(lora.attach(unet, ["*attention*.to_*"], rank=2, alpha=2 * strength))
+    adapted, tensors = call(), single_file(adapters, form if form != "metadata" else "diffusers")
+    adapters.remove()
+    notes = {"unet.r": 2, "unet.lora_alpha": 5, "unet.use_dora": False, "unet.peft_type": "LORA"}
+    metadata = {"lora_adapter_metadata": json.dumps(notes)} if form == "metadata" else {}
+    file = tmp_path / ("pytorch_lora_weights.safetensors" if folder else "style.safetensors")
+    save_file({n: t.contiguous() for n, t in tensors.items()}, file, metadata={"format": "pt", **metadata})
+    lora.load(unet, tmp_path if folder else file)
+    assert torch.allclose(call(), adapted, rtol=0, atol=1e-12)
+
+
+def test_other_files_and_folders(network, tmp_path):
+    unet, _ = network
+    trained(lora.attach(unet, PATTERNS, rank=2)).save(tmp_path / "peft")
+    file = tmp_path / "peft" / lora.WEIGHTS_FILE
+    assert len(lora.read(file)) == len(lora.read(tmp_path / "peft"))  # its settings lie beside it
+    tensors = load_file(file)
+
+    def refused(words, tensors=tensors, name="x.safetensors", **changes):
+        save_file({**tensors, **changes}, tmp_path / name)
+        with pytest.raises(ValueError, match=words):
+            lora.load(unet, tmp_path / name)
+
+    refused("give its folder, with the adapter_config.json")
+    one = "lora_unet_mid1_res_conv1"
+    kohya = {f"{one}.lora_down.weight": torch.ones(2, 4), f"{one}.lora_up.weight": torch.ones(4, 2)}
+    refused("which is no part of a plain LoRA", kohya, **{f"{one}.dora_scale": torch.ones(4)})
+    refused("which is no part of a plain LoRA", kohya, **{f"{one}.lora_mid.weight": torch.ones(4)})
+    refused("the alpha of .* give one number", kohya, **{f"{one}.alpha": torch.ones(4)})
+    refused("not made of finite numbers", kohya, **{f"{one}.lora_up.weight": torch.full((4, 2), math.nan)})
+    refused("another architecture: its matrices for mid1.res.conv1", kohya)
+    text = {name.replace("unet", "te"): tensor.clone() for name, tensor in kohya.items()}
+    refused(
+        "another architecture: this network has no lora_te_mid1_res_conv1 .*1 of its 2", {**kohya, **text}
+    )
+    foreign = {"unet.down_blocks.0.to_q.lora_A.weight": torch.ones(2, 4),
+               "unet.down_blocks.0.to_q.lora_B.weight": torch.ones(4, 2)}  # fmt: skip
+    refused("weights_conversion convert", foreign)
+    (tmp_path / "peft" / lora.WEIGHTS_FILE).write_text("version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ValueError, match="git lfs pull"):
+        lora.read(tmp_path / "peft")
+    (tmp_path / "adapter_model.bin").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        lora.read(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"lacks adapter_config.json.*its subfolders peft are adapters"):
+        lora.read(tmp_path)
+    with pytest.raises(ValueError, match="is no adapter"):
+        lora.read(tmp_path / "nothing.safetensors")
+
+
+@torch.no_grad()
+def test_adapters_combine_by_merging_one_after_the_other(network, tmp_path):
+    unet, _ = network
+    layer, changes = unet.mid1.res.conv1, []
+    before = layer.weight.clone()
+    for name, scale in (("a", 0.5), ("b", 2.0)):
+        adapters = trained(lora.attach(unet, ["mid1.res.conv1"], rank=2))
+        changes.append(scale * (layer.weight - before))
+        adapters.save(tmp_path / name)
+        adapters.remove()
+    for name, scale in (("a", 0.5), ("b", 2.0)):
+        lora.load(unet, tmp_path / name, scale=scale).merge()
+    assert torch.allclose(layer.weight, before + sum(changes), rtol=0, atol=1e-12)
+
+
 # --- refusals
 
 
@@ -152,7 +363,7 @@ def test_refusals(network, tmp_path, make_unet):
         lora.load(make_unet(), tmp_path)
     settings, weights = files(tmp_path)
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "use_dora": True}))
-    with pytest.raises(ValueError, match="no plain LoRA"):
+    with pytest.raises(ValueError, match="no plain LoRA: use_dora is True"):
         lora.load(make_unet(), tmp_path)
     weights.write_bytes(b"torn")
     settings.write_text(json.dumps({"peft_type": "LORA", "lora_alpha": 1}))
@@ -183,7 +394,7 @@ def test_train_then_sample(run_script, tmp_path):
     out = tmp_path / "clip.png"
     job = [f"image={picture}", f"prompt={prompt}", f"output={out}", f"adapter={adapter}"]
     assert run_script("generate.py", *job, *words)[0] == 0
-    assert json.loads((tmp_path / "clip.json").read_text())["settings"]["adapter"] == str(adapter)
+    assert json.loads((tmp_path / "clip.png.json").read_text())["settings"]["adapter"] == str(adapter)
 
     job = [f"image={picture}", "prompt=x", "output=x.png", f"adapter={tmp_path}"]
     status, out = run_script("generate.py", *job)

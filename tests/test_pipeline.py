@@ -1,6 +1,7 @@
 """pipeline.py: the whole road on a tiny model; what it must and must not depend on."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -11,8 +12,11 @@ import torch
 from PIL import Image
 
 from i2vgen import load, pipeline
+from i2vgen.adapt import lora
 from i2vgen.diffusion import schedule
 from i2vgen.diffusion.noise import SampleNoise
+from i2vgen.diffusion.sampler import ddim
+from i2vgen.diffusion.schedulers import from_diffusers
 from i2vgen.fast import savings
 from i2vgen.files import checkpoint, video
 from i2vgen.memory import plans
@@ -227,6 +231,137 @@ def test_pictures_of_any_mode_and_size(road, with_config, picture):
         assert model(given, "a boat").frames.shape == (3, 16, 16, 3)
 
 
+def test_pictures_may_be_arrays(road, with_config, picture):
+    model = with_config(road, sample={"steps": 1})
+    expected = model(picture, "a boat").frames
+    levels = np.asarray(picture)
+    for given in (
+        levels,
+        torch.from_numpy(levels.copy()),
+        levels / 255,
+        torch.from_numpy(levels / 255).float(),
+        torch.from_numpy(levels / 255).float().permute(2, 0, 1),
+        np.dstack([levels, np.full(levels.shape[:2], 255, np.uint8)]),
+    ):
+        assert np.array_equal(model(given, "a boat").frames, expected)
+    assert [clip.seed for clip in model.generate(np.stack([levels] * 2), "a boat", [1, 2])] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (None, "the picture is None; give one path"),
+        (7, "the picture is a int; give one path"),
+        (["a.png"], r"the picture is a list; .*model\.generate"),
+        (np.zeros((8, 8, 3)) - 1, r"floats run from -1 to -1; give 0 to 1, \(x \+ 1\) / 2"),
+        (np.full((8, 8, 3), 200.0), "floats run from 200 to 200"),
+        (np.full((8, 8, 3), np.nan), "floats run from nan"),
+        (np.zeros((8, 8, 3), int), "an array of int64; give uint8"),
+        (torch.zeros(8, 8), r"shape \(8, 8\); give \[h w 3\]"),
+        (np.zeros((0, 8, 3), np.uint8), "none of them 0"),
+        (b"a.png", "the picture is a bytes"),
+    ],
+    ids=str,
+)
+def test_pictures_that_cannot_be_meant(road, given, message):
+    with pytest.raises(ValueError, match=message):
+        road(given, "a boat")
+
+
+@pytest.mark.parametrize("seed", [np.int64(5), np.uint8(5), torch.tensor(5), np.array(5)], ids=repr)
+def test_seeds_of_other_libraries(road, with_config, picture, tmp_path, seed):
+    model = with_config(road, sample={"steps": 1})
+    made = model(picture, "a boat", seed=seed)
+    assert type(made.seed) is int and np.array_equal(made.frames, model(picture, "a boat", seed=5).frames)
+    assert json.loads((made.save(tmp_path / "a.gif").parent / "a.gif.json").read_text())["seed"] == 5
+    assert SampleNoise(seed).draw((2,)).equal(SampleNoise(5).draw((2,)))
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (torch.Generator(), r"torch\.Generator.*seed=generator\.initial_seed\(\)"),
+        (5.0, "the seed is a float; give an integer"),
+        ("5", "the seed is a str"),
+        (True, "the seed is a bool"),
+        (np.array([1, 2]), "the seed is a ndarray"),
+        (-1, r"sample\.seed is -1"),
+        (2**64, r"sample\.seed is 18446744073709551616"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_seeds_that_cannot_be_meant(road, picture, seed, message):
+    with pytest.raises(ValueError, match=message):
+        road(picture, "a boat", seed=seed)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, ["a boat"], b"a boat", "\ud800"], ids=repr)
+def test_prompts_that_cannot_be_meant(road, picture, prompt):
+    with pytest.raises(ValueError, match="the prompt "):
+        road(picture, prompt)
+
+
+def test_a_lone_value_serves_all_clips(road, with_config, picture):
+    model = with_config(road, sample={"steps": 1})
+    made = model.generate(picture, ["a boat", "a car"], 5)
+    assert [(clip.prompt, clip.seed) for clip in made] == [("a boat", 5), ("a car", 5)]
+    assert [clip.seed for clip in model.generate(picture, "a boat", np.arange(2))] == [0, 1]
+    assert [clip.seed for clip in model.generate(picture, "a boat", torch.tensor([3, 4]))] == [3, 4]
+    assert len(model.generate(picture, "a boat", 5)) == 1
+    for empty in (([], [], []), ([], "a boat", 5), (picture, [], 5)):
+        with pytest.raises(ValueError, match=r"got \d pictures, \d prompts, \d seeds"):
+            model.generate(*empty)
+
+
+def test_noise_of_other_libraries(road, with_config, picture):
+    model = with_config(road, sample={"steps": 1})
+    noise = np.random.default_rng(0).normal(size=(1, 4, 3, 8, 8))
+    made = [model.generate(picture, "a boat", 5, noise=n)[0].frames for n in (noise, torch.tensor(noise))]
+    assert np.array_equal(*made)
+    for wrong, message in (
+        (noise.astype(int), "must be finite floats"),
+        (noise * np.nan, "must be finite floats"),
+        ("noise", "noise is a str"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.generate(picture, "a boat", 5, noise=wrong)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, p: m.generate(p, "a", 1, sampler="ddim"), r"the sampler is a str.*sample\.sampler=NAME"),
+        (lambda m, p: m.generate(p, "a", 1, on_step=5), "on_step is a int; give a function"),
+        (lambda m, p: m(p, "a").save(None), "the output is None; give the path of a file"),
+        (lambda m, p: m(p, "a").save(""), "the output is empty"),
+        (lambda m, p: load(overrides=["steps=5", 5]), "the setting 5 is no text"),
+        (lambda m, p: load(config=5), "the config is a int; give the path"),
+    ],
+    ids=range(6),
+)
+def test_arguments_that_cannot_be_meant(road, with_config, picture, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(with_config(road, sample={"steps": 1}), picture)
+
+
+def test_a_lone_setting_is_a_list_of_one(monkeypatch):
+    assert merge.load_config(None, "steps=5") == merge.load_config(None, ["steps=5"])
+    assert merge.load_config(None, None) == merge.load_config(None)
+
+
+def test_clips_are_saved_in_the_home_folder(road, with_config, picture, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    made = with_config(road, sample={"steps": 1})(picture, "a").save("~/new/a.gif")
+    assert made == tmp_path / "new" / "a.gif" and made.exists() and not Path("~").exists()
+
+
+def test_what_was_built_cannot_be_changed_by_the_settings(road, with_config):
+    model = with_config(road)
+    model.config = dataclasses.replace(road.config, negative_prompt="other")
+    with pytest.raises(ValueError, match="schedule was read when the model was loaded"):
+        model.config = dataclasses.replace(road.config, schedule=config.Schedule(cosine_s=0.02))
+
+
 def test_counts_that_do_not_match(road, picture):
     with pytest.raises(ValueError, match="got 1 pictures, 2 prompts, 1 seeds"):
         road.generate([picture], ["a", "b"], [1])
@@ -250,8 +385,8 @@ def test_other_sizes(road, with_config, picture, width, height, frames):
 def test_a_saved_clip_explains_itself(road, picture_file, tmp_path, name):
     made = road(picture_file, "a boat: no", seed=7)
     path = made.save(tmp_path / "new" / name)
-    record = json.loads((tmp_path / "new" / "clip.json").read_text())
-    assert sorted(p.name for p in path.parent.iterdir()) == sorted([name, "clip.json"])
+    record = json.loads((tmp_path / "new" / f"{name}.json").read_text())
+    assert sorted(p.name for p in path.parent.iterdir()) == sorted([name, f"{name}.json"])
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     assert record["sha256"] == digest and record["file"] == name
@@ -268,20 +403,89 @@ def test_a_saved_clip_explains_itself(road, picture_file, tmp_path, name):
     assert np.array_equal(again.frames, made.frames)
 
 
-def test_a_record_that_now_tells_of_another_file_is_told(road, picture_file, tmp_path, recwarn):
-    made = road(picture_file, "a boat", seed=7)
-    made.save(tmp_path / "a.gif")
-    made.save(tmp_path / "a.gif")
-    assert not [w for w in recwarn if "record" in str(w.message)]
-    with pytest.warns(UserWarning, match=r"a\.json was the record of a\.gif and is now that of a\.webp"):
-        made.save(tmp_path / "a.webp")
+@pytest.fixture
+def record(road, with_config, picture_file, tmp_path):
+    """record(picture, ...): the record of a clip, without the name and hash of its file."""
+    model = with_config(road, sample={"steps": 2})
+
+    def make(picture=picture_file, **replaced):
+        made = model.generate([picture], ["a boat"], [5], **replaced)[0].save(tmp_path / "a.gif")
+        return json.loads((tmp_path / f"{made.name}.json").read_text())
+
+    return make
+
+
+def test_a_record_names_the_picture_by_its_hash(record, picture, picture_file):
+    plain = record()
+    assert plain["reproducible"] is True
+    assert plain["inputs"]["image"]["sha256"] == hashlib.sha256(picture_file.read_bytes()).hexdigest()
+    for given in (picture, np.asarray(picture)):
+        found = record(given)
+        assert found["reproducible"] is False and found["settings"]["image"] == ["<picture>"]
+        assert found["inputs"]["image"] == {
+            "size": [96, 80], "sha256": hashlib.sha256(picture.tobytes()).hexdigest()
+        }  # fmt: skip
+
+
+def test_a_record_names_noise_that_was_given(record):
+    one, other = (torch.full((1, 4, 3, 8, 8), value) for value in (0.1, 0.2))
+    found = record(noise=one)
+    assert found["reproducible"] is False
+    assert found["inputs"]["noise"] == {
+        "shape": [4, 3, 8, 8], "dtype": "float32", "sha256": hashlib.sha256(one.numpy().tobytes()).hexdigest()
+    }  # fmt: skip
+    assert record(noise=other)["inputs"]["noise"] != found["inputs"]["noise"]
+    assert record(noise=one.bfloat16())["inputs"]["noise"]["dtype"] == "bfloat16"
+
+
+def test_a_record_names_a_sampler_that_was_given(record, road):
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.UniPCMultistepScheduler(
+        trained_betas=road.schedule.betas.numpy(),
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    found = record(sampler=from_diffusers(scheduler))
+    assert found["reproducible"] is False and "steps" not in found
+    assert found["inputs"]["sampler"]["name"] == "diffusers.UniPCMultistepScheduler"
+    settings = found["inputs"]["sampler"]["settings"]
+    assert settings["timestep_spacing"] == "trailing" and len(settings["trained_betas"]["sha256"]) == 64
+
+    def still(predict, x, schedule, *, steps, noise, on_step):
+        return x
+
+    found = record(sampler=still)
+    assert found["inputs"]["sampler"]["name"].endswith("still") and found["reproducible"] is False
+    partial = functools.partial(ddim, eta=0.5, spacing="trailing")
+    assert record(sampler=partial)["inputs"]["sampler"] == {
+        "name": "i2vgen.diffusion.sampler.ddim", "settings": {"eta": 0.5, "spacing": "trailing"}
+    }  # fmt: skip
+
+
+def test_a_record_tells_of_attached_adapters(record, road):
+    adapters = lora.attach(road.unet, ["mid1.res.conv1"], rank=2)
+    try:
+        assert record()["reproducible"] is False
+    finally:
+        adapters.remove()
+    assert record()["reproducible"] is True
+
+
+def test_a_clip_is_not_written_where_its_record_would_destroy_a_file(road, with_config, picture, tmp_path):
+    made = with_config(road, sample={"steps": 1})(picture, "a boat")
+    (tmp_path / "a.gif.json").write_text("[1, 2]")
+    with pytest.raises(ValueError, match="is no record of a clip"):
+        made.save(tmp_path / "a.gif")
+    assert [path.name for path in tmp_path.iterdir() if "a.gif" in path.name] == ["a.gif.json"]
+    assert made.save(tmp_path / "b.gif").exists()  # the work is not lost
 
 
 def test_a_record_of_one_clip_of_many_names_that_clip_only(road, with_config, picture_file, tmp_path):
     model = with_config(road, image=("a", "b"), prompt=("x", "y"), sample={"seed": (1, 2)}, items="list")
     made = model.generate([picture_file] * 2, ["x", "y"], [1, 2])[1]
     made.save(tmp_path / "b.gif")
-    settings = merge.from_dict(json.loads((tmp_path / "b.json").read_text())["settings"])
+    settings = merge.from_dict(json.loads((tmp_path / "b.gif.json").read_text())["settings"])
     assert (settings.prompt, settings.sample.seed, settings.items) == (("y",), (2,), "")
 
 
@@ -302,7 +506,7 @@ def test_a_grey_last_frame_is_dropped_where_asked(road, with_config, picture, gr
     clip = with_config(road, save={"grey_last_frame": "drop"})(picture, "a")
     assert len(clip.frames) == 3 and len(recwarn) == 0
     clip.save(tmp_path / "a.gif")
-    assert json.loads((tmp_path / "a.json").read_text())["frames"] == 3
+    assert json.loads((tmp_path / "a.gif.json").read_text())["frames"] == 3
 
 
 def test_rounding_is_a_setting(road, with_config, picture):

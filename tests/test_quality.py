@@ -14,6 +14,7 @@ from i2vgen.diffusion.solvers import dpmpp_2m
 from i2vgen.fast import savings
 from i2vgen.fast.deep_cache import DeepCache
 from i2vgen.fast.unet import Deep, projected, shared
+from i2vgen.files import records
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
 from i2vgen.settings import config, merge
@@ -299,7 +300,7 @@ def test_what_it_was_made_with_stands_beside_the_video(road, with_config, pictur
     )
     model = with_config(road, sample=dataclasses.asdict(sample))
     path = model(picture, "a star").save(tmp_path / "clip.png")
-    settings = json.loads(path.with_suffix(".json").read_text())["settings"]["sample"]
+    settings = records.read(path)["settings"]["sample"]
     assert settings["quality"] == "draft" and settings["steps"] == 3
     assert settings["sampler"] == QUALITIES["draft"]["sampler"]
     assert settings["guidance_interval"] == QUALITIES["draft"]["guidance_interval"]

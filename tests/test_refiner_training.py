@@ -125,7 +125,7 @@ def test_the_script_trains_a_refiner_that_generate_can_use(root, tmp_path):
     words = [f"image={root}/i2vgen/assets/star.png", "prompt=a star moves", "device=cpu", "steps=2"]
     words += [f"refine_weights={tmp_path}/run/weights", "save.enlarge=1", f"output={output}"]
     script(root, "generate.py", *words)
-    record = json.loads(output.with_suffix(".json").read_text())
+    record = json.loads(output.with_name(f"{output.name}.json").read_text())
     assert (record["width"], record["height"]) == (64, 64)
 
 
@@ -233,7 +233,7 @@ def test_the_cascade_of_shipped_weights_runs(root, tmp_path, monkeypatch):
     output = tmp_path / "clip.png"
     script(root, "generate.py", root / "configs/cascade_small.yaml", "image=i2vgen/assets/star.png",
            "prompt=a star moves left", "steps=2", "device=cpu", f"output={output}")  # fmt: skip
-    record = json.loads(output.with_suffix(".json").read_text())
+    record = json.loads(output.with_name(f"{output.name}.json").read_text())
     assert (record["width"], record["height"]) == (6 * 64, 6 * 64)
 
 

@@ -290,7 +290,37 @@ def test_a_damaged_clip_is_skipped_and_reported(run, tmp_path):
     assert "skipped 1 of 2 clips" in out and "broken" in out
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "broken.mp4").write_bytes(b"no video")
-    assert "none of the 1 clips can be read" in run("videos=bad")[2]
+    assert "none of the 1 clips can be scored" in run("videos=bad")[2]
+
+
+def test_a_clip_that_cannot_be_scored_costs_no_other(run, tmp_path):
+    for name in "abc":
+        write(tmp_path / "made", name, moving(frames=1 if name == "c" else 4))
+        write(tmp_path / "true", name, moving(frames=3 if name == "a" else 4))
+    found, out = scored(run, "videos=made", "reference=true", "metrics=flicker,reference_psnr")
+    assert [clip["name"] for clip in found["clips"]] == ["b"] and found["scores"]["flicker"]["clips"] == 1
+    assert "frames=3 to compare" in found["skipped"]["a"] and "skipped 2 of 3 clips" in out
+    found, _ = scored(run, "videos=made", "against=made", "metrics=flicker")
+    assert [clip["name"] for clip in found["clips"]] == ["a", "b"] and found["differences"]["flicker"][
+        "clips"
+    ] == 2
+    assert "flicker needs at least 3 frames" in found["against"]["skipped"]["c"]
+
+
+def test_scores_that_are_not_numbers_cost_no_other(run, tmp_path):
+    Path("mine.py").write_text(
+        NETWORKS
+        + """
+def broken():
+    return lambda one, other: (one - other).flatten(1).mean(1) * float("nan")
+"""
+    )
+    write(tmp_path / "made", "a", moving())
+    words = ("videos=made", "reference=made", "lpips_network=mine.py:broken")
+    assert "its reference_lpips is nan" in run(*words, "metrics=reference_lpips")[2]
+    with pytest.warns(UserWarning, match="fvd compares sets of at least 2"):
+        found = scores.set_distance([np.zeros(3)], [np.zeros(3)])
+    assert found.value is None
 
 
 def test_networks_that_the_user_names(run, tmp_path, monkeypatch):

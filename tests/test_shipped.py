@@ -101,7 +101,7 @@ def test_scripts_use_it_if_no_weights_are_given(run_script, root, tmp_path, monk
     words = [f"image={root}/i2vgen/assets/boat.png", "prompt=a boat rests", "output=clip.png", "steps=2"]
     status, out = run_script("generate.py", *words, "device=cpu")
     assert status == 0, out
-    record = json.loads(Path("clip.json").read_text())
+    record = json.loads(Path("clip.png.json").read_text())
     assert record["settings"]["weights"] == str(SHIPPED)
     settings = merge.from_dict(record["settings"])
     size = settings.save.enlarge * settings.sample.width

@@ -249,3 +249,41 @@ def test_another_order_is_refused():
 def test_a_network_that_diverges_is_named_by_step(name):
     with pytest.raises(FloatingPointError, match=r"after step [23] of 5 \(t = [64]01\)$"):
         SOLVERS[name](lambda x, t: x / (t[0] != 401), noise(), released(), steps=5, noise=torch.zeros_like)
+
+
+# --- timesteps of one's own, the last step, limits
+
+
+@pytest.mark.parametrize("sampler", [ddim, *SOLVERS.values()], ids=lambda s: s.__name__)
+def test_timesteps_of_ones_own_take_the_place_of_a_grid(sampler):
+    made, x, how = released(), noise(), {"noise": torch.zeros_like}
+    network = gaussian_network(made, 0.25)
+    for spacing in ("leading", "trailing", "linspace"):
+        expected = sampler(network, x, made, steps=10, spacing=spacing, **how)
+        for own in (timesteps(1000, 10, spacing), torch.tensor(timesteps(1000, 10, spacing)).numpy()):
+            assert torch.equal(sampler(network, x, made, steps=3, timesteps=own, **how), expected)
+    for wrong in ([], [3, 3], [1, 2], [1000, 1], [5, -1], [2.5, 1]):
+        with pytest.raises(ValueError, match="give falling whole numbers from 999 to 0"):
+            sampler(network, x, made, steps=3, timesteps=wrong, **how)
+
+
+def test_a_last_step_of_second_order_falls_with_its_order():
+    made = even()
+    first, second = (
+        [error(dpmpp_2m, made, steps, spacing="trailing", last_order=order) for steps in (30, 60)]
+        for order in (1, 2)
+    )
+    assert second[1] != first[1] and 0.8 * 4 < second[0] / second[1] < 2.6 * 4
+    for settings in ({"last_order": 3}, {"last_order": 2, "final_alpha": "one"}):
+        with pytest.raises(ValueError, match=r"last_order is \d; choose 1, or 2 with final_alpha='first'"):
+            dpmpp_2m(torch.mul, noise(), made, steps=5, **settings)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_x0_can_be_limited(name):
+    made, seen, x = released(), [], 9 * noise()
+    how = {"steps": 5, "noise": torch.zeros_like, "on_step": seen.append}
+    SOLVERS[name](gaussian_network(made, 4.0), x, made, clamp=0.5, **how)
+    assert max(info.x0.abs().max().item() for info in seen) == 0.5
+    with pytest.raises(ValueError, match="exclude each other"):
+        SOLVERS[name](gaussian_network(made, 4.0), x, made, clamp=0.5, percentile=0.9, **how)

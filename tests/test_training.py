@@ -9,13 +9,14 @@ import socket
 import subprocess
 import sys
 
+import media_files
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from i2vgen import pipeline
-from i2vgen.files import checkpoint, video
+from i2vgen.files import checkpoint, reading, video
 from i2vgen.model.conditioning import Conditions
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.frozen_model import train_on_frozen_model
@@ -107,6 +108,11 @@ def fit(config, train, folder, **how):
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
         (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is not a multiple .* 8"),
         (["sample.stepz=3"], r"no setting sample\.stepz"),
+        (["steps=5"], r"steps= is no training setting; write train\.steps=, or sample\.steps= if"),
+        (["seed=5"], r"write train\.seed=, or sample\.seed="),
+        (["batch=5"], r"write train\.batch=, or runtime\.batch="),
+        (["learning_rate=0.1"], r"write train\.learning_rate=$"),
+        (["guidance=5"], r"guidance= is a setting of sampling; write sample\.guidance="),
     ],
 )
 def test_bad_settings_are_refused_by_name(words, message):
@@ -124,9 +130,25 @@ def test_a_file_is_a_difference_and_the_command_line_another(tmp_path):
     file.write_text("sample: {framez: 8}\ntrain: {steps: 7}\n")
     with pytest.raises(ValueError, match=rf"{file}: there is no setting sample\.framez"):
         load_settings(file)
+    file.write_text("steps: 5\ntrain: {steps: 7}\n")
+    with pytest.raises(ValueError, match=rf"{file}: steps= is no training setting"):
+        load_settings(file)
+    assert load_settings(None, ["width=64", "height=64", "frames=4", "device=cpu"])[0].sample.frames == 4
     file.write_text("train: 7\n")
     with pytest.raises(ValueError, match="train is a group of settings"):
         load_settings(file)
+
+
+@pytest.mark.parametrize("name", ["weights", "adapter", "log.jsonl"])
+def test_other_peoples_files_are_not_replaced(stages, tmp_path, name):
+    if name == "log.jsonl":
+        (tmp_path / name).write_text("my own notes\n")
+    else:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine.txt").write_text("mine")
+    config, train = load_settings(None, [])
+    with pytest.raises(ValueError, match="choose another"):
+        loop.open_folder(tmp_path, config, train, resume=False)
 
 
 def test_diffusion_without_its_other_parts_is_refused(stages):
@@ -505,6 +527,65 @@ def test_a_folder_gives_its_good_clips_and_names_the_bad_ones(folder, caplog):
     assert (
         "skipping broken.mp4" in caplog.text and "2 frames at 10 fps are too short for 4 at 5" in caplog.text
     )
+
+
+def test_a_folder_reads_every_format_as_it_is_shown(tmp_path):
+    """Whatever video= reads: other containers and endings, PNG folders, a phone's turned video."""
+    frames = np.full((9, 24, 24, 3), 40, np.uint8)
+    frames[:, :12] = 220  # light above, dark below
+    frames += 4 * np.arange(9, dtype=np.uint8)[:, None, None, None]  # GIF and WebP join equal frames
+    codecs = {"webm": "libvpx-vp9", "avi": "mpeg4"}
+    for ending in ("mov", "webm", "mkv", "avi", "mp4", "ts"):
+        path = tmp_path / f"{ending}.{ending}"
+        media_files.write_video(path, frames, codec=codecs.get(ending, "libx264"))
+    shutil.copy(tmp_path / "mp4.mp4", tmp_path / "apple.m4v")
+    for name in ("webp.webp", "gif.gif", "pngs"):
+        video.save(frames, tmp_path / name, fps=10)
+    (tmp_path / "mp4.mp4").rename(tmp_path / "noending")
+    turned = media_files.write_video(tmp_path / "turned.mov", np.rot90(frames, axes=(1, 2)))
+    media_files.turn(turned, 0, 1, -1, 0)  # stored lying on its side, as phones do
+    for name in ("._hidden.mp4", "notes.txt"):
+        (tmp_path / name).write_text("no clip")
+    names = sorted(p.name for p in tmp_path.iterdir() if p.name[0] != ".")
+    (tmp_path / "captions.csv").write_text("file,caption\n" + "".join(f"{n},{n}\n" for n in names))
+    config, train = folder_settings(tmp_path, "train.frame_lengths=4", "train.sample_fps=5")
+    source = data.open_source(config, train)
+    assert source.files == names and not source.without_file and not source.without_caption
+    batch = source(Bucket(4, 5, 22), list(range(22)))
+    assert set(batch.captions) == set(names) - {"notes.txt"}
+    assert {name for name, _ in source.skipped} == {"notes.txt"}
+    levels = (batch.pixels.mean(dim=(1, 2, 4)) + 1) * 127.5  # by row
+    assert levels[:, 8:24].min() > 200 and levels[:, 40:56].max() < 90
+
+
+def test_a_draw_reads_only_the_frames_it_shows(tmp_path, monkeypatch):
+    frames = np.zeros((60, 24, 24, 3), np.uint8)
+    media_files.write_video(tmp_path / "a.mp4", frames)
+    (tmp_path / "captions.csv").write_text("file,caption\na.mp4,dark\n")
+    config, train = folder_settings(tmp_path, "train.frame_lengths=4", "train.sample_fps=5")
+    source, convert, converted = data.open_source(config, train), reading._pixels, []
+    monkeypatch.setattr(reading, "_pixels", lambda *given: converted.append(1) or convert(*given))
+    source(Bucket(4, 5, 1), [3])
+    assert len(converted) == 4
+
+
+@pytest.mark.parametrize(
+    ("written", "stored"),
+    [
+        ("Boat.MP4", "boat.mp4"),
+        ("sub\\\\a.mp4", "sub/a.mp4"),
+        ("boat", "boat.mov"),
+        ("\u00e9.gif", "e\u0301.gif"),
+    ],
+    ids=["case", "backslash", "no ending", "unicode"],
+)
+def test_a_name_spelled_otherwise_gets_a_hint(tmp_path, written, stored):
+    (tmp_path / stored).parent.mkdir(exist_ok=True)
+    (tmp_path / stored).write_bytes(b"x")
+    (tmp_path / "captions.jsonl").write_text(f'{{"file": "{written}", "caption": "a boat"}}\n', "utf-8")
+    with pytest.raises(ValueError, match=r"the captions say .* but the file is called") as error:
+        data.open_source(*folder_settings(tmp_path))
+    assert ascii(stored) in str(error.value)  # in ASCII, or both look alike
 
 
 def test_frame_numbers_never_leave_the_file():

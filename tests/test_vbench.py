@@ -68,7 +68,9 @@ def test_samples_are_laid_out_for_the_benchmark(run):
         f"{prompt}-{i}.mp4" for prompt in ("a star, camera pans left", "a star") for i in (0, 1)
     ]
     assert video.load("out/videos/a star-0.mp4")[0].shape[0] == 8
-    records = {path.stem: json.loads(path.read_text()) for path in Path("out/clips").glob("*.json")}
+    records = {
+        path.name.split(".")[0]: json.loads(path.read_text()) for path in Path("out/clips").glob("*.json")
+    }
     assert {name: record["seed"] for name, record in records.items()} == {
         "000000-0": 100, "000000-1": 101, "000001-0": 102, "000001-1": 103
     }  # fmt: skip

@@ -1,6 +1,9 @@
 """video.py: frames to files and back, whole or not at all."""
 
+import hashlib
 import os
+import subprocess
+import sys
 
 import av
 import numpy as np
@@ -172,6 +175,19 @@ def test_quality_changes_the_size(tmp_path):
     for ending in ("mp4", "webp"):
         small = video.save(noise, tmp_path / f"s.{ending}", fps=8, quality=2).stat().st_size
         assert small < video.save(noise, tmp_path / f"b.{ending}", fps=8, quality=10).stat().st_size
+
+
+def test_the_same_frames_are_the_same_file(tmp_path):
+    """Many saves while every core is busy: x264's mbtree would give another file at almost each of them."""
+    spin = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+    try:
+        frames = clip(8, 192, 192)
+        saved = (video.save(frames, tmp_path / "a.mp4", fps=8).read_bytes() for _ in range(20))
+        assert len({hashlib.sha256(data).hexdigest() for data in saved}) == 1
+    finally:
+        for process in spin:
+            process.kill()
+            process.wait()
 
 
 # --- whole or not at all

@@ -168,6 +168,87 @@ def test_texts_and_json(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["j", "t"]
 
 
+def test_bytes_of_names_survive_json(tmp_path):
+    whole.write_json(tmp_path / "j", {"name": "caf\udce9 \ud800"})
+    assert json.loads((tmp_path / "j").read_text("utf-8")) == {"name": "caf\udce9 \ud800"}
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "寿" * 85, "x"], ids=len)
+def test_names_of_any_length_can_be_written(tmp_path, name):
+    assert whole.check_place("out", tmp_path / name) == tmp_path / name
+    whole.write_text(tmp_path / name, "1")
+    whole.write_text(tmp_path / name, "2")
+    assert os.listdir(tmp_path) == [name] and (tmp_path / name).read_text() == "2"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("x" * 256, "File name too long"),
+        ("a\0b", "null byte"),
+        ("a\ud800", "not valid Unicode"),
+        ("..", "has no name"),
+        ("file/x", "cannot create the folder"),
+        ("settings.json", "belongs to the weights"),
+        ("unet.safetensors.index.json", "belongs to the weights"),
+    ],
+    ids=ascii,
+)
+def test_places_that_cannot_be_written(tmp_path, name, message):
+    for there in ("file", "settings.json", "unet.safetensors.index.json", "unet.safetensors"):
+        (tmp_path / there).touch()
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(ValueError, match=rf"^out: .*{message}"):
+        whole.check_place("out", f"{tmp_path}/{name}")
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+def test_a_read_only_place_is_told(tmp_path, monkeypatch):
+    """Where permission bits say nothing: a mount that is read-only, a full one."""
+
+    def refuse(self, **how):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(type(tmp_path), "touch", refuse)
+    with pytest.raises(ValueError, match=r"nothing can be written to .*x \(Read-only file system\)"):
+        whole.check_place("out", tmp_path / "x")
+
+
+def test_a_folder_whose_old_name_would_be_too_long_is_told(tmp_path):
+    whole.check_place("out", tmp_path / ("x" * 250))
+    (tmp_path / ("x" * 250)).mkdir()
+    with pytest.raises(ValueError, match="File name too long"):
+        whole.check_place("out", tmp_path / ("x" * 250))
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [("a", "a"), ("a", "./a"), ("link", "a"), ("a", "link"), ("twin", "a"), ("here/a", "a"), ("d", "d/b"),
+     ("d", "here/d/b"), ("here/d", "d/b"), ("new", "new")],
+)  # fmt: skip
+def test_what_is_read_is_not_overwritten(tmp_path, monkeypatch, written, read):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("a", "b", "d/b"):
+        (tmp_path / name).touch()
+    (tmp_path / "link").symlink_to("a")
+    (tmp_path / "here").symlink_to(".")
+    os.link("a", "twin")
+    with pytest.raises(ValueError, match=f"output {written} would overwrite {read}"):
+        whole.refuse_overwriting(["fine", written], ["b", read])
+    whole.refuse_overwriting(["other", "d/c", "here/c"], ["b", read])
+
+
+def test_results_replace_results_only(tmp_path):
+    whole.check_results("out", tmp_path, ("a", "b"))
+    (tmp_path / "b").touch()
+    with pytest.raises(ValueError, match=r"b is not from an earlier run, which would also have left a;"):
+        whole.check_results("out", tmp_path, ("a", "b"))
+    whole.check_results("out", tmp_path, ("a", "b"), ours=True)
+    (tmp_path / "a").touch()
+    whole.check_results("out", tmp_path, ("a", "b"))
+
+
 def test_files_get_ordinary_permissions(tmp_path):
     (tmp_path / "plain").touch()
     whole.write_text(tmp_path / "x", "")

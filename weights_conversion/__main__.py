@@ -11,12 +11,15 @@ A SOURCE is a checkpoint file, a folder, or hf:OWNER/NAME[@REVISION][#FOLDER_OR_
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.fast import runtime
+from i2vgen.files import whole
+from weights_conversion.convert import CHECKING, convert
 from weights_conversion.export import LAYOUTS, export
 from weights_conversion.inspect_file import describe
 from weights_conversion.recognise import summary
@@ -26,11 +29,17 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    top, commands = parser()
+    if argv and argv[0] in commands:  # settings may stand before and after the options
+        arguments = commands[argv[0]].parse_intermixed_args(argv[1:])
+    else:
+        arguments = top.parse_args(argv)
     return arguments.run(arguments)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """-> the whole command, and its parts by name."""
     top = argparse.ArgumentParser(
         prog="python -m weights_conversion",
         description=__doc__,
@@ -48,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument("--partial", action="store_true", help="take what fits; initialise the rest")
     c.add_argument("--allow-nonfinite", action="store_true", help="convert despite NaN or infinity")
     c.add_argument("--spatial-init", action="store_true", help="initialise from a Stable Diffusion 2.1 UNet")
+    c.add_argument("--ema", action="store_true", help="take averaged weights where a file holds both kinds")
     c.add_argument("--variant", help="diffusers folders: fp16 reads the *.fp16.* files")
     c.add_argument(
         "--compat",
@@ -78,15 +88,15 @@ def parser() -> argparse.ArgumentParser:
     i.add_argument("path")
     i.add_argument("--hash", action="store_true", help="also print SHA-256")
     i.set_defaults(run=run_inspect)
-    return top
+    return top, commands.choices
 
 
 def run_convert(arguments: argparse.Namespace) -> int:
-    from weights_conversion.convert import convert
-
     names = [word for word in arguments.words if not cli.is_setting(word)]
     if len(names) < 2:
         raise ValueError("convert needs at least one SOURCE and the folder OUT to write")
+    if not arguments.dry_run:
+        check_out(names[-1], names[:-1])
     with Bars() as bars:
         report = convert(
             names[:-1],
@@ -100,13 +110,22 @@ def run_convert(arguments: argparse.Namespace) -> int:
             spatial_init=arguments.spatial_init,
             variant=arguments.variant,
             compat=arguments.compat,
+            ema=arguments.ema,
             on_bytes=bars.show,
         )
     print(report.text())
     return 0
 
 
+def check_out(out: str, sources: list[str]) -> None:
+    """ValueError, before anything is read and hashed, unless the folder OUT can be written without loss."""
+    whole.check_place("OUT", out)
+    # A native folder may be converted in place; one that only holds the source would lose the rest.
+    whole.refuse_overwriting([out], [s for s in sources if os.path.realpath(s) != os.path.realpath(out)])
+
+
 def run_export(arguments: argparse.Namespace) -> int:
+    check_out(arguments.out, [arguments.native])
     with Bars() as bars:
         notes = export(
             arguments.native,
@@ -119,7 +138,7 @@ def run_export(arguments: argparse.Namespace) -> int:
         )
     for note in notes:
         print(f"note: {note}")
-    print(f"written to {arguments.out}")
+    print(f"written to {cli.shown(arguments.out)}")
     return 0
 
 
@@ -168,12 +187,12 @@ class Bars:
             if self.bar is not None:
                 self.bar.close()
             self.label = label
-            big = total > 10**6
+            of_tensors = label == CHECKING
             self.bar = tqdm(
-                desc=label,
+                desc=cli.shown(label),
                 total=total,
-                unit="B" if big else "tensor",
-                unit_scale=big,
+                unit="tensor" if of_tensors else "B",
+                unit_scale=not of_tensors,
                 mininterval=0.5,
                 leave=False,
             )

@@ -245,6 +245,14 @@ def settings_from_open_clip(
     )
 
 
+def shows_its_settings(clip: config.Clip, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether `settings_from_open_clip` finds these settings, all of them."""
+    try:
+        return settings_from_open_clip(shapes) == clip
+    except ValueError:
+        return False
+
+
 # transformers' defaults for values missing in config.json.
 SHARED_DEFAULTS = {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
 TEXT_DEFAULTS = {

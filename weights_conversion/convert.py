@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +16,8 @@ import i2vgen
 from i2vgen.files import checkpoint, records
 from i2vgen.files.safefile import Entry
 from i2vgen.settings import config, merge
+from weights_conversion import adapters, readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import clip as clip_tables
-from weights_conversion import readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import vae as vae_tables
 from weights_conversion.known import (
     CONVERTED_NOTE,
@@ -29,7 +30,8 @@ from weights_conversion.known import (
 from weights_conversion.recognise import WORDS
 from weights_conversion.sources import PartSource
 
-OnBytes = Callable[[str, int, int], None]  # (current task, bytes done, total bytes)
+CHECKING = "checking for NaN"
+OnBytes = Callable[[str, int, int], None]  # (current task, done, total): bytes, or tensors for CHECKING
 
 
 @dataclass
@@ -100,16 +102,23 @@ def convert(
     spatial_init: bool = False,
     variant: str | None = None,
     compat: str | None = None,
+    ema: bool = False,
     on_bytes: OnBytes | None = None,
 ) -> Report:
     """Convert sources to the native folder `out` -> report. ValueError for anything that does not fit.
 
     `overrides` are settings as on a command line (`unet.head_width=16`, `use.concat=false`). `partial`
     initialises missing tensors and ignores unexpected ones; otherwise both are errors. `dtype` None keeps the
-    dtype of each tensor.
+    dtype of each tensor. `ema` takes averaged weights where a file holds both kinds. A single low-rank
+    adapter becomes a folder for `adapter=`.
     """
+    if len(names) == 1 and adapters.is_adapter(path := sources.located(str(names[0]))[0]):
+        report = Report(str(out), written=not dry_run)
+        cfg = settings_of([], overrides)
+        report.parts["lora"] = adapters.convert(path, out, cfg, dry_run=dry_run)
+        return report
     checkpoint.check_place(out)
-    found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init)
+    found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init, ema=ema)
     report = Report(str(out))
     for part in found:
         report.notes += [note for note in part.notes if note not in report.notes]
@@ -155,6 +164,7 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
         raise ValueError(
             f"{', '.join(literals)} is not a model setting; give settings of unet., vae., clip., use. ..."
         )
+    merge.check_types(stated, "the command line")
     settings: dict[str, Any] = {}
     for part in found:
         if part.settings:
@@ -200,9 +210,7 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
     if part.part == "unet" and part.layout in ("vgen", "sd"):
         if part.layout == "sd":
             return {}
-        unet, use = unet_vgen.settings_from_shapes(
-            shapes, head_width=stated.get("unet", {}).get("head_width")
-        )
+        unet, use = unet_vgen.settings_from_shapes(shapes, given=stated.get("unet", {}))
         if not use.concat and unet.in_channels != unet.out_channels:
             raise ValueError(
                 f"{part.files[0]}: the input convolution reads {unet.in_channels} channels, as in the "
@@ -212,7 +220,7 @@ def _shown(part: PartSource, stated: Mapping[str, Any]) -> dict[str, Any]:
         shown = {"unet": dataclasses.asdict(unet), "use": dataclasses.asdict(use)}
         return shown | _of_lineage(unet_vgen.lineage(shapes), stated)
     if part.part == "vae" and part.layout == "compvis":
-        return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes))}
+        return {"vae": dataclasses.asdict(vae_tables.settings_from_shapes(shapes, stated.get("vae", {})))}
     if part.part == "clip" and part.layout == "open_clip":
         given = stated.get("clip", {})
         clip = clip_tables.settings_from_open_clip(
@@ -250,8 +258,9 @@ def _fit_missing(settings: dict[str, Any], parts: set[str]) -> None:
     if "vae" not in parts and "in_channels" in unet:
         vae.setdefault("embed_dim", unet["in_channels"])
     if not parts & {"clip", "text"} and "context_width" in unet:
-        base = dataclasses.asdict(config.Clip())
-        clip.setdefault("text", {**base["text"], "width": unet["context_width"]})
+        usual, width = config.Clip().text, unet["context_width"]
+        fitting = {**usual, "width": width, "heads": math.gcd(usual["heads"], width)}
+        clip["text"] = {**fitting, **clip.get("text", {})}
     if not parts & {"clip", "image"} and "image_vector_width" in unet:
         clip.setdefault("embed_dim", unet["image_vector_width"])
     sample = settings.setdefault("sample", {})
@@ -431,7 +440,7 @@ def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: O
             nonlocal done
             done += 1
             if on_bytes is not None:
-                on_bytes("checking for NaN", done, total)
+                on_bytes(CHECKING, done, total)
 
         report.nonfinite += [f"{part}: {name}" for name in readers.find_nonfinite(state, on_tensor=tick)]
     if report.nonfinite:
@@ -445,8 +454,8 @@ def origin(found: Sequence[PartSource], report: Report) -> dict[str, Any]:
     """The record saved with the weights: source files, contents, licence terms, converter version."""
     lineages, before = set(), {}
     for part in found:
-        if part.layout == "native":  # the folder records its origin, which shapes cannot show
-            before |= {str(file.parent): checkpoint.read_origin(file.parent) for file in part.files}
+        if part.origin or part.layout == "native":  # our record says what shapes cannot show
+            before[str(part.files[0].parent)] = dict(part.origin)
         elif part.part == "unet":
             lineages.add(unet_vgen.lineage(part.tensors) if part.layout in ("vgen", "sd") else "released")
         else:
@@ -488,7 +497,7 @@ def _describe(path: Path, on_bytes: OnBytes | None) -> dict[str, Any]:
 
 def _line(source: PartSource, state: Mapping[str, Tensor]) -> str:
     parameters = sum(tensor.numel() for tensor in state.values())
-    files = ", ".join(dict.fromkeys(f.name for f in source.files))
+    files = source.files[0].name + (f" and {len(source.files) - 1} more" if len(source.files) > 1 else "")
     count = f"{len(state)} tensors, {parameters:,} parameters"
     return f"{WORDS[source.part]} from {files} ({source.layout}): {count}"
 

@@ -87,6 +87,7 @@ class PartFiles:
     tensors: Mapping[str, Tensor]
     folded: float = 1.0  # factor on conv_in's concat columns in the file; `tensors` have it undone
     gain: float | None = None  # use.concat_gain, if we wrote the file
+    shards: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,16 @@ def find_weights(folder: Path, variant: str | None = None) -> Path:
             for name in (f"{stem}{infix}.{ending}", f"{stem}.{ending}.index{infix}.json"):
                 if (folder / name).is_file():
                     return folder / name
+    if gone := [file for file in folder.iterdir() if file.is_symlink() and not file.exists()]:
+        raise ValueError(f"{gone[0]} is a link to a file that is not there; download it again")
     found = {_variant(file.name) for file in folder.iterdir()} - {None}
     if not found:
         raise ValueError(f"{folder} holds no weights; it should hold {' or '.join(STEMS)}.safetensors")
     wanted = f"of the variant {variant}" if variant else "without a variant"
+    others = sorted(found - {""})
     raise ValueError(
-        f"{folder} has no weights {wanted}; give one of variant={', '.join(sorted(found - {''})) or None}"
+        f"{folder} has no weights {wanted}; "
+        + (f"give one of variant={', '.join(others)} (--variant)" if others else "leave the variant out")
     )
 
 
@@ -181,12 +186,15 @@ def _variant(name: str) -> str | None:
 def open_part(name: str, path: Path, settings: Mapping[str, Any]) -> PartFiles:
     """Open a file or index as the part `name`, with old names updated and a folded gain undone."""
     file = readers.open_sharded(path) if path.name.endswith(".json") else readers.open_file(path)
+    shards = tuple(part.path for part in file.parts)
     if name == "vae":
-        return PartFiles(path, _Changed(file.tensors, {_vae_name(old): old for old in file.tensors}))
+        names = {_vae_name(old): old for old in file.tensors}
+        return PartFiles(path, _Changed(file.tensors, names), shards=shards)
     if name == "unet":
         folded, gain = _gains(path, settings)
-        return PartFiles(path, _Changed(file.tensors, {n: n for n in file.tensors}, folded), folded, gain)
-    return PartFiles(path, file.tensors)
+        tensors = _Changed(file.tensors, {n: n for n in file.tensors}, folded)
+        return PartFiles(path, tensors, folded, gain, shards)
+    return PartFiles(path, file.tensors, shards=shards)
 
 
 OLD_VAE_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}

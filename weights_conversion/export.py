@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from i2vgen.files import checkpoint, whole
 from i2vgen.settings import config, merge
+from weights_conversion import clip as clip_tables
 from weights_conversion import diffusers_layout, rules, sources, unet_vgen
 from weights_conversion import vae as vae_tables
 
@@ -57,13 +59,15 @@ def export(
     if shard_bytes is not None:
         raise ValueError("--shard-size needs --layout diffusers; official checkpoints are one file per part")
     with whole.replacing_folder(out, sync=True) as temporary:
-        return _write_vgen(cfg, parts, temporary, checkpoint.read_origin(native), dtype, on_bytes)
+        record = {"format": config.FORMAT, "settings": merge.read_stored_settings(native)}
+        return _write_vgen(cfg, parts, temporary, record, checkpoint.read_origin(native), dtype, on_bytes)
 
 
 def _write_vgen(
     cfg: config.Config,
     parts: Mapping[str, Mapping[str, Tensor]],
     folder: Path,
+    record: Mapping[str, Any],
     origin: Mapping[str, Any],
     dtype: torch.dtype | None,
     on_bytes: Callable[[int, int], None] | None,
@@ -72,10 +76,12 @@ def _write_vgen(
     tick = checkpoint.counter(total, on_bytes)
     steps = [extra["step"] for extra in origin.get("extra", {}).values() if "step" in extra]
     step = int(steps[0]) if steps else RELEASED_STEP
+    # Beside the tensors, where official code does not look: what shapes do not show, for the way back.
+    beside = {sources.RECORD: json.dumps({**record, "origin": origin})}
     notes = []
     if "unet" in parts:
         state = _theirs(unet_vgen.rows(cfg.unet, cfg.use), parts["unet"], "", dtype)
-        _save({"state_dict": state, "step": step}, folder / UNET_FILE.format(step=step), tick)
+        _save({"state_dict": state, "step": step} | beside, folder / UNET_FILE.format(step=step), tick)
         if cfg.use.concat and cfg.use.concat_gain != 2.0:
             notes.append(
                 f"use.concat_gain is {cfg.use.concat_gain}, but the official code always adds the branch "
@@ -83,10 +89,13 @@ def _write_vgen(
             )
     if "vae" in parts:
         state = _theirs(vae_tables.rows(cfg.vae), parts["vae"], vae_tables.PREFIX, dtype)
-        _save({"state_dict": state}, folder / VAE_FILE, tick)
+        _save({"state_dict": state} | beside, folder / VAE_FILE, tick)
     if "clip" in parts:
         same = [rules.Row(name, (name,)) for name in parts["clip"]]
-        _save(_theirs(same, parts["clip"], "", dtype), folder / CLIP_FILE, tick)
+        state = _theirs(same, parts["clip"], "", dtype)
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        plain = clip_tables.shows_its_settings(cfg.clip, shapes)  # as official files are
+        _save(state if plain else {"state_dict": state} | beside, folder / CLIP_FILE, tick)
     return notes
 
 
@@ -117,8 +126,15 @@ def _own_storage(tensor: Tensor) -> Tensor:
 
 
 def _save(content: Mapping[str, Any], path: Path, tick: Callable[[int], None]) -> None:
+    """ValueError from torch about its writer, such as on a full disk, becomes the OSError that caused it."""
     with path.open("wb") as file:
-        torch.save(content, _Counted(file, tick))
+        counted = _Counted(file, tick)
+        try:
+            torch.save(content, counted)
+        except RuntimeError:
+            if counted.error is None:
+                raise
+            raise OSError(counted.error.errno, counted.error.strerror, str(path)) from counted.error
 
 
 class _Counted:
@@ -126,9 +142,14 @@ class _Counted:
 
     def __init__(self, file: IO[bytes], tick: Callable[[int], None]):
         self.file, self.tick = file, tick
+        self.error: OSError | None = None
 
     def write(self, data) -> int:
-        written = self.file.write(data)
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.tick(written)
         return written
 

@@ -3,7 +3,7 @@
     open_zip      the present format: a zip archive of raw storages, and one pickle that says how to use them
     open_legacy   the format from before 2020; torch.load cannot map it, so it is read into memory
 
-Both end in `_unwrap`, which looks for the state dict under the keys that training programs use (WRAPPERS).
+Both end in `state_dicts.unwrap`.
 """
 
 from __future__ import annotations
@@ -14,40 +14,27 @@ import struct
 import tempfile
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, UntypedStorage
+from torch import UntypedStorage
 
 from weights_conversion.mapped import (
     DAMAGED,
-    LEFT_OUT,
-    MAX_AXES,
     SAVE_ANEW,
-    WRAPPER,
     ZIP_ERRORS,
     Aligned,
     TensorFile,
-    fits,
     read_entry,
     shown,
 )
-from weights_conversion.read_pickle import (
-    MAX_PICKLE,
-    UNPICKLING_ERRORS,
-    Inert,
-    Outline,
-    find_refused,
-    outline,
-    stand_ins,
-)
+from weights_conversion.pickle_names import UNPICKLING_ERRORS, find_refused
+from weights_conversion.read_pickle import MAX_PICKLE, Outline, outline, stand_ins
+from weights_conversion.state_dicts import unwrap
 
-# Keys under which a training program puts the state dict, beside its step counter and the like.
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-MAX_WRAPPERS = 3  # inside each other
 MAX_PROTOCOL = 3
 # The format from before the zip begins with pickles of this number, version, system, content, storages' keys.
 LEGACY_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
@@ -57,7 +44,7 @@ LEGACY_PICKLES = 5
 # --- the zip format
 
 
-def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
+def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...], ema: bool = False) -> TensorFile:
     """The tensors of a torch file as views into the mapped file, and the archive's entries that hold them."""
     entries, root, pickled = _read_archive(path, buffer)
     (found,) = _inspect(path, pickled, inert)
@@ -79,7 +66,7 @@ def open_zip(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFil
                 f"numbers are described; {DAMAGED}"
             )
         holders[storage.data_ptr()] = entry
-    tensors, extra = _unwrap(path, content, len(buffer))
+    tensors, extra = unwrap(path, content, len(buffer), ema)
     held = {name: holders.get(t.untyped_storage().data_ptr()) for name, t in tensors.items() if t.numel()}
     if None in held.values():
         raise ValueError(f"{path} has a tensor whose numbers are not in the file; {DAMAGED}")
@@ -103,6 +90,7 @@ def _read_archive(path: Path, buffer: mmap.mmap) -> tuple[dict[str, zipfile.ZipI
         root = _root(path, entries)
         for info in infos:
             _check_entry(path, info, is_data=info.filename.startswith(f"{root}data/"))
+        _check_places(path, buffer, infos, archive.start_dir)
         return entries, root, b"".join(read_entry(path, archive, entries[f"{root}data.pkl"]))
 
 
@@ -146,10 +134,22 @@ def _check_entry(path: Path, entry: zipfile.ZipInfo, *, is_data: bool) -> None:
         entry.CRC = None  # torch can be told to leave the checksum out; zipfile then compares nothing
 
 
+def _check_places(path: Path, buffer: mmap.mmap, entries: list[zipfile.ZipInfo], end: int) -> None:
+    """Each entry ends before the next: a header that moves one onto another would hide its checksum."""
+    entries = sorted(entries, key=lambda entry: entry.header_offset)
+    for entry, limit in zip(entries, [*(e.header_offset for e in entries[1:]), end], strict=True):
+        lengths = buffer[entry.header_offset + 26 : entry.header_offset + 30]  # of its name and its extras
+        if (
+            len(lengths) < 4
+            or entry.header_offset + 30 + sum(struct.unpack("<HH", lengths)) + (entry.file_size) > limit
+        ):
+            raise ValueError(f"{path}: its entry {shown(entry.filename)} lies over another one; {DAMAGED}")
+
+
 # --- the format before the zip
 
 
-def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> TensorFile:
+def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...], ema: bool = False) -> TensorFile:
     """The tensors of an old torch file, read into memory: it says nowhere where they lie."""
     start = buffer[:MAX_PICKLE]
     if LEGACY_MAGIC not in start[:64]:
@@ -162,7 +162,7 @@ def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...]) -> Tensor
     if sum(found.storages.values()) > len(buffer):
         raise ValueError(f"{path} describes more numbers than it has bytes; {DAMAGED}")
     content = _load(path, found, "cpu", mapped=False)
-    tensors, extra = _unwrap(path, content, len(buffer))
+    tensors, extra = unwrap(path, content, len(buffer), ema)
     return TensorFile(path, "torch", tensors, extra, {})
 
 
@@ -223,98 +223,3 @@ def _broken(path: Path, error: BaseException) -> ValueError:
     told = str(error).rpartition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
     told = told or type(error).__name__
     return ValueError(f"{path} has a broken description of its tensors ({shown(told)}); {DAMAGED}")
-
-
-# --- what a torch file holds
-
-
-def _plain(content: Any) -> Any:
-    """Real dicts in place of OrderedDicts, whose methods a pickle can replace."""
-    if not isinstance(content, dict):
-        return content
-    return {key: _plain(value) for key, value in dict.items(content)}
-
-
-def _unwrap(path: Path, content: Any, file_size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state dict in what torch.load gave, and the plain values beside it."""
-    content = _plain(content)
-    extra: dict[str, Any] = {}
-    left_out: list[str] = []
-    wrapper: list[str] = []
-    while len(wrapper) < MAX_WRAPPERS and (key := _wrapper_key(path, content)) is not None:
-        _set_aside({k: v for k, v in content.items() if k != key}, extra, left_out)
-        wrapper.append(key)
-        content = content[key]
-    tensors = _named_tensors(path, content)
-    _set_aside({k: v for k, v in content.items() if k not in tensors}, extra, left_out)
-    if wrapper:
-        extra[WRAPPER] = ".".join(wrapper)
-    if left_out:
-        extra[LEFT_OUT] = ", ".join(left_out)
-    return {name: _dense(f"{path}: {shown(name)}", t, file_size) for name, t in tensors.items()}, extra
-
-
-def _dense(where: str, tensor: Tensor, file_size: int) -> Tensor:
-    """The tensor without its attributes, hooks and class, once it is one that can be read safely."""
-    tensor = Tensor.detach(tensor)
-    if tensor.is_conj() or tensor.is_neg():
-        raise ValueError(
-            f"{where} holds a tensor with pending conjugation or negation; resolve it before saving"
-        )
-    if tensor.ndim > MAX_AXES or not fits(tensor.shape):
-        raise ValueError(f"{where} has an impossible shape; {DAMAGED}")
-    if tensor.numel() * tensor.element_size() > file_size:
-        raise ValueError(f"{where} repeats its numbers to more than the whole file; save a plain copy of it")
-    return tensor
-
-
-def _wrapper_key(path: Path, content: Any) -> str | None:
-    if not isinstance(content, dict):
-        return None
-    keys = [key for key in WRAPPERS if _holds_tensors(content.get(key))]
-    if len(keys) > 1:
-        raise ValueError(
-            f"{path} holds several sets of tensors ({', '.join(keys)}); save the wanted one by itself"
-        )
-    return keys[0] if keys else None
-
-
-def _holds_tensors(value: Any) -> bool:
-    """Whether it is a dict with a tensor at any depth."""
-    if not isinstance(value, dict):
-        return False
-    return any(isinstance(v, Tensor) or _holds_tensors(v) for v in value.values())
-
-
-def _names(keys: Iterable[Any]) -> str:
-    keys = list(keys)
-    words = [shown(key) if isinstance(key, (str, int)) else type(key).__name__ for key in keys[:5]]
-    return ", ".join(words) + (", ..." if len(keys) > 5 else "")
-
-
-def _set_aside(values: Mapping[Any, Any], extra: dict[str, Any], left_out: list[str]) -> None:
-    for key, value in values.items():
-        if isinstance(key, str) and (value is None or type(value) in (int, float, str, bool)):
-            extra[key] = value
-        else:
-            left_out.append(_names([key]))
-
-
-def _named_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    if isinstance(content, Tensor):
-        raise ValueError(f"{path} holds one tensor without a name; save {{name: tensor}} instead")
-    if isinstance(content, Inert):
-        raise ValueError(f"{path} holds an object of {shown(content.word)}, not a state dict; {SAVE_ANEW}")
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not tensors by name; {SAVE_ANEW}")
-    tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
-    groups = [key for key, value in content.items() if _holds_tensors(value)]
-    if groups:
-        raise ValueError(
-            f"{path} holds its tensors in groups ({_names(groups)}); save the wanted one by itself"
-        )
-    if not tensors:
-        raise ValueError(f"{path} holds no tensors, only {_names(content) or 'an empty dict'}; {SAVE_ANEW}")
-    if not all(isinstance(key, str) for key in tensors):
-        raise ValueError(f"{path} has tensors whose names are not text ({_names(tensors)}); {SAVE_ANEW}")
-    return tensors

@@ -7,8 +7,9 @@ Tensors are views into the mapped file: opening a 6 GB file takes no memory. The
 from before 2020, which is read into memory.
 
     read_safetensors   checks a safetensors header
-    read_torch         reads a torch file with torch.load and finds the state dict in it
-    read_pickle        inspects its pickle first
+    read_torch         reads a torch file with torch.load
+    state_dicts        finds the state dict in what that gives
+    read_pickle        inspects its pickle first, pickle_names the names in it
     mapped             what all of them share
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from weights_conversion.mapped import (
+    AVERAGED,
     CHUNK,
     DAMAGED,
     LEFT_OUT,
@@ -37,11 +39,15 @@ from weights_conversion.mapped import (
     shown,
     without_repeats,
 )
-from weights_conversion.read_pickle import MAX_PICKLE, find_refused, is_pickle
+from weights_conversion.pickle_names import find_refused, is_pickle
+from weights_conversion.read_pickle import MAX_PICKLE
 from weights_conversion.read_safetensors import open_safetensors
 from weights_conversion.read_torch import open_legacy, open_zip
+from weights_conversion.state_dicts import EMA
 
 __all__ = [
+    "AVERAGED",
+    "EMA",
     "LEFT_OUT",
     "WRAPPER",
     "Format",
@@ -75,24 +81,30 @@ TENSORFLOW_FOOTER = b"\x57\xfb\x80\x8b\x24\x75\x47\xdb"
 
 
 def open_file(
-    path: str | Path, *, check: bool = True, inert: tuple[str, ...] = (), on_bytes: OnBytes | None = None
+    path: str | Path,
+    *,
+    check: bool = True,
+    inert: tuple[str, ...] = (),
+    ema: bool = False,
+    on_bytes: OnBytes | None = None,
 ) -> TensorFile:
     """Open one weights file, whatever its name. ValueError, with the likely reason, if it is not one.
 
     `check` compares the tensors of a torch file with its checksums, which reads the file once (`on_bytes` is
     called with the number of bytes just read). Without it, call `verify` on the result for the names in use.
-    `inert` adds packages whose classes a torch file may name; empty stand-ins take their place.
+    `inert` adds packages whose classes a torch file may name; empty stand-ins take their place. `ema` takes
+    the averaged weights where a torch file holds both kinds.
     """
     path = Path(path)
     buffer = map_file(path)
     if buffer[:4] == b"PK\x03\x04":
-        file = open_zip(path, buffer, inert)
+        file = open_zip(path, buffer, inert, ema)
     elif (told := _recognise(buffer)) is not None:
         raise ValueError(f"{path} {told}")
     elif buffer[8:9] == b"{":
         file = open_safetensors(path, buffer)
     elif buffer[:1] == b"\x80":
-        file = open_legacy(path, buffer, inert)
+        file = open_legacy(path, buffer, inert, ema)
     else:
         raise ValueError(f"{path} {_describe_unknown(buffer)}")
     if check:
@@ -101,7 +113,12 @@ def open_file(
 
 
 def open_sharded(
-    index: str | Path, *, check: bool = True, inert: tuple[str, ...] = (), on_bytes: OnBytes | None = None
+    index: str | Path,
+    *,
+    check: bool = True,
+    inert: tuple[str, ...] = (),
+    ema: bool = False,
+    on_bytes: OnBytes | None = None,
 ) -> TensorFile:
     """Open the files that an index with a `weight_map` (tensor -> file name beside the index) binds together.
 
@@ -113,7 +130,7 @@ def open_sharded(
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).is_file():
             raise ValueError(f"{index} needs {name}, which is not beside it; download the missing file")
-        parts.append(open_file(index.parent / name, check=check, inert=inert, on_bytes=on_bytes))
+        parts.append(open_file(index.parent / name, check=check, inert=inert, ema=ema, on_bytes=on_bytes))
     holder = _agree(index, weight_map, parts)
     if len({part.format for part in parts}) > 1:
         raise ValueError(f"{index} mixes safetensors and torch files; keep one kind")

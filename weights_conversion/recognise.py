@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,11 +23,12 @@ class Signature:
     without: tuple[str, ...] = ()
 
 
+OTHER_VIDEO = (".temopral_conv.", ".time_stack.")  # ours, and Stable Video Diffusion's
 # A name that ends with a dot matches as a prefix; one that starts with a dot matches anywhere.
 SIGNATURES = (
     Signature("unet", "vgen", "", ("input_blocks.0.0.weight", ".temopral_conv.")),
-    Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
-    Signature("unet", "sd", "", ("input_blocks.0.0.weight",), (".temopral_conv.",)),
+    Signature("unet", "sd", "model.diffusion_model.", ("input_blocks.0.0.weight",), OTHER_VIDEO),
+    Signature("unet", "sd", "", ("input_blocks.0.0.weight",), OTHER_VIDEO),
     Signature("unet", "diffusers", "", ("transformer_in.norm.weight", "image_latents_proj_in.")),
     Signature("unet", "native", "", ("conv_in.weight", "time.linear1.weight", "mid1.res.conv1.weight")),
     Signature("vae", "compvis", "first_stage_model.", ("encoder.conv_in.weight", "encoder.mid.block_1.")),
@@ -50,19 +51,14 @@ class Found:
     tensors: Mapping[str, Tensor]
 
 
-class Below(Mapping):
-    """The tensors with a prefix, under their names without it; read from the file on access."""
+class Renamed(Mapping):
+    """Some tensors of a file under other names (new name -> name in the file), read on access."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], prefix: str, keep: Iterable[str] | None = None):
-        names = (name for name in tensors if name.startswith(prefix)) if keep is None else keep
-        self.tensors, self.prefix = tensors, prefix
-        self.names = [name.removeprefix(prefix) for name in names]
-        self.known = set(self.names)
+    def __init__(self, tensors: Mapping[str, Tensor], names: Mapping[str, str]):
+        self.tensors, self.names = tensors, names
 
     def __getitem__(self, name: str) -> Tensor:
-        if name not in self.known:
-            raise KeyError(name)
-        return self.tensors[self.prefix + name]
+        return self.tensors[self.names[name]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -86,12 +82,31 @@ def recognise(tensors: Mapping[str, Tensor]) -> list[Found]:
     return found
 
 
+# What training programs and compilers put before every name; `_orig_mod.` may also stand inside.
+PREFIXES = ("module.", "_forward_module.", "model.diffusion_model.", "diffusion_model.", "model.", "unet.")
+COMPILED = "_orig_mod."
+
+
+def recognise_below(tensors: Mapping[str, Tensor]) -> tuple[list[Found], str]:
+    """`recognise`, if need be below prefixes that are no part of a model's names -> parts, those prefixes."""
+    names, prefix = {name: name for name in tensors}, ""
+    if any(COMPILED in name for name in names):
+        names, prefix = {name.replace(COMPILED, ""): held for name, held in names.items()}, COMPILED
+        if len(names) < len(tensors):
+            raise ValueError(f"the file holds tensors twice, with and without {COMPILED} in their names")
+    found = recognise(Renamed(tensors, names))
+    while not found and (this := next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")):
+        names = {n.removeprefix(this): held for n, held in names.items() if n.startswith(this)}
+        prefix += this
+        found = recognise(Renamed(tensors, names))
+    return found, prefix
+
+
 def summary(tensors: Mapping[str, Tensor]) -> str | None:
     """One line that describes the parts found; None if there are none."""
-    found = recognise(tensors)
-    return (
-        ", ".join(f"{WORDS[f.part]} in {f.layout} layout ({len(f.tensors)} tensors)" for f in found) or None
-    )
+    found, prefix = recognise_below(tensors)
+    parts = [f"{WORDS[f.part]} in {f.layout} layout ({len(f.tensors)} tensors)" for f in found]
+    return ", ".join(parts) + (f", below the prefix {prefix}" if prefix else "") if parts else None
 
 
 WORDS = {
@@ -106,15 +121,16 @@ WORDS = {
 TOWER = {"image": ("vision_model.", "visual_projection."), "text": ("text_model.", "text_projection.")}
 
 
-def _own(tensors: Mapping[str, Tensor], signature: Signature) -> Below:
+def _own(tensors: Mapping[str, Tensor], signature: Signature) -> Renamed:
     """The tensors of a part: all with its prefix. The towers of a full CLIPModel keep their prefixes."""
+    prefix = signature.prefix
     if signature.layout != "transformers":
-        return Below(tensors, signature.prefix)
+        return Renamed(tensors, {n.removeprefix(prefix): n for n in tensors if n.startswith(prefix)})
     if signature.part == "image":
         own = [n for n in tensors if n.startswith((*TOWER["image"], "logit_scale"))]
     else:
         own = [n for n in tensors if not n.startswith(TOWER["image"])]
-    return Below(tensors, "", own)
+    return Renamed(tensors, {n: n for n in own})
 
 
 def _has(names: list[str], wanted: str) -> bool:

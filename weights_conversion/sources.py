@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from i2vgen.files import checkpoint
-from i2vgen.settings.config import SETTINGS_FILE
+from i2vgen.settings.config import FORMAT, SETTINGS_FILE
 from i2vgen.settings.merge import first_line, read_stored_settings
-from weights_conversion import diffusers_layout, readers
-from weights_conversion.recognise import WORDS, Found, recognise
+from weights_conversion import adapters, diffusers_layout, readers
+from weights_conversion.inspect_file import INDEX_ENDING, WEIGHT_ENDINGS
+from weights_conversion.recognise import COMPILED, WORDS, Renamed, recognise, recognise_below
 
+SHARD = re.compile(r".+-\d{5}-of-(?P<count>\d{5})\.\w+")
+TOOK_AVERAGED = "the averaged weights were taken"
+LIGHTNING_EMA = "model_ema."  # before names without their dots, in the same dict as the weights themselves
+RECORD = "i2vgen"  # what an exported file says about the folder that it came from, as JSON text
 HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<inside>.+))?")
 
 
@@ -32,6 +38,7 @@ class PartSource:
     notes: tuple[str, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)  # the model's own config.json
+    origin: Mapping[str, Any] = field(default_factory=dict)  # our record of where the weights came from
 
 
 def gather(
@@ -40,17 +47,19 @@ def gather(
     variant: str | None = None,
     compat: str | None = None,
     spatial_init: bool = False,
+    ema: bool = False,
 ) -> list[PartSource]:
     """All parts in all sources. ValueError if a source holds nothing known, or two hold the same part."""
     if not names:
         raise ValueError("no source given; name checkpoint files, folders, or hf:OWNER/NAME[@REVISION]")
     parts: list[PartSource] = []
     for name in names:
-        here = _from_source(str(name), variant, compat)
+        here = _from_source(str(name), variant, compat, ema)
         here = [p for p in here if not _unused(p, here, spatial_init)]
         if not here:
             raise ValueError(
-                f"{name} holds no part that is used here (a Stable Diffusion UNet needs --spatial-init)"
+                f"{name} holds no part that is used here: a UNet without temporal layers, such as Stable "
+                "Diffusion's, can only initialise one (--spatial-init)"
             )
         for part in here:
             if twin := next((p for p in parts if p.part == part.part), None):
@@ -68,6 +77,8 @@ def gather(
         if given and needs not in layouts:
             what = "diffusers folder" if needs == "diffusers" else "Stable Diffusion UNet"
             raise ValueError(f"{flag} was given but no source is a {what}; it would change nothing")
+    if ema and not any(TOOK_AVERAGED in note for part in parts for note in part.notes):
+        raise ValueError("--ema was given but no source holds averaged weights; it would change nothing")
     return parts
 
 
@@ -98,39 +109,117 @@ def download(name: str, *, on_start: Callable[[str], None] | None = None) -> tup
     return (folder / inside if inside else folder), folder.name
 
 
-def _from_source(name: str, variant: str | None, compat: str | None) -> list[PartSource]:
+def located(name: str) -> tuple[Path, tuple[str, ...]]:
+    """A source's path, downloaded if it is on the hub, and notes. ValueError if there is nothing."""
     if name.startswith("hf:"):
         path, commit = download(name)
-        note = f"downloaded as {name}, revision {commit}"
-        return [_with_note(part, note) for part in _from_source(str(path), variant, compat)]
-    path = Path(name)
-    if not path.exists():
-        raise ValueError(f"source {path} does not exist")
-    if path.is_dir():
-        return _from_folder(path, variant, compat)
-    file = readers.open_sharded(path) if path.name.endswith(".index.json") else readers.open_file(path)
-    found = recognise(file.tensors)
-    if not found:
-        some = ", ".join(list(file.tensors)[:4])
+        return path, (f"downloaded as {name}, revision {commit}",)
+    if not Path(name).exists():
+        raise ValueError(f"source {name} does not exist")
+    return Path(name), ()
+
+
+def _from_source(name: str, variant: str | None, compat: str | None, ema: bool) -> list[PartSource]:
+    path, notes = located(name)
+    parts = _from_folder(path, variant, compat, ema) if path.is_dir() else _from_file(path, ema)
+    return [dataclasses.replace(part, notes=(*part.notes, *notes)) for part in parts]
+
+
+def _from_file(path: Path, ema: bool) -> list[PartSource]:
+    if (shard := SHARD.fullmatch(path.name)) and int(shard["count"]) > 1:
         raise ValueError(
-            f"{path} holds {len(file.tensors)} tensors, but nothing known (its names: {some}, ...)"
+            f"{path} is one of {int(shard['count'])} shards; give their index (*{INDEX_ENDING}) or the folder"
         )
-    return [_part(f, (path,), extra=file.extra) for f in found]
+    opener = readers.open_sharded if path.name.endswith(INDEX_ENDING) else readers.open_file
+    file = opener(path, ema=ema)
+    tensors, averaged = _chosen(file, ema)
+    found, prefix = recognise_below(tensors)
+    if not found:
+        some = ", ".join(list(tensors)[:4])
+        why = "; it is an adapter: convert it by itself" if adapters.has_matrices(tensors) else ""
+        raise ValueError(
+            f"{path} holds {len(tensors)} tensors, but nothing known (its names: {some}, ...){why}"
+        )
+    notes = averaged if any(f.part == "unet" for f in found) else []
+    if prefix:
+        notes.append(f"{path.name}: the names' prefix {prefix} was left out{_without(prefix, tensors)}")
+    record = _record(path, file.extra)
+    return [
+        PartSource(
+            f.part,
+            f.layout,
+            f.tensors,
+            (path, *(part.path for part in file.parts)),
+            _settings_of_part(record, f.part),
+            tuple(notes),
+            {key: value for key, value in file.extra.items() if key != RECORD},
+            origin=record.get("origin", {}),
+        )
+        for f in found
+    ]
 
 
-def _from_folder(path: Path, variant: str | None, compat: str | None) -> list[PartSource]:
+def _chosen(file: readers.TensorFile, ema: bool) -> tuple[Mapping[str, Tensor], list[str]]:
+    """The tensors to take, and notes if the file also holds those averaged over the training (EMA)."""
+    tensors, path = file.tensors, file.extra.get(readers.WRAPPER, "")
+    other = file.extra.get(readers.AVERAGED, "")
+    took = any(readers.EMA.fullmatch(key.lower()) for key in path.split("."))
+    if any(name.startswith(LIGHTNING_EMA) for name in tensors):
+        names = [name for name in tensors if not name.startswith(LIGHTNING_EMA)]
+        flat = {name: LIGHTNING_EMA + name.removeprefix("model.").replace(".", "") for name in names}
+        took, path, other = ema, LIGHTNING_EMA, LIGHTNING_EMA
+        tensors = Renamed(tensors, {n: flat[n] if ema and flat[n] in tensors else n for n in names})
+    if took:
+        return tensors, [f"{file.path.name}: {TOOK_AVERAGED} ({path})"]
+    if other:
+        return tensors, [
+            f"{file.path.name} also holds averaged weights ({other}), which were left out; --ema takes them"
+        ]
+    return tensors, []
+
+
+def _without(prefix: str, tensors: Mapping[str, Tensor]) -> str:
+    start = prefix.removeprefix(COMPILED)
+    others = [name for name in tensors if not name.replace(COMPILED, "").startswith(start)]
+    return f"; so were {len(others)} tensors without it, such as {others[0]}" if others else ""
+
+
+def _record(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What `export` wrote beside the tensors; empty for a file from elsewhere."""
+    if RECORD not in extra:
+        return {}
+    try:
+        record = json.loads(extra[RECORD])
+        if not isinstance(record["settings"], dict) or record["format"] != FORMAT:
+            raise ValueError(f"format {record['format']}; this version reads format {FORMAT}")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: its record `{RECORD}` is not readable ({error!r}); export it again"
+        ) from error
+    return record
+
+
+def _settings_of_part(record: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """The UNet's file speaks for everything but the other two parts."""
+    settings, own = record.get("settings", {}), ("vae", "clip")
+    return {
+        name: held for name, held in settings.items() if (name == part if part in own else name not in own)
+    }
+
+
+def _from_folder(path: Path, variant: str | None, compat: str | None, ema: bool) -> list[PartSource]:
     if (path / SETTINGS_FILE).is_file():
         return native(path)
     if diffusers_layout.is_folder(path):
         return from_diffusers(path, variant=variant, compat=compat)
     if (path / "config.json").is_file():
         return from_component(path, variant=variant, compat=compat)
-    files = [
-        f for f in sorted(path.iterdir()) if f.suffix in (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-    ]
-    if not files:
+    indices = sorted(path.glob(f"*{INDEX_ENDING}"))
+    shards = {name for index in indices for name in readers.shard_names(index)}
+    files = [f for f in sorted(path.iterdir()) if f.suffix in WEIGHT_ENDINGS and f.name not in shards]
+    if not indices + files:
         raise ValueError(f"{path} is neither a native nor a diffusers folder and holds no checkpoint files")
-    return [part for file in files for part in _from_source(str(file), variant, compat)]
+    return [part for file in sorted(indices + files) for part in _from_file(file, ema)]
 
 
 def native(path: Path) -> list[PartSource]:
@@ -145,7 +234,8 @@ def native(path: Path) -> list[PartSource]:
                 if len(files) > 1
                 else _open(files[0])
             )
-            parts.append(PartSource(part, "native", tensors, tuple(files), settings))
+            origin = checkpoint.read_origin(path)
+            parts.append(PartSource(part, "native", tensors, tuple(files), settings, origin=origin))
     return parts
 
 
@@ -163,7 +253,12 @@ def _of_folder(folder: diffusers_layout.Folder, compat: str | None) -> list[Part
                 f"{held.path} holds nothing known; it should be the {name} of a diffusers folder"
             )
         extra = {"folded": held.folded} if name == "unet" else {}
-        parts.append(_part(found[0], (held.path,), settings=settings, notes=tuple(notes), extra=extra))
+        one = found[0]
+        parts.append(
+            PartSource(
+                one.part, one.layout, one.tensors, (held.path, *held.shards), settings, tuple(notes), extra
+            )
+        )
     return parts
 
 
@@ -171,14 +266,15 @@ def from_component(path: Path, *, variant: str | None, compat: str | None) -> li
     """One model of diffusers or transformers in a folder of its own, read as in a whole folder."""
     card = diffusers_layout.read_json(path / "config.json")
     file = diffusers_layout.find_weights(path, variant)
-    found = recognise(diffusers_layout.open_part("", file, card).tensors)
+    opened = diffusers_layout.open_part("", file, card)
+    found = recognise(opened.tensors)
     if not found:
         raise ValueError(f"{path} holds nothing known")
     parts = []
     for f in found:
         if f.layout != "diffusers":
             # What a CLIP tower is takes both towers' configs; `convert` puts them together.
-            parts.append(PartSource(f.part, f.layout, f.tensors, (file,), card=card))
+            parts.append(PartSource(f.part, f.layout, f.tensors, (file, *opened.shards), card=card))
             continue
         held = diffusers_layout.open_part(f.part, file, card)
         folder = diffusers_layout.Folder(path, {f.part: held}, {f.part: card})
@@ -188,21 +284,6 @@ def from_component(path: Path, *, variant: str | None, compat: str | None) -> li
 
 def _open(path: Path) -> Mapping[str, Tensor]:
     return readers.open_file(path).tensors
-
-
-def _part(
-    found: Found,
-    files: tuple[Path, ...],
-    *,
-    settings: Mapping[str, Any] | None = None,
-    notes: tuple[str, ...] = (),
-    extra: Mapping[str, Any] | None = None,
-) -> PartSource:
-    return PartSource(found.part, found.layout, found.tensors, files, settings or {}, notes, extra or {})
-
-
-def _with_note(part: PartSource, note: str) -> PartSource:
-    return dataclasses.replace(part, notes=(*part.notes, note))
 
 
 def _unused(part: PartSource, here: list[PartSource], spatial_init: bool) -> bool:

@@ -238,15 +238,22 @@ def lineage(names: Iterable[str]) -> Lineage | None:
     return "v1" if {"fps_embedding", "context_embedding"} <= roots else "refiner"
 
 
+# What shapes do not show; anyone who knows better can give it.
+HIDDEN = (
+    "norm_groups", "local_grid", "concat_heads", "dropout", "temporal_conv_dropout", "concat_dropout",
+)  # fmt: skip
+
+
 def settings_from_shapes(
-    shapes: Shapes, *, head_width: int | None = None, norm_groups: int = 32
+    shapes: Shapes, *, head_width: int | None = None, given: Mapping[str, Any] | None = None
 ) -> tuple[config.UNet, config.Use]:
     """Shapes of a checkpoint of any lineage except SD -> the settings under which `rows` maps all of it.
 
-    Shapes do not show everything: the head width is guessed by `_head_width` unless given, norms have
-    `norm_groups` groups, the small frame encoder has two heads, and the local grid has its default.
-    ValueError if these do not fit the shapes, or if the names are not those of a video UNet.
+    Shapes do not show everything: unless given, the head width is guessed by `_head_width`, and HIDDEN have
+    their defaults; `given` is a `unet` section. ValueError if these do not fit the shapes, or if the names
+    are not those of a video UNet.
     """
+    given = {**(given or {}), **({} if head_width is None else {"head_width": head_width})}
     if lineage(shapes) in (None, "sd"):
         raise ValueError(
             "these tensors are not a video UNet in the official layout (no temporal parts were found); "
@@ -261,8 +268,8 @@ def settings_from_shapes(
             f"a level has width {wrong[0]}, not a multiple of the first convolution's {base_width}"
         )
     attending = [width for width, on in zip(widths, attends, strict=True) if on] + [widths[-1]]  # middle
-    head_width = _head_width(head_width, attending, shapes)
-    unet = {
+    head_width = _head_width(given, attending, shapes)
+    unet = {name: given[name] for name in HIDDEN if name in given} | {
         "in_channels": in_channels,
         "out_channels": _shape(shapes, "out.2.weight")[0],
         "base_width": base_width,
@@ -271,7 +278,6 @@ def settings_from_shapes(
         "attention_levels": attends,
         "head_width": head_width,
         "context_width": _shape(shapes, "middle_block.1.transformer_blocks.0.attn2.to_k.weight")[1],
-        "norm_groups": norm_groups,
     }
     if use.temporal_attention:
         unet["first_temporal_heads"] = _first_temporal_heads(shapes, head_width)
@@ -281,7 +287,7 @@ def settings_from_shapes(
         first, last = (_shape(shapes, f"local_image_embedding.{i}.weight") for i in (0, 3))
         unet |= {"local_widths": (first[0], last[0]), "image_channels": first[1]}
     if use.concat:
-        unet |= _concat(shapes, use)
+        unet |= _concat(shapes, use, given)
         unet["in_channels"] -= unet["concat_channels"]
     return config.UNet(**unet), use
 
@@ -331,17 +337,17 @@ def _levels(shapes: Shapes) -> tuple[list[int], int, tuple[bool, ...]]:
 USUAL_FIRST_HEADS = 8
 
 
-def _head_width(given: int | None, widths: list[int], shapes: Shapes) -> int:
-    """Guess the head width: an eighth of the first temporal transformer's width if possible, else 64."""
-    head_width = config.UNet().head_width if given is None else given
-    first = shapes.get("input_blocks.0.1.proj_in.weight", (0,))[0]
-    if given is None and first and first % USUAL_FIRST_HEADS == 0:
-        eighth = first // USUAL_FIRST_HEADS
-        head_width = head_width if any(width % eighth for width in widths) else eighth
+def _head_width(given: Mapping[str, Any], widths: list[int], shapes: Shapes) -> int:
+    """The head width, unless given: that of so many first temporal heads, of 8 if possible, or 64."""
+    head_width = given.get("head_width", config.UNet().head_width)
+    first, heads = shapes.get("input_blocks.0.1.proj_in.weight", (0,))[0], given.get("first_temporal_heads")
+    if "head_width" not in given and first and first % (heads or USUAL_FIRST_HEADS) == 0:
+        share = first // (heads or USUAL_FIRST_HEADS)
+        head_width = share if heads or not any(width % share for width in widths) else head_width
     if wrong := [width for width in widths if head_width < 1 or width % head_width]:
         raise ValueError(
             f"attention of width {wrong[0]} cannot have heads of width {head_width}"
-            + ("; give unet.head_width=..., which shapes do not show" if given is None else "")
+            + ("" if "head_width" in given else "; give unet.head_width=..., which shapes do not show")
         )
     return head_width
 
@@ -368,7 +374,7 @@ def _global_tokens(shapes: Shapes, context_width: int) -> dict[str, int]:
     }
 
 
-def _concat(shapes: Shapes, use: config.Use) -> dict[str, int]:
+def _concat(shapes: Shapes, use: config.Use, given: Mapping[str, Any]) -> dict[str, int]:
     hidden, image_channels = _shape(shapes, "local_image_concat.0.weight")[:2]
     branch = {
         "image_channels": image_channels,
@@ -378,7 +384,7 @@ def _concat(shapes: Shapes, use: config.Use) -> dict[str, int]:
     if not use.concat_temporal:
         return branch
     start = "local_temporal_encoder.layers."
-    heads = config.UNet().concat_heads
+    heads = given.get("concat_heads", config.UNet().concat_heads)
     rows = _shape(shapes, f"{start}0.0.fn.to_qkv.weight")[0]
     if rows % (3 * heads):
         raise ValueError(f"{start}0.0.fn.to_qkv.weight has {rows} rows, not q, k, v of {heads} heads")

@@ -26,6 +26,7 @@ DIFFUSERS_ATTENTION: Table = (
     ("to_v", "to_v", "affine"),
     ("to_out.0", "to_out", "affine"),
 )
+HIDDEN = ("scale", "norm_groups", "resolution")  # settings that no shape shows
 QUANT: Table = (("quant_conv", "quant_conv", "affine"), ("post_quant_conv", "post_quant_conv", "affine"))
 
 
@@ -111,12 +112,15 @@ def settings(ddconfig: Mapping[str, Any], embed_dim: int, scale: float) -> confi
     )
 
 
-def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
+def settings_from_shapes(
+    shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any] | None = None
+) -> config.VAE:
     """CompVis' tensor shapes (names without PREFIX) -> our settings; ValueError if they are incomplete.
 
-    Shapes do not show the latent scale, the number of norm groups (32), and the resolution from which
-    attention levels are counted (256); these take our defaults.
+    Shapes do not show the latent scale, the number of norm groups, and the resolution from which attention
+    levels are counted; unless `given`, these take our defaults.
     """
+    hidden = {name: value for name, value in (given or {}).items() if name in HIDDEN}
     try:
         depth = 1 + max(int(name.split(".")[2]) for name in shapes if name.startswith("encoder.down."))
         widths = [shapes[f"encoder.down.{level}.block.0.conv1.weight"][0] for level in range(depth)]
@@ -129,7 +133,7 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
         ) from error
     if wrong := [width for width in widths if width % base]:
         raise ValueError(f"a level has width {wrong[0]}, not a multiple of the first convolution's {base}")
-    resolution = config.VAE().resolution
+    resolution = hidden.get("resolution", config.VAE().resolution)
     attends = [level for level in range(depth) if f"encoder.down.{level}.attn.0.q.weight" in shapes]
     return config.VAE(
         channels=channels,
@@ -139,6 +143,7 @@ def settings_from_shapes(shapes: Mapping[str, tuple[int, ...]]) -> config.VAE:
         z_channels=z_channels,
         embed_dim=embed_dim,
         attention_resolutions=tuple(resolution // 2**level for level in attends),
+        **hidden,
     )
 
 

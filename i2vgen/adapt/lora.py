@@ -1,34 +1,31 @@
 """Low-rank adapters (LoRA, arXiv 2106.09685) on any linear or convolutional module of a network.
 
-    adapters = lora.attach(unet, ["*.cross_attention.to_*"], rank=8)   # trainable, zero to begin with
+    adapters = lora.attach(unet, ["*.cross_attention.to_*"], rank=8)   # trainable, without effect at first
     adapters.save("outputs/mine")                                      # peft's files, a few hundred kB
     lora.load(unet, "outputs/mine", scale=0.8).merge()                 # or .remove(): the weights as before
 
-A weight W is seen as W + scale * alpha / rank * B A by everything that reads it, the fast forms included, so
-nothing else in a network has to know. `scripts/train.py` trains them with `train.lora_rank`, and
-`generate.py adapter=FOLDER` samples with them.
+Everything that reads a weight W sees W + scale * alpha / rank * B A, so nothing else in a network has to
+know. To combine adapters, load and merge one after the other. `scripts/train.py` trains them with
+`train.lora_rank`, and `generate.py adapter=FOLDER` samples with them; `lora_files` reads and writes them.
 
 Axes: r rank, i inputs of a weight (times its kernel), o outputs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from i2vgen.adapt.lora_files import SETTINGS_FILE, WEIGHTS_FILE, Matrices, read, renamed, write
 from i2vgen.adapt.taps import matching
-from i2vgen.files.safefile import Entry, write_safetensors
 
-WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
-PREFIX = "base_model.model."  # peft puts it before every path
+__all__ = ["SETTINGS_FILE", "WEIGHTS_FILE", "Adapters", "attach", "load", "read"]
 
 
 class LowRank(nn.Module):
@@ -50,21 +47,24 @@ class LowRank(nn.Module):
 
 
 class Adapters(nn.Module):
-    """All adapters of one network; their parameters and nobody else's, so this is what an optimiser gets."""
+    """All adapters of one network. Its parameters are theirs alone, so it is what an optimiser gets."""
 
-    def __init__(self, network: nn.Module, ranks: Mapping[str, int], alpha: float):
-        """`ranks`: path of a module -> rank. ValueError for modules that cannot carry one."""
+    def __init__(self, network: nn.Module, ranks: Mapping[str, int], alphas: Mapping[str, float]):
+        """Rank and alpha by module path. ValueError for modules that cannot carry an adapter."""
         super().__init__()
-        self.alpha, self.modules_by_path = alpha, {}
+        self.alphas, self.modules_by_path = dict(alphas), {}
         parts = {}
         for path, rank in ranks.items():
             module = network.get_submodule(path)
             if not isinstance(module, nn.Linear | nn.Conv2d):
                 raise ValueError(f"{path} is a {type(module).__name__}; only Linear and Conv carry adapters")
             if parametrize.is_parametrized(module, "weight"):
-                raise ValueError(f"{path} carries an adapter already; merge or remove that one first")
+                raise ValueError(
+                    f"{path} carries an adapter already, or its weight is stored in eight bits; merge or "
+                    "remove that adapter first, and leave out runtime.weight_storage"
+                )
             self.modules_by_path[path] = module
-            parts[path.replace(".", "/")] = LowRank(module.weight, rank, alpha / rank)
+            parts[path.replace(".", "/")] = LowRank(module.weight, rank, alphas[path] / rank)
         self.parts = nn.ModuleDict(parts)
         for path, module in self.modules_by_path.items():
             parametrize.register_parametrization(module, "weight", self.part(path), unsafe=True)
@@ -79,11 +79,11 @@ class Adapters(nn.Module):
         return self
 
     def remove(self) -> None:
-        """The network as it was, bit for bit."""
+        """Take the adapters out: the network is as it was, bit for bit."""
         self._leave(merged=False)
 
     def merge(self) -> None:
-        """The adapted numbers become the network's own, bit for bit what it computed with, at no cost."""
+        """Make the adapted weights the network's own, bit for bit what it computed with."""
         self._leave(merged=True)
 
     def _leave(self, *, merged: bool) -> None:
@@ -91,31 +91,15 @@ class Adapters(nn.Module):
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
 
     def save(self, folder: str | Path) -> Path:
-        """Two files in peft's format: the matrices, float32, and what they are for. Each appears whole."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors, ranks = {}, {}
+        """Write the matrices and their settings in peft's format, at scale 1."""
+        matrices = {}
         for path, module in self.modules_by_path.items():
-            part = self.part(path)
-            ranks[path] = len(part.a)
             kernel = module.parametrizations.weight.original.shape[2:]
-            a, b = (x.detach().float().cpu() for x in (part.a, part.b))
-            tensors[f"{PREFIX}{path}.lora_A.weight"] = a.unflatten(1, (-1, *kernel)) if kernel else a
-            tensors[f"{PREFIX}{path}.lora_B.weight"] = b[..., None, None] if kernel else b
-        entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t.contiguous()) for n, t in tensors.items()]
-        write_safetensors(folder / WEIGHTS_FILE, entries)
-        settings = {
-            "peft_type": "LORA",
-            "r": max(ranks.values()),
-            "rank_pattern": {path: rank for path, rank in ranks.items() if rank != max(ranks.values())},
-            "lora_alpha": self.alpha,
-            "target_modules": list(ranks),
-            "bias": "none",
-        }
-        temporary = folder / f".{SETTINGS_FILE}.writing"
-        temporary.write_text(json.dumps(settings, indent=1) + "\n")
-        temporary.replace(folder / SETTINGS_FILE)
-        return folder
+            a, b = (x.detach().float().cpu() for x in (self.part(path).a, self.part(path).b))
+            if kernel:
+                a, b = a.unflatten(1, (-1, *kernel)), b[..., None, None]
+            matrices[path] = Matrices(a, b, self.alphas[path])
+        return write(folder, matrices)
 
 
 def attach(network: nn.Module, patterns: Sequence[str], *, rank: int, alpha: float | None = None) -> Adapters:
@@ -133,65 +117,34 @@ def attach(network: nn.Module, patterns: Sequence[str], *, rank: int, alpha: flo
         ranks |= dict.fromkeys(found, rank)
     if not ranks:
         raise ValueError("no pattern given; name modules, for example *.cross_attention.to_*")
-    return Adapters(network, ranks, rank if alpha is None else alpha)
+    return Adapters(network, ranks, dict.fromkeys(ranks, rank if alpha is None else alpha))
 
 
-def load(network: nn.Module, folder: str | Path, *, scale: float = 1.0) -> Adapters:
-    """Adapters that `save` or peft wrote, attached. ValueError names what does not fit this network."""
-    tensors, alpha = read(folder)
-    paths = sorted({name.rpartition(".lora_")[0] for name in tensors})
+def load(network: nn.Module, source: str | Path, *, scale: float = 1.0) -> Adapters:
+    """Attach the adapters of a folder or file (`lora_files`). ValueError names what does not fit."""
+    matrices = read(source)
     known = dict(network.named_modules())
-    if foreign := [path for path in paths if path not in known]:
+    fitting, foreign = renamed(matrices, {path: path for path in known})
+    if foreign:
         raise ValueError(
-            f"{folder} is an adapter for another architecture: this network has no {foreign[0]} "
-            f"({len(foreign)} of its {len(paths)} modules are missing)"
+            f"{source} is an adapter for another architecture: this network has no {foreign[0]} "
+            f"({len(foreign)} of its {len(matrices)} modules are missing); names of diffusers or of the "
+            "official code are translated by `python -m weights_conversion convert ADAPTER OUT`"
         )
-    ranks = {}
-    for path in paths:
-        a, b = (tensors.get(f"{path}.lora_{which}.weight") for which in "AB")
+    for path, held in fitting.items():
         weight = getattr(known[path], "weight", None)
-        if a is None or b is None:
-            raise ValueError(f"{folder} lacks one of the two matrices of {path}")
-        fits = weight is not None and (a[0].shape, len(b), b[0].numel()) == (
-            weight[0].shape,
-            len(weight),
-            len(a),
-        )
-        if not fits:
+        if weight is None or (held.a[0].shape, len(held.b)) != (weight[0].shape, len(weight)):
             shape = None if weight is None else tuple(weight.shape)
             raise ValueError(
-                f"{folder} is an adapter for another architecture: its matrices for {path} have shapes "
-                f"{tuple(a.shape)} and {tuple(b.shape)}, the weight is {shape}"
+                f"{source} is an adapter for another architecture: its matrices for {path} have shapes "
+                f"{tuple(held.a.shape)} and {tuple(held.b.shape)}, the weight is {shape}"
             )
-        ranks[path] = len(a)
-    adapters = Adapters(network, ranks, alpha)
+    ranks = {path: len(held.a) for path, held in fitting.items()}
+    adapters = Adapters(network, ranks, {path: held.alpha for path, held in fitting.items()})
     with torch.no_grad():
-        for path in paths:
-            part = adapters.part(path)
-            part.a.copy_(tensors[f"{path}.lora_A.weight"].flatten(1))
-            part.b.copy_(tensors[f"{path}.lora_B.weight"].flatten(1))
+        for path, held in fitting.items():
+            adapters.part(path).a.copy_(held.a.flatten(1))
+            adapters.part(path).b.copy_(held.b.flatten(1))
     if not scale or not any(part.b.any() for part in adapters.parts.values()):
-        warnings.warn(f"the adapter {folder} at scale {scale:g} changes nothing", stacklevel=2)
+        warnings.warn(f"the adapter {source} at scale {scale:g} changes nothing", stacklevel=2)
     return adapters.set_scale(scale)
-
-
-def read(folder: str | Path) -> tuple[dict[str, Tensor], float]:
-    """Matrices by path without peft's prefix, and alpha. ValueError if it is no adapter of this kind."""
-    folder = Path(folder)
-    try:
-        settings = json.loads((folder / SETTINGS_FILE).read_text())
-        alpha = float(settings["lora_alpha"])
-        if settings.get("peft_type") != "LORA" or settings.get("use_dora") or settings.get("use_rslora"):
-            raise ValueError(f"{folder} holds no plain LoRA; other kinds of adapters are not read")
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            tensors = {name.removeprefix(PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{folder} is no adapter: it lacks {Path(error.filename or WEIGHTS_FILE).name}; give a folder "
-            f"with {SETTINGS_FILE} and {WEIGHTS_FILE}"
-        ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"the adapter {folder} is damaged: {error}") from error
-    if wrong := [name for name in tensors if ".lora_A." not in name and ".lora_B." not in name]:
-        raise ValueError(f"{folder} holds {wrong[0]}, which is no part of a plain LoRA")
-    return tensors, alpha

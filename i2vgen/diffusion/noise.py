@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,9 @@ class SampleNoise:
     """
 
     def __init__(self, seed: int | torch.Generator):
-        self.generator = seed if isinstance(seed, torch.Generator) else torch.Generator().manual_seed(seed)
+        if not isinstance(seed, torch.Generator):
+            seed = torch.Generator().manual_seed(operator.index(seed))  # numpy's integers too
+        self.generator = seed
 
     def draw(self, shape: tuple[int, ...]) -> Tensor:
         """Standard normal float32 of shape (1, *shape) on the CPU, as the official code draws it."""

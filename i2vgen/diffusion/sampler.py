@@ -8,6 +8,7 @@ which depends on it need not wait for the GPU; moving it, conditions, guidance a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
@@ -100,6 +101,22 @@ def between(low: float, high: float, inside: Predict, outside: Predict) -> Predi
     return predict
 
 
+def visits(
+    schedule: Schedule, steps: int, spacing: Spacing, own: Sequence[int] | None
+) -> tuple[list[int], list[int]]:
+    """-> the timesteps of a sampler, and the noise level that the step from each lands on.
+
+    `own`, falling timesteps, take the place of `steps` and `spacing`. ValueError if they cannot be visited.
+    """
+    if own is None:
+        return tuple(grid(schedule.num_timesteps, steps, spacing) for grid in (timesteps, next_levels))
+    visited, last = [int(t) for t in own], schedule.num_timesteps - 1
+    falling = all(before > after for before, after in itertools.pairwise(visited))
+    if not visited or not falling or visited != list(own) or not 0 <= visited[-1] <= visited[0] <= last:
+        raise ValueError(f"timesteps are {list(own)}; give falling whole numbers from {last} to 0")
+    return visited, [*visited[1:], 0]
+
+
 @torch.no_grad()
 def ddim(
     predict: Predict,
@@ -108,6 +125,7 @@ def ddim(
     *,
     steps: int,
     spacing: Spacing = "official",
+    timesteps: Sequence[int] | None = None,
     eta: float = 0.0,
     eps_form: EpsForm = "direct",
     final_alpha: Literal["first", "one"] = "first",
@@ -119,7 +137,8 @@ def ddim(
 ) -> Tensor:
     """Noise x [b c f h w] -> latents [b c f h w] by DDIM (Song et al. 2021, eq. 12), in at least float32.
 
-    `steps` and `spacing` choose the timesteps (`schedule.timesteps`; "official" may take more than `steps`).
+    `steps` and `spacing` choose the timesteps (`schedule.timesteps`; "official" may take more than `steps`),
+    unless they are given themselves, as `timesteps`.
     `eta` 0 is deterministic, 1 as noisy as ancestral sampling; `noise` draws z like x, called only where it
     is used. `final_alpha` is the signal power that the last step lands on: "first" is abar[0] as in the
     official code, which leaves sqrt(1 - abar[0]) of eps in the result; "one" returns x0. `clamp` or
@@ -134,8 +153,7 @@ def ddim(
         raise ValueError(f"eta is {eta} but no `noise` was given; pass a function that draws noise like x")
     if final_alpha not in ("first", "one"):
         raise ValueError(f"final_alpha is {final_alpha!r}; choose first or one")
-    visited = timesteps(schedule.num_timesteps, steps, spacing)
-    levels = next_levels(schedule.num_timesteps, steps, spacing)
+    visited, levels = visits(schedule, steps, spacing, timesteps)
     x = at_least_float32(x)
     # Coefficients of all steps [n 1 1 1 1]: float32 operations on picked values, as in the official code.
     abar = schedule.pick(schedule.abar, torch.tensor(visited), x)
@@ -214,13 +232,15 @@ def ancestral(
     schedule: Schedule,
     *,
     noise: Noise,
+    clamp: float | None = None,
+    percentile: float | None = None,
     on_step: OnStep | None = None,
     check_finite: bool = True,
 ) -> Tensor:
     """Noise x [b c f h w] -> latents [b c f h w] over all T steps (Ho et al. 2020, algorithm 2).
 
     The state is kept in at least float32. `noise` draws z like x, once per step except the last; its size
-    follows `schedule.variance`.
+    follows `schedule.variance`. `clamp` or `percentile` limit x0 (`limit_x0`).
     FloatingPointError when x stops being finite (`check_finite`).
     """
     check_latents(x)
@@ -229,10 +249,13 @@ def ancestral(
     for index, now in enumerate(reversed(range(schedule.num_timesteps))):
         t = timestep(now, x)
         step = schedule.model_distribution(call(predict, x, t), x, t)
-        x = step.mean
+        x0, mean = limit_x0(step.x0, clamp=clamp, percentile=percentile), step.mean
+        if x0 is not step.x0:
+            mean = schedule.q_posterior(x0, x, t)[0]
+        x = mean
         if now > 0:
             x = x + torch.exp(0.5 * step.log_variance) * noise(x)
-        watch.step(StepInfo(index, schedule.num_timesteps, now, x, step.x0))
+        watch.step(StepInfo(index, schedule.num_timesteps, now, x, x0))
     watch.end()
     return x
 

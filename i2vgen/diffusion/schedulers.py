@@ -56,15 +56,17 @@ class FromDiffusers:
         check_latents(x)
         check(self.scheduler, schedule)
         self.scheduler.set_timesteps(steps, device=x.device)
-        if not torch.as_tensor(getattr(self.scheduler, "sigmas", 0.0)).isfinite().all():
-            raise ValueError(
-                "the scheduler divides by the signal and there is none at its first timestep; make it with "
-                "rescale_betas_zero_snr=True, which leaves a little there"
-            )
         visited = self.scheduler.timesteps.tolist()
+        if visited[0] < visited[-1]:
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} goes from latents to noise, as pipeline.invert does; it cannot sample")
+        if not torch.as_tensor(getattr(self.scheduler, "sigmas", 0.0)).isfinite().all():
+            raise ValueError(f"the scheduler {NO_SIGNAL}; {advice(self.scheduler)}")
         x = at_least_float32(x) * self.scheduler.init_noise_sigma
         extra = {} if noise is None else randomness(self.scheduler, x, noise)
-        watch = Watch(schedule, on_step, check_finite)
+        starts_without = schedule.abar[int(visited[0])] == 0
+        why = f"; it {NO_SIGNAL}: {advice(self.scheduler)}" if starts_without else ""
+        watch = Watch(None, on_step, check_finite, why)
         for index, (t, now) in enumerate(zip(self.scheduler.timesteps, visited, strict=True)):
             own = torch.full((len(x),), now).to(torch.int64 if now == int(now) else torch.float64)
             out = call(predict, self.scheduler.scale_model_input(x, t), own)
@@ -79,6 +81,19 @@ def from_diffusers(scheduler: Any) -> FromDiffusers:
     return FromDiffusers(scheduler)
 
 
+NO_SIGNAL = "divides by the signal and there is none at its first timestep"
+
+
+def advice(scheduler: Any) -> str:
+    """How to make such a scheduler so that it starts where some signal is left."""
+    options = inspect.signature(type(scheduler)).parameters
+    if "rescale_betas_zero_snr" in options:
+        return "make it with rescale_betas_zero_snr=True, which leaves a little there"
+    if "timestep_spacing" in options:
+        return "make it with timestep_spacing='leading', steps_offset=1, which starts below that timestep"
+    return "take a scheduler that can avoid this, such as UniPCMultistepScheduler"
+
+
 def randomness(scheduler: Any, x: Tensor, noise: Noise) -> dict[str, Any]:
     """Schedulers that draw get a generator for each sample, seeded from the sample's own noise."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
@@ -88,7 +103,12 @@ def randomness(scheduler: Any, x: Tensor, noise: Noise) -> dict[str, Any]:
 
 
 def check(scheduler: Any, schedule: Schedule) -> None:
-    """ValueError unless the scheduler was made for these noise levels and this prediction."""
+    """ValueError unless the scheduler was made for these noise levels, this prediction and plain steps."""
+    needed = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
+    if len(needed) > 3:
+        raise ValueError(
+            f"{type(scheduler).__name__} has steps of another kind: they need {', '.join(needed)}"
+        )
     wanted, got = PREDICTIONS.get(schedule.prediction), scheduler.config.get("prediction_type")
     if wanted is None or got != wanted:
         raise ValueError(
@@ -99,5 +119,11 @@ def check(scheduler: Any, schedule: Schedule) -> None:
     if len(abar) != schedule.num_timesteps or not torch.allclose(abar, schedule.abar, rtol=0, atol=CLOSE):
         raise ValueError(
             "the scheduler has other noise levels than the model; make it with "
-            "trained_betas=model.schedule.betas.numpy()"
+            "trained_betas=model.schedule.betas.numpy(), and without options that change these"
         )
+    for limit in ("clip_sample", "thresholding"):
+        if scheduler.config.get(limit):
+            raise ValueError(
+                f"the scheduler was made with {limit}=True, which limits x0 as if it were pixels; latents "
+                f"leave that range: make it with {limit}=False"
+            )

@@ -4,7 +4,8 @@ All of them step between the discrete noise levels x = alpha x0 + sigma eps of t
 log(alpha / sigma), half the log-SNR, as their clock. Where no signal is left (t = T - 1 at zero terminal SNR)
 lambda is -infinity: that step is taken in DDIM's x0 form, which is finite there, and the next one
 extrapolates over alpha / sigma instead, which is 0 there (x / sigma is the integral of x0 over it). The last
-step is of first order: it spans the largest interval of lambda, an infinite one if `final_alpha` is "one".
+step is of first order unless `last_order` is 2: it spans the largest interval of lambda, an infinite one if
+`final_alpha` is "one".
 Coefficients are Python floats from float64 tables; the state is in at least float32.
 """
 
@@ -26,9 +27,11 @@ from i2vgen.diffusion.sampler import (
     at_least_float32,
     call,
     check_latents,
+    limit_x0,
     timestep,
+    visits,
 )
-from i2vgen.diffusion.schedule import Schedule, Spacing, next_levels, timesteps
+from i2vgen.diffusion.schedule import Schedule, Spacing
 
 FinalAlpha = Literal["first", "one"]
 X0Of = Callable[[Tensor, int], Tensor]  # one network call: x [b c f h w] at a timestep -> x0 [b c f h w]
@@ -44,6 +47,7 @@ class Step(NamedTuple):
     alpha_to: float
     sigma_to: float
     next_t: int | None  # the timestep of the level it lands on; None: the last step
+    last_order: int = 1  # the highest order of a multistep solver in the last step
 
     @property
     def decay(self) -> float:
@@ -63,15 +67,23 @@ class Step(NamedTuple):
         return self.alpha_to * (1 - self.decay)
 
 
-def plan(schedule: Schedule, steps: int, spacing: Spacing, final_alpha: FinalAlpha) -> list[Step]:
-    """The steps of `schedule.timesteps`, noisy to clean."""
+def plan(
+    schedule: Schedule,
+    steps: int,
+    spacing: Spacing,
+    final_alpha: FinalAlpha,
+    timesteps: Sequence[int] | None = None,
+    last_order: int = 1,
+) -> list[Step]:
+    """The steps between the timesteps of `visits`, noisy to clean."""
     if final_alpha not in ("first", "one"):
         raise ValueError(f"final_alpha is {final_alpha!r}; choose first or one")
-    visited = timesteps(schedule.num_timesteps, steps, spacing)
-    levels = next_levels(schedule.num_timesteps, steps, spacing)
+    if last_order not in (1, 2) or (last_order == 2 and final_alpha == "one"):
+        raise ValueError(f"last_order is {last_order}; choose 1, or 2 with final_alpha='first'")
+    visited, levels = visits(schedule, steps, spacing, timesteps)
     alpha, sigma = schedule.sqrt_abar.tolist(), schedule.sqrt_one_minus_abar.tolist()
     made = [
-        Step(t, alpha[t], sigma[t], alpha[to], sigma[to], next_t)
+        Step(t, alpha[t], sigma[t], alpha[to], sigma[to], next_t, last_order)
         for t, to, next_t in zip(visited, levels, [*visited[1:], None], strict=True)
     ]
     if final_alpha == "one":
@@ -81,17 +93,19 @@ def plan(schedule: Schedule, steps: int, spacing: Spacing, final_alpha: FinalAlp
 
 def ahead(before: Step | None, now: Step) -> float:
     """How much of the last change of x0 to add, which makes it the x0 of half of this step."""
-    if before is None or now.next_t is None or now.alpha == 0:
+    if before is None or (now.next_t is None and now.last_order == 1) or now.alpha == 0:
         return 0.0
     if before.alpha == 0:  # by alpha / sigma: (now's way) / (2 before's way)
         return (1 / now.decay - 1) / 2
     return now.h / (2 * before.h)
 
 
-def x0_of(predict: Predict, schedule: Schedule) -> X0Of:
+def x0_of(
+    predict: Predict, schedule: Schedule, clamp: float | None = None, percentile: float | None = None
+) -> X0Of:
     def of(x: Tensor, t: int) -> Tensor:
         now = timestep(t, x)
-        return schedule.to_x0(call(predict, x, now), x, now)
+        return limit_x0(schedule.to_x0(call(predict, x, now), x, now), clamp=clamp, percentile=percentile)
 
     return of
 
@@ -105,7 +119,10 @@ def walk(states: Iterator[State], planned: Sequence[Step], watch: Watch) -> Tens
 
 
 def sampler(method: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
-    """The steps of a solver of order 1 or 2 -> a sampler with DDIM's signature."""
+    """The steps of a solver of order 1 or 2 -> a sampler with DDIM's signature.
+
+    `last_order` 2 also extrapolates in the last step; only multistep solvers have it.
+    """
 
     @torch.no_grad()
     def sample(
@@ -115,8 +132,12 @@ def sampler(method: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
         *,
         steps: int,
         spacing: Spacing = "official",
+        timesteps: Sequence[int] | None = None,
         final_alpha: FinalAlpha = "first",
+        clamp: float | None = None,
+        percentile: float | None = None,
         order: int = 2,
+        last_order: int = 1,
         noise: Noise | None = None,
         on_step: OnStep | None = None,
         check_finite: bool = True,
@@ -124,8 +145,9 @@ def sampler(method: Callable[..., Iterator[State]]) -> Callable[..., Tensor]:
         check_latents(x)
         if order not in (1, 2):
             raise ValueError(f"order is {order}; choose 1 or 2")
-        planned = plan(schedule, steps, spacing, final_alpha)
-        states = method(x0_of(predict, schedule), at_least_float32(x), planned, order, noise)
+        planned = plan(schedule, steps, spacing, final_alpha, timesteps, last_order)
+        estimate = x0_of(predict, schedule, clamp, percentile)
+        states = method(estimate, at_least_float32(x), planned, order, noise)
         return walk(states, planned, Watch(schedule, on_step, check_finite))
 
     sample.__name__, sample.__doc__ = method.__name__, method.__doc__

@@ -34,6 +34,7 @@ BRIEF = {  # of a sweep over ways of sampling
     "clip_psnr": "clip",
 }
 SHARES = (*ACCURACIES, "identity")
+FILES = ("scores.json", "table.md", "index.html")
 FRAME_HEIGHT, MAX_FRAMES, GAP = 96, 8, 3  # of the strips, in pixels
 
 
@@ -159,7 +160,8 @@ def write_report(evaluation: Evaluation, folder: Path) -> Path:
     """index.html, scores.json and table.md -> the page"""
     parts = [f"# Evaluation\n\n{summary(evaluation)}\n"]
     parts += [f"## {table.title}\n\n{table.markdown()}\n" for table in tables(evaluation)]
-    whole.write_json(folder / "scores.json", evaluation.to_dict(), allow_nan=False)
-    whole.write_text(folder / "table.md", "\n".join(parts))
-    whole.write_text(folder / "index.html", as_page(evaluation))
-    return folder / "index.html"
+    scores, table, page = (folder / name for name in FILES)
+    whole.write_json(scores, evaluation.to_dict(), allow_nan=False)
+    whole.write_text(table, "\n".join(parts))
+    whole.write_text(page, as_page(evaluation))
+    return page

@@ -15,15 +15,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from i2vgen.files import whole
 from i2vgen.files.safefile import Entry, write_safetensors
@@ -36,6 +39,8 @@ from i2vgen.settings.config import SETTINGS_FILE, Config, Use
 from i2vgen.settings.merge import from_dict, read_stored_settings
 
 ORIGIN_FILE = "origin.json"
+# Files of a weights folder, and what systems put into any folder.
+OF_FOLDER = re.compile(r"(settings|origin)\.json|.*\.safetensors(\.index\.json)?|\..*")
 PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
 
 
@@ -261,16 +266,18 @@ def save(
 ) -> Path:
     """Write a native folder, whole or not at all; an old one at the same place is replaced at the very end.
 
-    `parts` maps names of PARTS to models or state dicts. Tensors are taken out of a state dict one at a time,
-    once for their shape and once to be written, so that one that reads lazily never lies in memory whole; an
-    `Entry` in a tensor's place (its name is the key) is read only once. ValueError if the place holds
-    anything but weights. `on_bytes` is called with the bytes written and the bytes in all.
+    `parts` maps names of PARTS to models or state dicts. Of a model, the weights that it computes with are
+    written: with its adapters merged, and widened where they are stored in eight bits. Tensors are taken out
+    of a state dict one at a time, once for their shape and once to be written, so that one that reads lazily
+    never lies in memory whole; an `Entry` in a tensor's place (its name is the key) is read only once.
+    ValueError if the place holds anything but weights. `on_bytes` is called with the bytes written and the
+    bytes in all.
     """
     folder = check_place(folder)
     if unknown := set(parts) - set(PARTS):
         raise ValueError(f"there is no part {sorted(unknown)[0]!r}; a model has {', '.join(PARTS)}")
     with whole.replacing_folder(folder, sync=True) as temporary:
-        states = {p: inner(m).state_dict() if isinstance(m, nn.Module) else m for p, m in parts.items()}
+        states = {p: computed_state(inner(m)) if isinstance(m, nn.Module) else m for p, m in parts.items()}
         entries = {part: _entries(state) for part, state in states.items()}
         tick = counter(sum(e.nbytes for listed in entries.values() for e in listed), on_bytes)
         for part, listed in entries.items():
@@ -285,16 +292,42 @@ def save(
     return folder
 
 
+def computed_state(model: nn.Module) -> dict[str, Tensor | Entry]:
+    """The state dict, with what each parametrized weight computes in place of what it is computed from."""
+    state: dict[str, Tensor | Entry] = model.state_dict()
+    for path, module in model.named_modules():
+        for weight in module.parametrizations if parametrize.is_parametrized(module) else ():
+            name, held = f"{path}.{weight}", getattr(module, weight)
+            state = {n: t for n, t in state.items() if not n.startswith(f"{path}.parametrizations.{weight}.")}
+            state[name] = Entry(name, tuple(held.shape), held.dtype, partial(getattr, module, weight))
+    return state
+
+
 def check_place(folder: str | Path) -> Path:
-    """ValueError unless a weights folder can be written here: nothing there yet, or an older one."""
+    """ValueError unless a weights folder can be written here: nothing there yet, or an older one.
+
+    The older one is replaced, so it must hold nothing else.
+    """
     folder = Path(folder)
-    if folder.is_file() or (
-        folder.is_dir() and not (folder / SETTINGS_FILE).is_file() and any(folder.iterdir())
-    ):
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    if folder.is_file() or (there and not _is_native(folder)):
         raise ValueError(f"{folder} exists and is no weights folder; choose another place")
+    if others := [name for name in there if not OF_FOLDER.fullmatch(name)]:
+        raise ValueError(
+            f"{folder} is a weights folder that also holds {others[0]}, which would be lost; choose another "
+            "place"
+        )
     if file := next((parent for parent in folder.absolute().parents if parent.is_file()), None):
         raise ValueError(f"{folder} cannot be made: {file} is a file, not a folder")
     return folder
+
+
+def _is_native(folder: Path) -> bool:
+    try:
+        held = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(held, dict) and "format" in held
 
 
 def _write_part(

@@ -7,6 +7,9 @@ Sizes are always width, height; tensors are `c h w`.
 
 from __future__ import annotations
 
+import functools
+import io
+import os
 import struct
 import warnings
 import zlib
@@ -15,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 from torch import Tensor
 
 CropMode = Literal["clean", "official"]
@@ -54,6 +57,19 @@ DAMAGED = (
     struct.error,
     zlib.error,
 )
+# The colour spaces of ICC profiles that pictures have -> the PIL mode whose values they describe.
+PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}
+GREY_MODES = ("1", "L", "LA")
+DESCRIBED = {  # what a profile of each mode may be applied to
+    "L": GREY_MODES,
+    "RGB": (*GREY_MODES, "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"),
+    "CMYK": ("CMYK",),
+}
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+
+class UserMistake(ValueError):
+    """A ValueError that already says everything; whoever catches damage must not wrap it again."""
 
 
 class Pictures(NamedTuple):
@@ -72,57 +88,66 @@ def open_picture(
 ) -> Image.Image:
     """Read a picture file completely -> PIL RGB image.
 
-    `exif="apply"` turns the picture upright, `alpha="white"` lays transparent parts over white; the
-    official code does neither ("ignore", "drop"). Of an animated file the first frame is taken, with a
-    warning. Everything that can be wrong with the file is a ValueError here, before any long work.
+    `exif="apply"` turns the picture upright; `alpha="white"` lays transparent parts over white and converts
+    the colours to sRGB where the file has an ICC profile. The official code does neither ("ignore",
+    "drop"). Of an animated file the first frame is taken, with a warning. Everything that can be wrong with
+    the file is a ValueError here, before any long work.
     """
     path = Path(path)
-    if not path.exists():
-        raise ValueError(f"picture {path} does not exist; give the path of a picture file")
-    if not path.is_file():
-        raise ValueError(f"picture {path} is a folder, not a file; give the path of one picture")
-    if path.stat().st_size == 0:
-        raise ValueError(f"picture {path} is an empty file (0 bytes); save or download it again")
+    _refuse_what_is_no_file(path)
     try:
         with Image.open(path) as image:
             _refuse_bomb(image, path)
             image.load()
-            if exif == "apply":
-                picture = to_rgb(_upright(image, path), alpha=alpha)
-            else:
-                picture = to_rgb(image, alpha=alpha)
+            picture = to_rgb(image, alpha=alpha, exif=exif, name=f"picture {path}")
             if _has_second_frame(image):
                 warnings.warn(f"picture {path} holds several frames; the first one is used", stacklevel=2)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"picture {path} is too large: {error}; make it smaller first") from error
     except UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that Pillow can read; use PNG, JPEG or WebP") from error
+        why = disguise(path) or "use PNG, JPEG or WebP"
+        raise ValueError(f"{path} is not a picture that Pillow can read; {why}") from error
     except PermissionError as error:
         raise ValueError(f"picture {path} may not be read; check its permissions") from error
-    except _UserMistake:
+    except UserMistake:
         raise
+    except MemoryError as error:
+        raise ValueError(f"picture {path} needs more memory than there is; make it smaller first") from error
     except DAMAGED as error:
         raise ValueError(f"picture {path} is damaged or cut short ({error}); save it again") from error
     return picture
 
 
-def to_rgb(image: Image.Image, *, alpha: Literal["white", "drop"] = "white") -> Image.Image:
-    """Any PIL image, any mode -> PIL RGB image of the same size.
+def to_rgb(
+    image: Image.Image,
+    *,
+    alpha: Literal["white", "drop"] = "white",
+    exif: Literal["apply", "ignore"] = "ignore",
+    name: str = "the picture",
+) -> Image.Image:
+    """Any PIL image, any mode -> PIL RGB image; exif="apply" turns it upright. `name` is for warnings.
 
-    alpha="white": transparency (alpha bands, premultiplied ones, palette or key colours) is laid over
-    white, and deep pictures are brought to 8 bits: 16-bit values are divided by 257; 32-bit integers
-    and floats are taken as 0..1 (floats only), 0..255 or 0..65535, whichever is the smallest range that
-    holds them all, and refused outside. alpha="drop" is the official plain `convert("RGB")`: hidden
-    colours show and 16-bit values above 255 clip to white.
+    alpha="white": colours with an ICC profile are converted to sRGB; transparency (alpha bands,
+    premultiplied ones, palette or key colours) is laid over white; and deep pictures are brought to 8
+    bits: 16-bit values are divided by 257; 32-bit integers and floats are taken as 0..1 (floats only),
+    0..255 or 0..65535, whichever is the smallest range that holds them all, and refused outside.
+    alpha="drop" is the official plain `convert("RGB")`: profiles are ignored, hidden colours show and
+    16-bit values above 255 clip to white.
     """
     if image.width == 0 or image.height == 0:
-        raise _UserMistake(f"the picture is {image.width} x {image.height} pixels; it has nothing to show")
+        raise UserMistake(f"the picture is {image.width} x {image.height} pixels; it has nothing to show")
+    if exif == "apply":
+        image.load()  # PIL turns TIFF files by itself, but only then
+        image = _upright(image, name)
     if image.mode == "La":  # PIL converts the premultiplied grey mode to nothing but LA
         image = image.convert("LA")
-    if alpha == "drop" or (image.mode == "RGB" and "transparency" not in image.info):
+    if alpha == "drop":
         return image.convert("RGB")
+    profile = image.info.get("icc_profile")
     if image.mode == "F" or image.mode.startswith("I"):
-        image = _to_eight_bits(image)
+        image = to_eight_bits(image)
+    if profile:
+        image = to_srgb(image, profile, name)
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -130,27 +155,99 @@ def to_rgb(image: Image.Image, *, alpha: Literal["white", "drop"] = "white") -> 
     return Image.alpha_composite(white, image).convert("RGB")
 
 
-class _UserMistake(ValueError):
-    """A ValueError that already says everything; `open_picture` must not rewrap it as damage."""
+def to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
+    """8-bit PIL image whose values an ICC profile describes -> PIL RGB or RGBA image in sRGB.
+
+    Unchanged if the profile is sRGB within rounding; also, with a warning, if it is broken or of another
+    colour space.
+    """
+    try:
+        found = _srgb_transform(profile)
+        if found is None:
+            return image
+        mode, transform = found
+        if image.mode not in DESCRIBED[mode]:
+            raise ValueError(f"it describes {mode} values, but the picture holds {image.mode}")
+    except (ImageCms.PyCMSError, ImportError, *DAMAGED) as error:
+        warnings.warn(
+            f"{name}: its colour profile cannot be used ({error}); its colours are taken as sRGB",
+            stacklevel=4,
+        )
+        return image
+    if not image.has_transparency_data:
+        return ImageCms.applyTransform(image.convert(mode), transform)
+    image = image.convert("RGBA")
+    converted = ImageCms.applyTransform(image.convert(mode), transform)
+    converted.putalpha(image.getchannel("A"))
+    return converted
+
+
+@functools.lru_cache(maxsize=8)
+def _srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
+    """ICC profile -> (PIL mode it describes, its transform to sRGB RGB); None if it is sRGB itself.
+
+    None keeps the pixels of the many files that carry an sRGB profile as they are, bit for bit.
+    """
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = source.profile.xcolor_space.strip()
+    if space not in PROFILE_MODES:
+        raise ValueError(f"it describes {space} values")
+    mode = PROFILE_MODES[space]
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    if mode == "CMYK":
+        return mode, transform
+    levels = np.arange(0, 256, 15, dtype=np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), -1).reshape(1, -1, 3)
+    before = Image.fromarray(cube if mode == "RGB" else levels[None])
+    after = np.asarray(ImageCms.applyTransform(before, transform)).astype(int)
+    return None if np.abs(after - np.asarray(before.convert("RGB"))).max() <= 1 else (mode, transform)
+
+
+def disguise(path: Path) -> str:
+    """What an unreadable file really is and what to do about it; empty where that is unknown."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
+        return "it is a web page: the download gave an error or a login page; download the file itself"
+    if b"<svg" in start:
+        return "it is a drawing (SVG); export it as PNG"
+    if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:
+        return "it is a HEIC picture; convert it to JPEG or PNG"
+    return ""
+
+
+def _refuse_what_is_no_file(path: Path) -> None:
+    if not os.path.exists(path):  # Path.exists raises for names that are too long
+        if str(path).startswith(("http:/", "https:/")):
+            raise ValueError(f"picture {path} is a web address; download the picture and give its path")
+        raise ValueError(f"picture {path} does not exist; give the path of a picture file")
+    if path.is_dir():
+        raise ValueError(f"picture {path} is a folder, not a file; give the path of one picture")
+    if not path.is_file():
+        raise ValueError(f"picture {path} is a device or a pipe; give the path of a picture file")
+    if path.stat().st_size == 0:
+        raise ValueError(f"picture {path} is an empty file (0 bytes); save or download it again")
 
 
 def _refuse_bomb(image: Image.Image, path: Path) -> None:
     # PIL itself only warns between its limit and twice its limit; here both are refused.
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
-        raise _UserMistake(
+        raise UserMistake(
             f"picture {path} is {image.width} x {image.height} = {image.width * image.height} pixels, over "
             f"the limit of {limit} (PIL.Image.MAX_IMAGE_PIXELS); make it smaller first"
         )
 
 
-def _upright(image: Image.Image, path: Path) -> Image.Image:
+def _upright(image: Image.Image, name: str) -> Image.Image:
     # Not ImageOps.exif_transpose: it also rewrites the EXIF block, and a broken one would cost the picture.
     # PIL turns TIFF files by itself while loading and then reports them as upright.
     try:
         orientation = image.getexif().get(EXIF_ORIENTATION, 1)
     except DAMAGED:
-        warnings.warn(f"picture {path}: its EXIF block is unreadable; taken as upright", stacklevel=3)
+        warnings.warn(f"{name}: its EXIF block is unreadable; taken as upright", stacklevel=4)
         return image
     return image.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else image
 
@@ -165,8 +262,9 @@ def _has_second_frame(image: Image.Image) -> bool:
     return True
 
 
-def _to_eight_bits(image: Image.Image) -> Image.Image:
-    values = np.asarray(image).astype(np.float64)
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """PIL image of 16-bit or 32-bit integers or floats -> L, or LA with a key colour; see `to_rgb`."""
+    values = np.asarray(image)
     low, high = float(values.min()), float(values.max())  # NaN anywhere makes both NaN
     if image.mode.startswith("I;16"):
         scale = 257.0
@@ -177,11 +275,14 @@ def _to_eight_bits(image: Image.Image) -> Image.Image:
     elif low >= 0 and high <= 65535:
         scale = 257.0
     else:
-        raise _UserMistake(
+        raise UserMistake(
             f"the picture's {image.mode} values span {low:g}..{high:g}; expected 0..1 (floats), 0..255 or "
             "0..65535; rescale it first"
         )
-    grey = Image.fromarray(np.rint(values / scale).astype(np.uint8))
+    bytes_ = np.empty(values.shape, np.uint8)
+    for row in range(0, len(values), 256):  # float64 copies of a large picture would not fit
+        bytes_[row : row + 256] = np.rint(values[row : row + 256].astype(np.float64) / scale)
+    grey = Image.fromarray(bytes_)
     key = image.info.get("transparency")
     if isinstance(key, int):  # a key colour counts in the file's own depth
         grey.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))

@@ -6,9 +6,9 @@ import dataclasses
 import hashlib
 import json
 import platform
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
@@ -20,8 +20,13 @@ BLOCK = 1 << 20  # bytes hashed at once
 
 
 def path_of(video: Path) -> Path:
-    """The JSON beside a video: clip.mp4 -> clip.json; a folder of PNGs -> folder.json beside it."""
-    return video.with_suffix(".json") if video.suffix else video.with_name(video.name + ".json")
+    """The JSON beside a video or a folder of PNGs: clip.mp4 -> clip.mp4.json"""
+    return video.with_name(video.name + ".json")
+
+
+def earlier_path_of(video: Path) -> Path:
+    """Where earlier versions kept it, one for clip.mp4 and clip.gif: clip.json"""
+    return video.with_suffix(".json") if video.suffix else path_of(video)
 
 
 def settings_of(config: Config, image: str, prompt: str, seed: int, video: Path) -> Config:
@@ -36,17 +41,29 @@ def settings_of(config: Config, image: str, prompt: str, seed: int, video: Path)
     )
 
 
-def write(video: Path, config: Config, *, size: tuple[int, int], frames: int, fps: float) -> None:
+def check(video: Path) -> None:
+    """ValueError, before any work, unless the record of `video` can be written without loss."""
+    path = whole.check_place(f"the record of {video}", path_of(video))
+    if path.is_dir() or (path.is_file() and path.stat().st_size and not _load(path)):
+        raise ValueError(
+            f"the record of {video} would overwrite {path}, which is no record of a clip; choose another "
+            "output name"
+        )
+
+
+def write(
+    video: Path,
+    config: Config,
+    *,
+    size: tuple[int, int],
+    frames: int,
+    fps: float,
+    facts: Mapping[str, object] = MappingProxyType({}),
+) -> None:
     """The record of a video that is there; `config` is that of `settings_of`, `size` width and height.
 
-    clip.mp4 and clip.gif share one record, that of the later one; a warning says so.
+    `facts` are entries of the record that the settings do not hold, such as what replaced a setting.
     """
-    before = read(video) or {}
-    if before.get("file", video.name) != video.name:
-        warnings.warn(
-            f"{path_of(video)} was the record of {before['file']} and is now that of {video.name}",
-            stacklevel=3,
-        )
     record = {
         "file": video.name,
         "sha256": sha256(video),
@@ -55,19 +72,37 @@ def write(video: Path, config: Config, *, size: tuple[int, int], frames: int, fp
         "frames": frames,
         "fps": fps,
         "seed": config.sample.seed[0],
+        **facts,
         "settings": config.to_dict(),
         "versions": versions(),
     }
-    whole.write_json(path_of(video), record)
+    path, earlier = path_of(video), earlier_path_of(video)
+    other = (_load(path) or {}).get("file")
+    if isinstance(other, str) and Path(other).name == other != video.name:
+        keep = path_of(video.with_name(other))
+        if earlier_path_of(video.with_name(other)) == path and not keep.exists():
+            path.rename(keep)  # a folder `clip` has the name that the record of clip.mp4 had
+    whole.write_json(path, record)
+    if earlier != path and (_load(earlier) or {}).get("file") == video.name:
+        earlier.unlink()  # it told of the file that was just replaced
 
 
 def read(video: Path) -> dict | None:
     """The record beside a video; None if there is none or it cannot be read."""
+    for path in (path_of(video), earlier_path_of(video)):
+        record = _load(path)
+        if record is not None and record.get("file") == video.name:
+            return record
+    return None
+
+
+def _load(path: Path) -> dict | None:
+    """A record of any video; None for other files."""
     try:
-        record = json.loads(path_of(video).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) else None
+    return record if isinstance(record, dict) and {"file", "sha256", "settings"} <= record.keys() else None
 
 
 def versions() -> dict[str, str]:
@@ -84,7 +119,7 @@ def sha256(path: str | Path, on_bytes: Callable[[int], object] | None = None) ->
     `on_bytes` is called with the number of bytes just read.
     """
     path, digest, block = Path(path), hashlib.sha256(), bytearray(BLOCK)
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+    for file in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
         with file.open("rb") as stream, memoryview(block) as view:
             while count := stream.readinto(block):
                 digest.update(view[:count])

@@ -6,31 +6,27 @@ written whole or not at all: into a temporary neighbour first, which then takes 
 
 from __future__ import annotations
 
-import bisect
-import contextlib
 import itertools
 import math
-import re
-import warnings
-from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError, features
+from PIL import Image, features
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from i2vgen.files import whole
+from i2vgen.files.reading import FPS_RANGE, FRAME_NAME
+from i2vgen.files.reading import load as load  # "as": beside `save`, for everybody else
+from i2vgen.files.reading import measure as measure
 
 ENDINGS = (".mp4", ".gif", ".webp", ".png", "")
 CODEC = "libx264"
-FPS_RANGE = (0.01, 1000.0)
 GIF_MAX_FPS = 50.0  # players show frames shorter than 20 ms at 100 ms instead
 LARGEST_SIDE = {".gif": 65535, ".webp": 16383, ".mp4": 16384}
-FRAME_NAME = re.compile(r"frame_(\d{4,})\.png")
 
 # The official last-frame rule. The training clips often end in a frame left at zero, which is mid grey,
 # and the released weights learned to draw it. Bytes in 117..137, both included, count as grey.
@@ -208,8 +204,10 @@ def _write_mp4(frames: np.ndarray, path: Path, fps: float, quality: int) -> None
         stream.pix_fmt = "yuv420p"
         stream.options = {
             "crf": str(crf),
-            # Written into the stream, or players guess the colours by the picture's size.
-            "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv",
+            # The colours are written into the stream, or players guess them by the picture's size. mbtree
+            # would give other bytes and pixels at every save, more so on a busy machine; without it qcomp=1
+            # keeps file size and error where mbtree had them.
+            "x264-params": "colorprim=bt709:transfer=bt709:colormatrix=bt709:range=tv:mbtree=0:qcomp=1",
         }
         for frame in frames:
             padded = np.ascontiguousarray(np.pad(frame, pad, mode="edge"))
@@ -271,115 +269,6 @@ def _durations(num_frames: int, fps: float, *, ticks_per_second: int) -> list[in
 
 def _rate(fps: float) -> Fraction:
     return Fraction(fps).limit_denominator(1001)  # holds 24000/1001 and its like exactly
-
-
-# ---------------------------------------------------------------------------------------------------
-# Reading
-
-
-def load(path: str | Path, *, alpha: Literal["white", "drop"] = "drop") -> tuple[np.ndarray, float | None]:
-    """A video file or a folder of PNGs -> (uint8 frames [f h w 3], frames per second).
-
-    GIF and WebP frames that stand for several equal ones are repeated, so time runs evenly; a frame
-    without a duration counts 100 ms, as browsers have it. A file of variable rate is brought to its mean
-    rate, with a warning. The fps are None where nothing records them (PNGs from elsewhere). `alpha="white"`
-    lays transparent parts over white; "drop" shows what hides below. An mp4 of odd-sized frames comes back
-    padded, see `save`.
-    """
-    path = Path(path)
-    if path.is_dir():
-        return _load_pngs(path, alpha)
-    if not path.is_file():
-        raise ValueError(f"video {path} does not exist; give a video file or a folder of PNG pictures")
-    animated = path.suffix.lower() in (".gif", ".webp")
-    return _load_animation(path, alpha) if animated else _load_video(path, alpha)
-
-
-def _rgb(picture: Image.Image, alpha: str) -> np.ndarray:
-    """Any PIL picture -> uint8 [h w 3]"""
-    if alpha == "white" and picture.has_transparency_data:
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture.convert("RGBA"))
-    return np.asarray(picture.convert("RGB"))
-
-
-def _load_pngs(path: Path, alpha: str) -> tuple[np.ndarray, float | None]:
-    numbered = sorted((int(m[1]), p) for p in path.iterdir() if (m := FRAME_NAME.fullmatch(p.name)))
-    if not numbered:
-        raise ValueError(f"folder {path} holds no frame_0000.png, frame_0001.png, ...")
-    frames, fps = [], None
-    for _, file in numbered:
-        with _reading(file, OSError, SyntaxError), Image.open(file) as picture:
-            frames.append(_rgb(picture, alpha))
-            fps = float(picture.info["fps"]) if "fps" in picture.info else fps
-    sizes = {frame.shape for frame in frames}
-    if len(sizes) > 1:
-        raise ValueError(f"the frames in {path} have {len(sizes)} different sizes; expected one")
-    return np.stack(frames), fps
-
-
-def _load_animation(path: Path, alpha: str) -> tuple[np.ndarray, float]:
-    frames, durations = [], []
-    with _reading(path, OSError, SyntaxError, EOFError, UnidentifiedImageError), Image.open(path) as image:
-        for picture in ImageSequence.Iterator(image):
-            frames.append(_rgb(picture, alpha))
-            durations.append(picture.info.get("duration", 0) or 100)
-    step = min(durations)
-    counts = [round(duration / step) for duration in durations]
-    return np.repeat(np.stack(frames), counts, axis=0), 1000 * sum(counts) / sum(durations)
-
-
-def _load_video(path: Path, alpha: str) -> tuple[np.ndarray, float | None]:
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("reading videos needs PyAV: `pip install av`") from error
-    with _reading(path, av.FFmpegError), av.open(str(path)) as container:
-        if not container.streams.video:
-            raise ValueError(f"{path} holds no video stream")
-        stream = container.streams.video[0]
-        frames, times = [], []
-        for frame in container.decode(stream):
-            see_through = alpha == "white" and any(c.is_alpha for c in frame.format.components)
-            pixels = frame.to_ndarray(format="rgba" if see_through else "rgb24")
-            frames.append(_rgb(Image.fromarray(pixels), alpha) if see_through else pixels)
-            times.append(frame.time)
-        rate = stream.average_rate or stream.guessed_rate
-    if not frames or not rate:
-        raise ValueError(f"{path} holds {len(frames)} frames at rate {rate}; it is no usable video")
-    if len({frame.shape for frame in frames}) > 1:
-        raise ValueError(f"the frames of {path} change their size on the way; encode it again at one size")
-    order = evenly(times, float(rate))
-    if order != list(range(len(frames))):
-        warnings.warn(
-            f"video {path} has a variable frame rate; its {len(frames)} frames become {len(order)} at "
-            f"{float(rate):.4g} per second, evenly",
-            stacklevel=3,
-        )
-    return np.stack([frames[i] for i in order]), float(rate)
-
-
-def evenly(times: list[float | None], rate: float) -> list[int]:
-    """Seconds at which frames appear -> which of them is seen at every tick of `rate`.
-
-    All in their order where the rate is constant, up to the rounding of a container's clock, or unknown.
-    """
-    if len(times) < 3 or any(time is None for time in times):
-        return list(range(len(times)))
-    gaps = [after - before for before, after in itertools.pairwise(times)]
-    if max(gaps) < 1.5 * min(gaps):
-        return list(range(len(times)))
-    count = round((times[-1] - times[0]) * rate) + 1
-    ticks = [times[0] + (i + 0.5) / rate for i in range(count)]  # halfway, so that no rounding decides
-    return [max(bisect.bisect_right(times, tick) - 1, 0) for tick in ticks]
-
-
-@contextlib.contextmanager
-def _reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except errors as error:
-        raise ValueError(f"{path} cannot be read as a video: {error}") from error
 
 
 def _numpy(frames: Tensor | np.ndarray) -> np.ndarray:

@@ -4,11 +4,15 @@
     .NAME.old-MACHINE-PID       the folder that NAME is about to replace
 
 A killed process leaves such names behind; the next write into the same folder clears them away.
+
+`check_place`, `refuse_overwriting` and `check_results` try a place before any work: a command calls them for
+all that it will write.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import os
@@ -16,9 +20,13 @@ import platform
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+LONGEST_NAME = 255  # bytes in a file name, on nearly all file systems
+SURROGATE = re.compile("[\ud800-\udfff]")
+# JSON files of a weights or adapter folder, ours, peft's or diffusers'.
+OF_WEIGHTS = re.compile(r"(settings|origin|config|adapter_config|model_index|.*\.index)\.json")
 LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.(?P<what>writing|old)-(?P<machine>[0-9a-f]{8})-(?P<pid>\d{1,9})")
 
 
@@ -58,13 +66,20 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: object, *, indent: int = 2, allow_nan: bool = True) -> None:
+    """Surrogates, which stand for the bytes of a file name that is not UTF-8, are written as escapes."""
     text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    text = SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     write_text(path, text + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Before any work
 
 
 def check_folder(what: str, folder: str | Path) -> Path:
     """ValueError, naming `what` is to be written, unless files can be put into this folder; it is made."""
-    folder = Path(folder)
+    folder = Path(os.path.expanduser(folder))
+    _check_name(what, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -72,6 +87,88 @@ def check_folder(what: str, folder: str | Path) -> Path:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{what}: the folder {folder} is not writable; choose another one")
     return folder
+
+
+def check_place(what: str, path: str | Path) -> Path:
+    """ValueError, naming `what` is to be written, unless a file or folder can be put at `path` -> the path.
+
+    Its parents are made, and its temporary name is tried. Settings of a weights folder are never replaced.
+    """
+    path = Path(os.path.expanduser(path))
+    if path.name in ("", ".."):
+        raise ValueError(f"{what}: {str(path)!r} has no name of its own; give one")
+    _check_name(what, path)
+    check_folder(what, path.absolute().parent)
+    if path.is_dir():
+        _check_name(what, _beside(path, "old"))
+    temporary = _beside(path, "writing")
+    try:
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"{what}: nothing can be written to {path} ({error.strerror}); choose another place"
+        ) from error
+    if OF_WEIGHTS.fullmatch(path.name) and path.exists() and any(path.parent.glob("*.safetensors")):
+        raise ValueError(f"{what}: {path} belongs to the weights beside it; choose another name")
+    return path
+
+
+def refuse_overwriting(written: Iterable[str | Path], read: Iterable[str | Path]) -> None:
+    """ValueError if something to be written is, or is a folder that holds, something that is read.
+
+    Links are followed, so two names of one file are the same.
+    """
+    known: dict[object, str | Path] = {}
+    for path in read:
+        known |= dict.fromkeys((*_names(path), *map(str, Path(os.path.realpath(path)).parents)), path)
+    for path in written:
+        if taken := {*_names(path)} & known.keys():
+            raise ValueError(f"output {path} would overwrite {known[taken.pop()]}; choose another name")
+
+
+def check_results(what: str, folder: str | Path, names: Sequence[str], *, ours: bool = False) -> Path:
+    """`check_folder` for results that are written together; ValueError if only some of them are there.
+
+    All of them are an earlier result, which is replaced; some are somebody else's, unless they are `ours`.
+    """
+    folder = check_folder(what, folder)
+    there = [name for name in names if (folder / name).exists()]
+    if not ours and 0 < len(there) < len(names):
+        raise ValueError(
+            f"{what}: {folder / there[0]} is not from an earlier run, which would also have left "
+            f"{', '.join(name for name in names if name not in there)}; choose another folder"
+        )
+    return folder
+
+
+def _check_name(what: str, path: Path) -> None:
+    """ValueError for a name that no file can have here."""
+    reason = ""
+    try:
+        str(path).encode()
+        path.lstat()
+    except UnicodeEncodeError:
+        reason = "not valid Unicode"
+    except OSError as error:
+        reason = error.strerror if error.errno == errno.ENAMETOOLONG else ""
+    except ValueError as error:
+        reason = str(error)  # a zero byte
+    if reason:
+        raise ValueError(f"{what}: {str(path)!r} cannot be a file name ({reason}); choose another one")
+
+
+def _names(path: str | Path) -> list[object]:
+    """What two paths to one file or folder have in common."""
+    names: list[object] = [os.path.abspath(path), os.path.realpath(path)]
+    with contextlib.suppress(OSError):  # it need not exist
+        found = os.stat(path)
+        names.append((found.st_dev, found.st_ino))
+    return names
+
+
+# ---------------------------------------------------------------------------------------------------
+# Temporary names
 
 
 def sweep(folder: Path, *, alone: bool = False) -> None:
@@ -95,7 +192,13 @@ def _clear(left: Path, what: str, target: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
-    return path.with_name(f".{path.name}.{what}-{_machine()}-{os.getpid()}")
+    """A long name is cut, unless it has to come back (`old`)."""
+    end = f".{what}-{_machine()}-{os.getpid()}"
+    name, room = path.name, LONGEST_NAME - len(end) - 1
+    if what == "writing" and len(os.fsencode(name)) > room:
+        code = f"{zlib.crc32(os.fsencode(name)):08x}"
+        name = os.fsencode(name)[: room - len(code)].decode(errors="ignore") + code
+    return path.with_name(f".{name}{end}")
 
 
 @functools.cache

@@ -114,11 +114,9 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
     if run.measure == "untrained":
         config, loss = studies.untrained(study, run.variant, budget), None
     else:
-        made, loss = train_variant(study, run, budget, device)
+        weights, loss = train_variant(study, run, budget, device)
         sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
-        adapters = {"adapter": str(made)} if made.name == "adapter" else {}
-        weights = run.folder / "start" if adapters else made
-        config = load_config(None, sample, weights=str(weights), **adapters)
+        config = load_config(None, sample, **weights)
     settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
     config = dataclasses.replace(config, runtime=settings)
     model, plan, sampled = pipeline.load_parts(config), Plan(clips=budget.clips), Sampled()
@@ -173,8 +171,8 @@ def changed_code(run: Run) -> list[str]:
 
 def train_variant(
     study: Study, run: Run, budget: Budget, device: str
-) -> tuple[Path, list[tuple[int, float]]]:
-    """Train a variant's UNet with the base's VAE and CLIP -> its weights or adapter, (step, loss) pairs."""
+) -> tuple[dict[str, str], list[tuple[int, float]]]:
+    """Train a variant's UNet with the base's VAE and CLIP -> its weights and adapter, (step, loss) pairs."""
     config, train = studies.trained(study, run.variant, budget, run.seed)
     parts = ("vae", "clip") if study.start == "scratch" else checkpoint.PARTS
     held = {part: dict(checkpoint.read_part(study.weights, part)) for part in parts}
@@ -187,11 +185,10 @@ def train_variant(
     place = torch.device(device)
     source = data.open_source(config, train)
     part = diffusion.make(config, train, source, place)
-    weights = loop.fit(part, config, train, source, run.folder / "train", device=place)
-    lines = [
-        json.loads(line)
-        for line in (run.folder / "train" / loop.LOG).read_text(encoding="utf-8").splitlines()
-    ]
+    made = str(loop.fit(part, config, train, source, run.folder / "train", device=place))
+    weights = {"weights": str(start), "adapter": made} if train.lora_rank else {"weights": made}
+    log = (run.folder / "train" / loop.LOG).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in log.splitlines()]
     return weights, [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 

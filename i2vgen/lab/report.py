@@ -18,6 +18,7 @@ from i2vgen.lab.study import Run, Study
 from i2vgen.scoring import stats
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
+FILES = ("table.md", "results.csv", "index.html")
 SEEDS_NEEDED = 3  # fewer say nothing about their spread: then the interval is that of the clips
 
 
@@ -164,11 +165,12 @@ def write(
     about += f" {note}" if note else ""
     text = [f"# {study.question}\n\n{about}\n"]
     text += [f"## {table.title}\n\n{table.markdown()}\n\n{said}\n" for table, said in tables]
-    whole.write_text(folder / "table.md", "\n".join(text))
-    write_csv(study, results, costs, folder / "results.csv")
+    table, figures, index = (folder / name for name in FILES)
+    whole.write_text(table, "\n".join(text))
+    write_csv(study, results, costs, figures)
     pictures = plots(study, results, costs, folder)
-    whole.write_text(folder / "index.html", page(study, about, tables, pictures, runs))
-    return folder / "index.html"
+    whole.write_text(index, page(study, about, tables, pictures, runs))
+    return index
 
 
 def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: Path) -> None:

@@ -147,6 +147,10 @@ def _check(study: Study, file: str | Path) -> None:
             both = _settings(study, name, BUDGETS["smoke"]), _settings(study, name, BUDGETS["full"])
         except ValueError as error:
             raise ValueError(f"{file}: the variant {name!r}: {error}") from error
+        if study.start == "scratch" and any(isinstance(s, Train) and s.lora_rank for s in both[1]):
+            raise ValueError(
+                f"{file}: the variant {name!r}: train.lora_rank adapts a trained UNet; write start: weights"
+            )
         known[name] = both[1]
         same = next(other for other, held in known.items() if held == both[1])
         if same != name:
@@ -199,11 +203,6 @@ def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Conf
     given = [f"train.{name}={json.dumps(value)}" for name, value in study.train.items()]
     given += [f"{name}={value}" for name, value in spent.items() if value is not None]
     train = load_settings(None, [*given, *own, "train.part=diffusion"])[1]
-    if train.lora_rank and study.start == "scratch":
-        raise ValueError(
-            f"train.lora_rank = {train.lora_rank} adapts a trained UNet, but the study trains from scratch; "
-            "write `start: weights`"
-        )
     if train.first_stage:
         raise ValueError(
             f"train.first_stage = {train.first_stage} trains a refiner, which a study cannot score; use "

@@ -26,7 +26,7 @@ from i2vgen.diffusion.sampler import OnStep, Predict, at_least_float32, guided_p
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import machine, runtime, savings
 from i2vgen.fast.unet import both_branches, projected, under
-from i2vgen.files import checkpoint, video
+from i2vgen.files import checkpoint, given, video
 from i2vgen.memory import plans
 from i2vgen.memory.free import free_memory
 from i2vgen.memory.offload import OffloadedPart
@@ -63,7 +63,7 @@ class Refiner:
             raise ValueError(
                 f"the clip is {frames.dtype} {frames.shape}; give uint8 [f h w 3], none of them 0"
             )
-        refined = refine(self, frames, prompt, seed, on_step=on_step)
+        refined = refine(self, frames, given.prompt(prompt), seed, on_step=on_step)
         drop = self.config.save.grey_last_frame == "drop"
         return video.drop_grey_last_frame(refined) if drop else refined
 

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from i2vgen.files import images, lists, records, video
+from i2vgen.files import images, lists, reading, records
+from i2vgen.files.reading import VIDEOS, is_frames
 from i2vgen.settings.config import Preprocess
 
-VIDEOS = (".mp4", ".gif", ".webp", ".mov", ".mkv", ".avi", ".webm", ".m4v")
 LISTS = (".jsonl", ".csv")
 FIELDS = ("file", "image", "prompt", "reference", "name")
 
@@ -91,10 +91,6 @@ def is_video(path: Path) -> bool:
     )
 
 
-def is_frames(path: Path) -> bool:
-    return path.is_dir() and any(video.FRAME_NAME.fullmatch(p.name) for p in path.iterdir())
-
-
 def read_list(setting: str, path: Path) -> Iterator[Clip]:
     """Read the clips of a .jsonl or .csv list; ValueError names the line that is wrong."""
     if path.suffix.lower() == ".csv":
@@ -147,16 +143,17 @@ def with_record(clip: Clip) -> Clip:
 
 def frames(clip: Clip, count: int = 0) -> np.ndarray:
     """-> uint8 [f h w 3] at the sampled size (enlarged pixels are averaged); `count` frames, 0 for all."""
-    found = video.load(clip.file)[0]
-    if count:
-        if len(found) < count:
-            raise ValueError(f"{clip.file} has {len(found)} frames, but frames={count} asks for more")
-        found = found[:count]
+    total = reading.measure(clip.file)[0] if count else 0
+    if total < count:
+        raise ValueError(f"{clip.file} has {total} frames, but frames={count} asks for more")
+    found = reading.load(clip.file, only=range(count) if count else None)[0]
     n, (_, height, width, _) = clip.enlarge, found.shape
     if n == 1 or height % n or width % n:
         return found
-    blocks = found.reshape(len(found), height // n, n, width // n, n, 3)
-    return np.rint(blocks.mean(axis=(2, 4))).astype(np.uint8)
+    small = np.empty((len(found), height // n, width // n, 3), np.uint8)
+    for i, frame in enumerate(found):  # one at a time, because the means are eight times larger
+        small[i] = np.rint(frame.reshape(height // n, n, width // n, n, 3).mean(axis=(1, 3)))
+    return small
 
 
 def picture(clip: Clip, width: int, height: int) -> np.ndarray:

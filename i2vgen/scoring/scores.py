@@ -9,6 +9,7 @@ Axes: f frames, h w pixel rows and columns.
 from __future__ import annotations
 
 import importlib.util
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,8 @@ class Plan:
     device: str = "auto"
 
     def __post_init__(self):
+        if isinstance(self.metrics, str):
+            raise ValueError(f"metrics is {self.metrics!r}; give a list of names, such as [{self.metrics!r}]")
         if wrong := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"there is no metric {wrong[0]}; choose from {', '.join(METRICS)}")
         if self.frames < 0:
@@ -253,32 +256,30 @@ def load_judges(job: Job) -> Judges:
 
 
 def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) -> list[Found]:
-    """Score every model. An unreadable clip is skipped for all models and recorded with the reason.
+    """Score every model. A clip that cannot be read or scored is skipped for all, recorded with the reason.
 
-    ValueError if no clip can be read.
+    ValueError if no clip is left.
     """
     found = [Found(model.place) for model in job.models]
     features: list[list[np.ndarray]] = [[] for _ in job.models]
     true_features: list[list[np.ndarray]] = [[] for _ in job.models]
     for same in zip(*(model.clips for model in job.models), strict=True):
         try:
-            read = [files.frames(clip, job.plan.frames) for clip in same]
-        except ValueError as error:
+            scored = [score_clip(clip, job, judges) for clip in same]
+        except (ValueError, OSError) as error:
             for one, clip in zip(found, same, strict=True):
                 one.skipped[clip.name] = str(error)
                 on_clip()
             continue
-        for number, (one, clip, frames) in enumerate(zip(found, same, read, strict=True)):
-            truth = true_frames(clip, frames, job) if needs_truth(job) else None
+        for number, (one, clip, (row, own, true)) in enumerate(zip(found, same, scored, strict=True)):
             one.clips.append(clip)
-            one.rows.append(score(clip, frames, truth, job.names, judges))
-            if judges.fvd is not None:
-                features[number].append(judges.fvd(frames))
-                true_features[number].append(judges.fvd(truth))
+            one.rows.append(row)
+            features[number] += own
+            true_features[number] += true
             on_clip()
     if not found[0].rows:
         name, why = next(iter(found[0].skipped.items()))
-        raise ValueError(f"none of the {len(found[0].skipped)} clips can be read; {name}: {why}")
+        raise ValueError(f"none of the {len(found[0].skipped)} clips can be scored; {name}: {why}")
     for one, own, true in zip(found, features, true_features, strict=True):
         for name in job.names:
             if name in SETS:
@@ -288,20 +289,31 @@ def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) ->
     return found
 
 
+def score_clip(
+    clip: Clip, job: Job, judges: Judges
+) -> tuple[dict[str, float | None], list[np.ndarray], list[np.ndarray]]:
+    """The scores of one clip, and the features of it and its true clip if the job compares sets."""
+    frames = files.frames(clip, job.plan.frames)
+    truth = true_frames(clip, frames, job) if needs_truth(job) else None
+    row = score(clip, frames, truth, job.names, judges)
+    return row, *([judges.fvd(part)] if judges.fvd is not None else [] for part in (frames, truth))
+
+
 def needs_truth(job: Job) -> bool:
     return any("reference" in METRICS[name].needs for name in job.names)
 
 
 def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
     """The true clip at the length and size of the generated one; ValueError if they differ (size: `fit`)."""
-    truth = video.load(clip.reference)[0]
-    truth = truth[: job.plan.frames] if job.plan.frames else truth
+    total, _ = video.measure(clip.reference)
+    total = min(total, job.plan.frames or total)
     count, height, width, _ = frames.shape
-    if len(truth) != count:
+    if total != count:
         raise ValueError(
-            f"{clip.file} has {count} frames and its true clip {clip.reference} has {len(truth)}; give clips "
-            f"of equal length, or frames={min(count, len(truth))} to compare the first frames"
+            f"{clip.file} has {count} frames and its true clip {clip.reference} has {total}; give clips "
+            f"of equal length, or frames={min(count, total)} to compare the first frames"
         )
+    truth, _ = video.load(clip.reference, only=range(count))
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
             f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "
@@ -324,6 +336,8 @@ def score(
             row |= against_truth(frames, truth, wanted, judges)
         if judges.clip is not None:
             row |= by_clip(clip, frames, picture, wanted, judges.clip)
+        if wrong := [name for name, value in row.items() if value is not None and not math.isfinite(value)]:
+            raise ValueError(f"its {wrong[0]} is {row[wrong[0]]}")
     except ValueError as error:
         raise ValueError(f"{clip.file}: {error}") from error
     return {name: row[name] for name in names if name not in SETS}
@@ -381,7 +395,10 @@ def by_clip(
 
 
 def set_distance(own: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Mean:
-    """One number for all clips: it has no interval over them."""
+    """One number for all clips: it has no interval over them, and no value for a single clip."""
+    if len(own) < 2:
+        warnings.warn("fvd compares sets of at least 2 clips, and there is 1; it has no value", stacklevel=2)
+        return Mean(None, None, None, len(own))
     if len(own) <= len(own[0]):
         warnings.warn(
             f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes "

@@ -536,11 +536,11 @@ class Refine:
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Input pictures. The official code ignores EXIF, drops alpha and may leave a black column."""
+    """Input pictures. The official code ignores EXIF, alpha and profiles and may leave a black column."""
 
     crop: Literal["clean", "official"] = "clean"
     exif: Literal["apply", "ignore"] = "apply"
-    alpha: Literal["white", "drop"] = "white"
+    alpha: Literal["white", "drop"] = "white"  # drop: the official plain conversion, without colour profiles
 
 
 @dataclass(frozen=True)
@@ -766,6 +766,8 @@ LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SEC
 # Literal text on any command line, including scripts with other settings.
 TEXTS = (*LITERALS, "json")
 LISTS = ("image", "prompt")  # literals that may be given several times
+# Literals that are paths, where ~ is the home folder.
+PATHS = ("weights", "image", "output", "adapter", "items", "refine_weights", "video")
 # Literals that are stored in a weights folder: the texts that its model is always used with.
 KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
 # Sections that a weights folder determines; contradicting them is an error.
@@ -775,6 +777,18 @@ FREE = ("unet.dropout", "unet.temporal_conv_dropout", "unet.concat_dropout", "cl
 # `steps=20` is short for `sample.steps=20`; this works for all names of these two sections.
 SHORT = {f.name: f"{section}.{f.name}" for section, cls in (("runtime", Runtime), ("sample", Sample))
          for f in dataclasses.fields(cls)}  # fmt: skip
+
+# diffusers' names of settings -> ours.
+FOREIGN = {
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "num_frames": "frames",
+    "target_fps": "fps",
+    "num_videos_per_prompt": "seed",
+    "generator": "seed",
+    "decode_chunk_size": "vae_chunk",
+    "torch_dtype": "dtype",
+}
 
 
 def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:

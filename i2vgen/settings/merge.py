@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -22,12 +23,14 @@ from i2vgen.settings import yaml_text
 from i2vgen.settings.config import (
     ARCHITECTURE,
     DEFAULTS,
+    FOREIGN,
     FORMAT,
     FREE,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
     OPEN_CLIP_VISION,
+    PATHS,
     QUALITIES,
     RANDOM,
     REFINER_USE,
@@ -64,6 +67,7 @@ def load_config(
             f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
+    texts = {name: _expanded(name, value) for name, value in texts.items()}
     weights = texts["weights"] = texts.get("weights") or default_weights
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
     second = texts.get("refine_weights", "")
@@ -122,11 +126,20 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
     """`["a.b=1", "prompt=x"]` -> nested settings dict, literal fields. Values are YAML, literals are text."""
     settings: dict[str, Any] = {}
     literals: dict[str, Any] = {}
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides or ():
+        if not isinstance(override, str):
+            raise ValueError(
+                f"the setting {override!r} is no text; write name=value, such as 'sample.steps=20'"
+            )
         name, equals, value = override.partition("=")
         if not equals or not name:
             raise ValueError(f"{override!r} is no setting; write name=value, for example sample.steps=20")
         if name in TEXTS:
+            if name == "adapter" and name in literals:  # nobody means the second one alone
+                raise ValueError(
+                    f"adapter= is given twice, {literals[name]} and {value}; give one; in Python, several "
+                    "can be merged (i2vgen/adapt/lora.py)"
+                )
             literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
             continue
         name = SHORT.get(name, name)
@@ -172,6 +185,11 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     )
     merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
     return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def check_types(settings: Mapping[str, Any], source: str) -> None:
+    """ValueError for an unknown name or a value of the wrong type, whether or not the values fit together."""
+    _merge(OmegaConf.structured(Config), settings, source)
 
 
 def without_removed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -230,6 +248,15 @@ def _listed(name: str, value: Any) -> Any:
     if not isinstance(value, str | Path):
         raise ValueError(f"{name} is {value!r}; give one text")
     return str(value)
+
+
+def _expanded(name: str, value: Any) -> Any:
+    """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
+    if name not in PATHS:
+        return value
+    values = value if name in LISTS else (value,)
+    found = tuple(os.path.expanduser(one) if one.startswith("~/") else one for one in values)
+    return found if name in LISTS else found[0]
 
 
 def _set(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None:
@@ -320,6 +347,8 @@ def _replaced(name: str) -> str:
 
 
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
+    if name in FOREIGN:
+        return f"; that is diffusers' name, here it is {FOREIGN[name]}="
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     names = near or known
     return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
@@ -374,7 +403,7 @@ def _resolve_clip(layer: Mapping[str, Any]) -> Mapping[str, Any]:
     clip = layer.get("clip")
     if not isinstance(clip, dict) or not clip.get("model"):
         return layer
-    model = str(clip["model"])
+    model = os.path.expanduser(str(clip["model"]))
     if model.endswith(".json"):
         try:
             card = json.loads(Path(model).read_text(encoding="utf-8-sig"))

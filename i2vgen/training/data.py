@@ -24,13 +24,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen.files import fingerprint, images, lists, video
+from i2vgen.files import fingerprint, images, lists, reading
 from i2vgen.settings.config import Config
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, world_speed
 from i2vgen.world import drawing
 
 LOGGER = logging.getLogger(__name__)
-ENDINGS = (".mp4", ".gif")
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 # Clips of the world with seeds below this are reserved for evaluation.
 FIRST_TRAINING_SEED = 2**40
@@ -94,8 +93,9 @@ class World:
 
 
 class Folder:
-    """Videos (mp4, gif) with captions from captions.csv or captions.jsonl (columns file, caption).
+    """Videos with captions from captions.csv or captions.jsonl (columns file, caption).
 
+    A video is any file that `reading.load` reads, whatever its ending, or a folder of frame_0000.png, ... .
     Files that are unreadable or too short for a bucket are skipped with a warning; `skipped` holds their
     names and the reasons. Captions without a file and files without a caption are counted once, at the start.
     """
@@ -105,12 +105,10 @@ class Folder:
         self.folder = Path(train.data)
         self.skipped: dict[tuple[str, Bucket | None], str] = {}
         captions = read_captions(self.folder)
-        present = {
-            str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.suffix.lower() in ENDINGS
-        }
-        self.files = sorted(captions.keys() & present)
+        self.files = sorted(name for name in captions if is_clip(self.folder / name))
         self.captions = captions
-        self.without_file = sorted(captions.keys() - present)
+        self.without_file = sorted(captions.keys() - set(self.files))
+        present = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if looks_like_a_clip(p)}
         self.without_caption = sorted(present - captions.keys())
         for names, what in (
             (self.without_file, "captions without a file"),
@@ -118,16 +116,14 @@ class Folder:
         ):
             if names:
                 LOGGER.warning("%s: ignoring %d %s, such as %s", self.folder, len(names), what, names[0])
-        if alike := same_but_for_spelling(self.without_file, self.without_caption):
-            LOGGER.warning(
-                "%s: the list names %a and the folder holds %a; their capitals, slashes or accents differ",
-                self.folder,
-                *alike,
-            )
+        hint = spelled_otherwise(self.without_file, self.without_caption)
+        if hint:
+            LOGGER.warning("%s: %s", self.folder, hint)
         if not self.files:
             raise ValueError(
                 f"train.data={self.folder} holds no clip to train on: {len(self.without_file)} captions "
-                f"without a file, {len(self.without_caption)} files ({', '.join(ENDINGS)}) without a caption"
+                f"without a file, {len(self.without_caption)} files ({', '.join(reading.VIDEOS)}, or folders "
+                f"of frame_0000.png, ...) without a caption{'; ' + hint if hint else ''}"
             )
         for bucket in buckets(config, train):
             self(bucket, [0])  # fails early if the folder is unusable
@@ -156,31 +152,32 @@ class Folder:
         kind = bucket._replace(batch=1)
         if (name, None) in self.skipped or (name, kind) in self.skipped:
             return None
+        path, seed = self.folder / name, (self.train.seed, position)
         try:
-            frames, rate = video.load(self.folder / name)
+            total, rate = reading.measure(path)
+            chosen = frame_numbers(total, rate or bucket.fps, bucket, generator(*seed))
+            frames = None if chosen is None else reading.load(path, only=chosen)[0]
         except ValueError as error:
             self._skip(name, None, str(error))
             return None
-        seed = (self.train.seed, position)
-        chosen = frame_numbers(len(frames), rate or bucket.fps, bucket, generator(*seed))
-        if chosen is None:
+        if frames is None:
             stride = frame_stride(rate or bucket.fps, bucket.fps)
             self._skip(
                 name,
                 kind,
-                f"{len(frames)} frames at {rate or bucket.fps:g} fps are too short for {bucket.frames} at "
+                f"{total} frames at {rate or bucket.fps:g} fps are too short for {bucket.frames} at "
                 f"{bucket.fps} (needs {stride * (bucket.frames - 1) + 1})",
             )
             return None
         sample = self.config.sample
         views = [
             images.first_frame(
-                Image.fromarray(frames[i]),
+                Image.fromarray(frame),
                 width=sample.width,
                 height=sample.height,
                 mode=self.config.preprocess.crop,
             )
-            for i in chosen
+            for frame in frames
         ]
         return torch.stack(views, dim=1)
 
@@ -189,6 +186,31 @@ class Folder:
         LOGGER.warning(
             "%s: skipping %s (%d skipped so far): %s", self.folder, name, len(self.skipped), reason
         )
+
+
+def is_clip(path: Path) -> bool:
+    """Whether there is something to read: a file of any kind or a folder of frame_0000.png, ..."""
+    return os.path.isfile(path) or reading.is_frames(path)  # Path.is_file raises for impossible names
+
+
+def looks_like_a_clip(path: Path) -> bool:
+    if path.name.startswith("."):
+        return False
+    return path.suffix.lower() in reading.VIDEOS or reading.is_frames(path)
+
+
+def spelled_otherwise(missing: Sequence[str], present: Sequence[str]) -> str:
+    """A hint if a missing file is there under a name that differs in case, slashes, Unicode or ending."""
+
+    def plain(name: str) -> str:
+        return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
+
+    by_name = {plain(str(Path(name).with_suffix(""))): name for name in present}
+    by_name |= {plain(name): name for name in present}
+    for name in missing:
+        if other := by_name.get(plain(name)):
+            return f"the captions say {name!a}, but the file is called {other!a}"
+    return ""
 
 
 def frame_stride(rate: float, fps: int) -> int:
@@ -245,16 +267,6 @@ def read_captions(folder: Path) -> dict[str, str]:
             "%s: %d of %d captions are empty, such as that of %r", path, len(empty), len(captions), empty[0]
         )
     return captions
-
-
-def same_but_for_spelling(listed: Sequence[str], present: Sequence[str]) -> tuple[str, str] | None:
-    """The first two names that differ only in capitals, in slashes or in how accents are encoded."""
-    plain = {_plain(name): name for name in present}
-    return next(((name, plain[_plain(name)]) for name in listed if _plain(name) in plain), None)
-
-
-def _plain(name: str) -> str:
-    return unicodedata.normalize("NFC", name.replace("\\", "/")).casefold()
 
 
 def contents(source: Source) -> dict[str, str]:

@@ -349,12 +349,18 @@ def open_folder(
 
     `contents`, from `data.contents`, is compared too where it is given.
     """
+    checkpoint.check_place(folder / "weights")
     found = checkpoints(folder)
     if not found:
         if resume:
             raise ValueError(f"{folder} holds no checkpoint to resume")
-        if (folder / "weights").exists():
-            raise ValueError(f"{folder} holds finished weights but no checkpoint; choose another output")
+        for name in ("weights", "adapter"):
+            if (folder / name).exists():
+                raise ValueError(f"{folder} holds finished {name} but no checkpoint; choose another output")
+        log = folder / LOG
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.exists() else []
+        if lines and _step_of(lines[0]) == math.inf:
+            raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
     for name, here, there in _differences(settings_record(config, train), facts["settings"]):

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -18,11 +19,12 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from i2vgen.settings import yaml_text
-from i2vgen.settings.config import MAX_COUNT, MAX_FRAMES, MAX_SEED, Config
+from i2vgen.settings.config import MAX_COUNT, MAX_FRAMES, MAX_SEED, SHORT, Config
 from i2vgen.settings.merge import first_line, load_config, refuse_references, shortened
 from i2vgen.world import drawing
 
 SECTION = "train"
+SIZES = ("width", "height", "frames", "fps")  # settings of `sample` that a training uses
 WORLD = "world"
 MAX_WORKERS = 256
 MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly leave the picture
@@ -241,6 +243,7 @@ def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> tup
     """
     own = [word for word in overrides if word.startswith(f"{SECTION}.")]
     others = [word for word in overrides if not word.startswith(f"{SECTION}.")]
+    refuse_bare("the command line", [word.partition("=")[0] for word in others])
     if file is None:
         config, section = load_config(None, others), {}
     else:
@@ -249,6 +252,21 @@ def load_settings(file: str | Path | None, overrides: Sequence[str] = ()) -> tup
     train = _merge(layers)
     buckets(config, train)
     return config, train
+
+
+def refuse_bare(source: str, names: Iterable[str]) -> None:
+    """ValueError for a short name that looks like a training setting, but is one of sampling or none."""
+    own = {field.name for field in dataclasses.fields(Train)}
+    for name in names:
+        home = SHORT.get(name, "")
+        if name in own:
+            other = f", or {home}= if you mean that one" if home else ""
+            raise ValueError(f"{source}: {name}= is no training setting; write {SECTION}.{name}={other}")
+        if home.startswith("sample.") and name not in SIZES:
+            raise ValueError(
+                f"{source}: {name}= is a setting of sampling; write {home}=, for the samples of this run "
+                "and the settings stored with its weights"
+            )
 
 
 def from_dict(values: dict[str, Any]) -> Train:
@@ -266,6 +284,7 @@ def _load_file(file: Path, overrides: Sequence[str]) -> tuple[Config, dict[str, 
     except ValueError as error:
         raise ValueError(f"{file} is not a readable YAML file: {error}") from error
     cut = "".join(_without_section(text))
+    refuse_bare(str(file), section if isinstance(section, dict) else ())
     section = section.get(SECTION) if isinstance(section, dict) else None
     with tempfile.TemporaryDirectory() as folder:
         rest = Path(folder) / file.name
@@ -316,6 +335,8 @@ def _merge(layers: Sequence[tuple[str, dict[str, Any]]]) -> Train:
                 )
             if fields[name].startswith("tuple") and not isinstance(value, list | tuple):
                 value = [value]
+            if isinstance(value, str) and value.startswith("~/"):
+                value = os.path.expanduser(value)
             if fields[name] == "float" and isinstance(value, str):
                 value = _float(value)  # YAML reads 1e-4 as a string
             try:

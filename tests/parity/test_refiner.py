@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from i2vgen.fast import savings
-from i2vgen.model import spatial, unet
+from i2vgen.model import layers, spatial, unet
 from i2vgen.parity import refiner, refiner_flow
 from i2vgen.parity.kinds import KINDS
 from i2vgen.parity.report import Golden, Settings
@@ -71,9 +71,11 @@ def _run(tag, **changed):
 
 def _enlarged(change):
     """The refiners' upsampling with different border rows."""
-    return lambda patch: patch.setattr(
-        spatial.Upsample, "enlarged", lambda self, x: change(spatial.nearest_twice(x))
-    )
+
+    def forward(self, x):
+        return layers.per_frame(self.conv, change(spatial.nearest_twice(x)))
+
+    return _set(spatial.Upsample, "forward", forward)
 
 
 def _filters(*gains):

@@ -1,0 +1,71 @@
+"""Low-rank adapters for other layouts of the UNet -> a folder under our names, which `adapter=` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from i2vgen.adapt import lora_files
+from i2vgen.files import checkpoint
+from i2vgen.settings import config
+from weights_conversion import readers, unet_diffusers, unet_vgen
+from weights_conversion.rules import Row
+
+ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder or a .safetensors file is an adapter, as far as names say."""
+    if path.is_dir():
+        return any((path / name).is_file() for name in (lora_files.SETTINGS_FILE, lora_files.DIFFUSERS_FILE))
+    return path.suffix == ".safetensors" and has_matrices(readers.open_file(path, check=False).tensors)
+
+
+def has_matrices(names: Iterable[str]) -> bool:
+    return any(name.endswith(ENDINGS) for name in names)
+
+
+def convert(source: str | Path, out: str | Path, cfg: config.Config, *, dry_run: bool = False) -> str:
+    """Write the adapter in peft's format -> a line for the report.
+
+    Its modules may have diffusers' names, the official ones or ours. ValueError for those of another network.
+    """
+    out = Path(out)
+    if out.is_file() or (
+        out.is_dir() and any(out.iterdir()) and not (out / lora_files.SETTINGS_FILE).is_file()
+    ):
+        raise ValueError(f"{out} exists and is no adapter; choose another place")
+    weights = checkpoint.build("unet", cfg).state_dict()
+    matrices, foreign = lora_files.renamed(lora_files.read(source), _known(cfg, weights))
+    if foreign:
+        raise ValueError(
+            f"{source} is an adapter for another network: the UNet has no {foreign[0]}, under any of its "
+            f"names ({len(foreign)} modules are missing)"
+        )
+    fitting = {}
+    for path, (a, b, alpha) in matrices.items():
+        weight = weights[f"{path}.weight"]
+        if a[0].numel() != weight[0].numel() or len(b) != len(weight):
+            raise ValueError(
+                f"{source} does not fit: its matrices for {path} have shapes {tuple(a.shape)} and "
+                f"{tuple(b.shape)}, the weight is {tuple(weight.shape)}; give its UNet's settings: unet.*"
+            )
+        ones = [1] * (weight.ndim - 2)
+        fitting[path] = lora_files.Matrices(
+            a.reshape(len(a), *weight.shape[1:]), b.reshape(*b.shape[:2], *ones), alpha
+        )
+    if not dry_run:
+        lora_files.write(out, fitting)
+    return f"low-rank adapters of {len(fitting)} modules, from {Path(source).name}"
+
+
+def _known(cfg: config.Config, weights: dict) -> dict[str, str]:
+    """The modules with a weight, by every name that they have."""
+
+    def of(rows: list[Row]) -> dict[str, str]:
+        pairs = [(row.theirs, row.ours[0]) for row in rows if len(row.ours) == 1]
+        return {theirs.removesuffix(".weight"): ours.removesuffix(".weight") for theirs, ours in pairs
+                if ours in weights and ours.endswith(".weight")}  # fmt: skip
+
+    own = [Row(name, (name,)) for name in weights]
+    return of(unet_diffusers.rows(cfg.unet)) | of(unet_vgen.rows(cfg.unet, cfg.use)) | of(own)
