@@ -6,13 +6,13 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "i2vgen" / "__init__.py").read_text())[1]
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "i2vgen" / "__init__.py").read_text(encoding="utf-8"))[1]
 
 setup(
     name="i2vgen",
     version=VERSION,
     description="I2VGen-XL written to be changed: one picture and a sentence in, a video out",
-    long_description=(HERE / "README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
