@@ -6,7 +6,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "i2vgen" / "__init__.py").read_text(encoding="utf-8"))[1]
+PACKAGE = (HERE / "i2vgen" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+?)"', PACKAGE)[1]
 
 setup(
     name="i2vgen",
