@@ -6,11 +6,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-CODE = (HERE / "i2vgen" / "__init__.py").read_text(encoding="utf-8")
+PACKAGE = (HERE / "i2vgen" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'__version__ = "(.+?)"', PACKAGE)[1]
 
 setup(
     name="i2vgen",
-    version=re.search(r'__version__ = "(.+?)"', CODE)[1],
+    version=VERSION,
     description="I2VGen-XL written to be changed: one picture and a sentence in, a video out",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
