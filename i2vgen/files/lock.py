@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 try:
     import fcntl
@@ -22,19 +23,38 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     A file system without locks is used without one.
     """
-    with (Path(folder) / LOCK).open("a+", encoding="utf-8") as file:
-        if fcntl is not None:
+    path = Path(folder) / LOCK
+    while True:
+        with path.open("a+", encoding="utf-8") as file:
+            _lock(file, folder)
+            if not _is_there(file, path):  # its holder removed it after we had opened it
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise ValueError(
-                    f"{file.read().strip() or 'another process'} is working in {folder}; wait until it ends, "
-                    "or choose another folder"
-                ) from None
-            except OSError:
-                pass
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-        yield
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _lock(file: TextIO, folder: str | Path) -> None:
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise ValueError(
+            f"{file.read().strip() or 'another process'} is working in {folder}; wait until it ends, or "
+            "choose another folder"
+        ) from None
+    except OSError:
+        pass
+
+
+def _is_there(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False

@@ -332,7 +332,7 @@ def _facts(path: Path) -> dict | None:
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         return facts if (path / STATE).stat().st_size == facts["bytes"] else None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError):
         LOGGER.warning("%s is damaged; ignoring it", path)
         return None
 
