@@ -39,7 +39,7 @@ def write_clips(folder, clips, sample):
         frames = drawing.render(facts, width=sample.width, height=sample.height, frames=sample.frames)
         video.save(frames, folder / f"{seed}.gif", fps=sample.fps)
         rows.append((f"{seed}.gif", caption))
-    with (folder / "captions.csv").open("w", newline="") as file:
+    with (folder / "captions.csv").open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(rows)
 
 

@@ -4,12 +4,18 @@ import csv
 import dataclasses
 import functools
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from i2vgen.files import lock
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 from i2vgen.lab.report import Cell
@@ -72,6 +78,10 @@ def test_the_central_study_of_the_paper_exists():
         (("use.concat=false", "train.steeps=3"), r"did you mean train\.steps"),
         (("[use.concat=false]", "use.concat=false"), "give a list of strings"),
         (("use.concat=false", "train.lora_rank=2"), "'without': train.lora_rank adapts a trained UNet"),
+        (("use.concat=false", "train.first_stage=shipped"), "trains a refiner, which a study cannot score"),
+        (("use.concat=false", "'device=${oc.env:HOME}'"), "references such as"),
+        (("train: {", "train: {<<: [" + "[" * 99 + "]" * 99 + "], "), "nests deeper than 64 levels"),
+        (("  with it: []", "  with it: []\n  with it: []"), "gives 'with it' a second time"),
     ],
     ids=lambda v: v[1] if isinstance(v, tuple) else "",
 )
@@ -221,6 +231,135 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
         and ",cost," not in (folder / "results.csv").read_text()
     )
 
+    # A result of other code is named, and taken or measured again only if the user says so.
+    old = folder / "with_it" / "untrained"
+    then = json.loads((old / measure.CODE).read_text())
+    changed = {**then, "i2vgen/model/unet.py": "00000000"}
+    (old / measure.CODE).write_text(json.dumps(changed))
+    words = (file, "budget=smoke", f"output={folder}", "measures=untrained", "workers=1")
+    status, out = run(*words)
+    assert (
+        status == 2
+        and f"1 of 2 results are stale, made before a change of i2vgen/model/unet.py: {old};" in out
+    )
+    assert "stale=again" in out and "stale=keep" in out
+    status, out = run(*words, "stale=keep")
+    assert status == 0 and "note: 1 of 2 results are stale" in out and "2 runs, of which 2 are done" in out
+    assert "1 of 2 results are stale" in (folder / "table.md").read_text()
+    status, out = run(*words, "stale=again")
+    assert (
+        status == 0
+        and "2 runs, of which 1 are done" in out
+        and "stale" not in (folder / "table.md").read_text()
+    )
+    assert json.loads((old / measure.CODE).read_text()) == then
+    (old / measure.CODE).unlink()
+    status, out = run(*words)
+    assert status == 2 and "unknown files, since an earlier version began the run" in out
+    (old / measure.CODE).write_text(json.dumps(then))
+
     status, out = run(study_file(SMALL.replace("use.concat=false", "use.fps=false")), "budget=smoke",
                       f"output={folder}")  # fmt: skip
     assert status == 2 and "result of another study" in out
+
+
+def test_code_that_changed_during_a_training_counts_too(study_file, tmp_path):
+    run = studies.runs(studies.read(study_file()), studies.BUDGETS["smoke"], tmp_path)[-1]
+    assert not measure.begun(run) and measure.changed_code(run) == []
+    place = run.folder / "train" / "checkpoint-00000001"
+    place.mkdir(parents=True)
+    (place / "state.safetensors").write_bytes(b"x")
+    (place / "state.json").write_text('{"bytes": 1}')
+    assert measure.begun(run) and "unknown files" in measure.changed_code(run)[0]
+    (run.folder / measure.CODE).write_text(json.dumps(studies.code()))
+    assert measure.changed_code(run) == []
+
+
+def test_a_base_that_was_trained_again_is_another_base(study_file, tmp_path):
+    shutil.copytree(studies.read(study_file()).weights, tmp_path / "base")
+    study = studies.read(study_file(SMALL + f"weights: {tmp_path / 'base'}\n"))
+    run, budget = studies.runs(study, studies.BUDGETS["smoke"], tmp_path)[0], studies.BUDGETS["smoke"]
+    before = studies.identity(study, run, budget)
+    assert studies.identity(study, run, budget) == before
+    held = bytearray((tmp_path / "base" / "unet.safetensors").read_bytes())
+    held[-1000:] = bytes(1000)
+    (tmp_path / "base" / "unet.safetensors").write_bytes(held)
+    assert studies.identity(study, run, budget) != before
+
+
+# --- processes
+
+
+def test_two_studies_do_not_share_a_folder(run, study_file, tmp_path):
+    hold = (
+        f"from i2vgen.files.lock import locked\nwith locked({str(tmp_path)!r}): print(1, flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", hold], cwd=ROOT, stdin=-1, stdout=-1) as other:
+        assert other.stdout.readline()
+        status, out = run(study_file(), f"output={tmp_path}", "budget=smoke")
+        assert status == 2 and f"process {other.pid} on" in out and f"is working in {tmp_path}" in out
+        other.kill()
+    with lock.locked(tmp_path):  # the lock went with its process
+        pass
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists a process's children")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_study_that_is_killed_leaves_no_worker(number, study_file, tmp_path):
+    file = study_file(SMALL.replace("[cost, untrained, trained]", "[untrained]"))
+    words = ["scripts/ablate.py", file, f"output={tmp_path / 'out'}", "workers=2", "budget=full"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    study = subprocess.Popen(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        env=env,
+        stdout=-1,
+        stderr=-1,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # a shell's background jobs ignore it
+    )
+    try:
+        wait_for(lambda: len(workers_of(study.pid)) >= 2, study)
+        workers = workers_of(study.pid)
+        study.send_signal(number)
+        assert study.wait(timeout=60) == (-9 if number == signal.SIGKILL else 130)
+        wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers))
+    finally:
+        study.kill()
+        study.communicate()
+
+
+PREFETCHING = """
+from i2vgen.training import data
+from i2vgen.training.settings import Bucket, load_settings
+source = data.World(*load_settings(None, ["sample.width=64", "sample.height=64", "train.part=vae"]))
+with data.Prefetcher(source, lambda index: (Bucket(2, 16, 1), [index]), workers=1) as draw:
+    draw(0)
+    print(1, flush=True)
+    input()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="lists a process's children")
+def test_a_training_that_is_killed_leaves_no_worker():
+    with subprocess.Popen([sys.executable, "-c", PREFETCHING], cwd=ROOT, stdin=-1, stdout=-1) as training:
+        assert training.stdout.readline()
+        workers = workers_of(training.pid)
+        training.kill()
+    assert workers
+    wait_for(lambda: not any(Path(f"/proc/{pid}/exe").exists() for pid in workers))
+
+
+def workers_of(pid):
+    """Process ids of the workers, without multiprocessing's resource tracker."""
+    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]  # one per thread
+    children = " ".join(lists).split()
+    return [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+
+
+def wait_for(true, process=None, seconds=90):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end and (process is None or process.poll() is None)
+        time.sleep(0.1)

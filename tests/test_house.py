@@ -1,6 +1,7 @@
 """The house rules a reader relies on: who imports whom, what importing costs, what the code never does."""
 
 import ast
+import os
 import re
 import runpy
 import subprocess
@@ -20,7 +21,7 @@ ROOMS = (
 
 
 def parse(path):
-    return ast.parse(path.read_text(), str(path))
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
 def imports(path):
@@ -218,6 +219,72 @@ def test_innocents_are_let_go(code):
     assert [what for _, what in offences(ast.parse(code))] == []
 
 
+# Whose `open` opens no text file, and the modules whose `read_text` and `write_text` are always UTF-8.
+NO_TEXT = {"Image", "av", "_av()", "archive", "whole", "yaml_text"}
+
+
+def unnamed_encodings(tree):
+    """Calls that read or write text in whatever encoding the machine prefers: on Windows, often not UTF-8."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        keywords = {k.arg: k.value for k in node.keywords}
+        owner, _, name = ast.unparse(node.func).rpartition(".")
+        if name in ("open", "fdopen", "NamedTemporaryFile"):
+            place = 1 if name == "fdopen" or (name == "open" and not owner) else 0
+            given = keywords.get("mode", node.args[place] if len(node.args) > place else None)
+            mode = getattr(given, "value", "wb" if name == "NamedTemporaryFile" else "r")
+            text = "b" not in str(mode)
+        else:
+            of_subprocess = ast.unparse(keywords.get("text", ast.Constant(False))) == "True"
+            of_a_path = bool(owner) and name in ("read_text", "write_text")
+            text = of_subprocess or of_a_path or name == "TextIOWrapper"
+        if text and "encoding" not in keywords and owner not in NO_TEXT:
+            yield node, f"{name}( without encoding="
+
+
+def test_every_text_file_is_read_and_written_in_a_named_encoding():
+    found = []
+    for path in [ROOT / "setup.py", *LIBRARY, *SCRIPTS, *sorted((ROOT / "examples").glob("*.py"))]:
+        found += [f"{path.relative_to(ROOT)}:{n.lineno} {what}" for n, what in unnamed_encodings(parse(path))]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("open('a')", True),
+        ("open('a', 'w')", True),
+        ("open('a', mode='a')", True),
+        ("path.open()", True),
+        ("path.open('w', newline='')", True),
+        ("path.read_text()", True),
+        ("path.write_text('a')", True),
+        ("os.fdopen(3, 'w')", True),
+        ("io.TextIOWrapper(file)", True),
+        ("tempfile.NamedTemporaryFile('w')", True),
+        ("subprocess.run(words, text=True)", True),
+        ("open('a', 'rb')", False),
+        ("path.open('rb')", False),
+        ("path.open('w', encoding='utf-8')", False),
+        ("path.read_text(encoding='utf-8')", False),
+        ("Image.open(path)", False),
+        ("tempfile.NamedTemporaryFile()", False),
+        ("subprocess.run(words)", False),
+        ("write_text(path, 'a')", False),
+    ],
+)
+def test_unnamed_encodings_are_seen(code, wrong):
+    assert bool(list(unnamed_encodings(ast.parse(code)))) == wrong
+
+
+def test_the_installation_reads_utf_8_under_any_locale():
+    """As under a Windows locale, where the README's first command failed."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "setup.py", "--name"], cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 0 and done.stdout.split()[-1] == b"i2vgen", done.stderr
+
+
 def test_every_file_says_what_it_is():
     silent = [str(p) for p in [*LIBRARY, *SCRIPTS] if len(ast.get_docstring(parse(p)) or "") <= 20]
     assert silent == []
@@ -242,7 +309,7 @@ def readme():
     path = ROOT / "README.md"
     if not path.exists():
         pytest.skip("no README yet")
-    return path.read_text()
+    return path.read_text(encoding="utf-8")
 
 
 def test_readme_commands(readme):

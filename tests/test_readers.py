@@ -224,6 +224,13 @@ def with_pickle(path, data, tensors=1):
     return path
 
 
+def test_a_pickle_of_one_byte_is_refused(tmp_path):
+    (tmp_path / "b.pth").write_bytes(b"\x80")
+    for path in (with_pickle(tmp_path / "a.pth", b"\x80"), tmp_path / "b.pth"):
+        with pytest.raises(ValueError, match=str(path)):
+            readers.open_file(path)
+
+
 def good_pickle():
     file = io.BytesIO()
     torch.save({"w": torch.ones(4)}, file)

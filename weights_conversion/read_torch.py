@@ -171,7 +171,7 @@ def open_legacy(path: Path, buffer: mmap.mmap, inert: tuple[str, ...], ema: bool
 
 def _inspect(path: Path, data: bytes, inert: tuple[str, ...], pickles: int = 1) -> list[Outline]:
     """What the pickles at the start of `data` describe. ValueError if torch.load should not see one."""
-    if data[:1] == b"\x80" and data[1] > MAX_PROTOCOL:
+    if data[:1] == b"\x80" and data[1:2] > bytes([MAX_PROTOCOL]):
         raise ValueError(
             f"{path} was saved with pickle protocol {data[1]}; torch.load(weights_only=True) reads up to "
             f"{MAX_PROTOCOL}, and torch.save writes 2 unless told otherwise; {SAVE_ANEW}"

@@ -54,7 +54,9 @@ def growth(step: Callable[[], object]) -> int:
     """Bytes: the largest size while the first step runs, less the size before it."""
     _give_back()
     before = _kilobytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size so far starts again from here
+    Path("/proc/self/clear_refs").write_text(
+        "5", encoding="utf-8"
+    )  # the largest size so far starts again from here
     step()
     return 1024 * (_kilobytes("VmHWM") - before)
 
@@ -69,4 +71,4 @@ def _give_back() -> None:
 
 
 def _kilobytes(name: str) -> int:
-    return int(re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE).group(1))
+    return int(re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(encoding="utf-8"), re.MULTILINE).group(1))

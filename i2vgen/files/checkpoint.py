@@ -235,7 +235,7 @@ def read_origin(folder: str | Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); convert the weights again") from error
 
 
@@ -246,7 +246,7 @@ def part_files(folder: Path, part: str) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             bad = [name for name in names if Path(name).name != name]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index} is damaged ({error!r}); convert the weights again") from error
         if bad:
             raise ValueError(f"{index} names files outside its folder: {bad[0]}")

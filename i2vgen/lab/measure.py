@@ -28,7 +28,7 @@ from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 from i2vgen.training import data, diffusion, loop
 
-RESULT, STRIP = "result.json", "strip.png"
+RESULT, STRIP, CODE = "result.json", "strip.png", "code.json"
 STRIPS = 3  # clips in a run's strip
 BATCH = 8  # clips per batch when sampling
 
@@ -108,6 +108,8 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
     if finished(study, run, budget):
         return result
     run.folder.mkdir(parents=True, exist_ok=True)
+    if not begun(run):
+        whole.write_json(run.folder / CODE, studies.code())
     start = time.perf_counter()
     if run.measure == "untrained":
         config, loss = studies.untrained(study, run.variant, budget), None
@@ -126,7 +128,7 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "variant": run.variant,
         "measure": run.measure,
         "seed": run.seed,
-        "fingerprint": studies.fingerprint(study, run, budget),
+        "fingerprint": studies.identity(study, run, budget),
         "scores": found.scores.values,
         "intervals": found.scores.intervals,
         "calls": sampled.whole // math.ceil(len(evaluate.items(plan)) / BATCH),
@@ -142,12 +144,29 @@ def finished(study: Study, run: Run, budget: Budget) -> bool:
     result = run.folder / RESULT
     if not result.exists():
         return False
-    held = json.loads(result.read_text())["fingerprint"]
-    if held != studies.fingerprint(study, run, budget):
+    held = json.loads(result.read_text(encoding="utf-8"))["fingerprint"]
+    if held != studies.identity(study, run, budget):
         raise ValueError(
             f"{run.folder} holds the result of another study, budget or base; choose another output="
         )
     return True
+
+
+def begun(run: Run) -> bool:
+    """Whether the run has a result, or checkpoints that it would go on from."""
+    return (run.folder / RESULT).exists() or bool(loop.checkpoints(run.folder / "train"))
+
+
+def changed_code(run: Run) -> list[str]:
+    """The source files that have changed since the run began; empty if it has not begun, or none has."""
+    if not begun(run):
+        return []
+    try:
+        then = json.loads((run.folder / CODE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ["unknown files, since an earlier version began the run"]
+    now = studies.code()
+    return sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
 
 
 def train_variant(
@@ -168,7 +187,8 @@ def train_variant(
     part = diffusion.make(config, train, source, place)
     made = str(loop.fit(part, config, train, source, run.folder / "train", device=place))
     weights = {"weights": str(start), "adapter": made} if train.lora_rank else {"weights": made}
-    lines = [json.loads(line) for line in (run.folder / "train" / loop.LOG).read_text().splitlines()]
+    log = (run.folder / "train" / loop.LOG).read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in log.splitlines()]
     return weights, [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 

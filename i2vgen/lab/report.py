@@ -73,7 +73,7 @@ def calls(results: dict[Run, dict], measure: str) -> dict[str, int]:
 
 
 def read_results(runs: Sequence[Run]) -> dict[Run, dict]:
-    return {run: json.loads((run.folder / RESULT).read_text()) for run in runs}
+    return {run: json.loads((run.folder / RESULT).read_text(encoding="utf-8")) for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -148,15 +148,21 @@ def cost_table(study: Study, costs: dict[str, dict]) -> Table:
 
 
 def write(
-    study: Study, runs: Sequence[Run], costs: dict[str, dict] | None, folder: Path, budget: str
+    study: Study,
+    runs: Sequence[Run],
+    costs: dict[str, dict] | None,
+    folder: Path,
+    budget: str,
+    note: str = "",
 ) -> Path:
-    """table.md, results.csv, plots and index.html -> the page"""
+    """table.md, results.csv, plots and index.html -> the page. `note` follows the first lines."""
     results = read_results(runs)
     tables = [(cost_table(study, costs), "")] if costs else []
     tables += score_tables(study, results)
     about = f"Study {study.name}, budget {budget}, base {study.base!r} of {study.weights}."
     if budget == "smoke":
         about += " It shows that the study runs; no figure here means anything."
+    about += f" {note}" if note else ""
     text = [f"# {study.question}\n\n{about}\n"]
     text += [f"## {table.title}\n\n{table.markdown()}\n\n{said}\n" for table, said in tables]
     table, figures, index = (folder / name for name in FILES)

@@ -20,10 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import yaml
-
 from i2vgen.evaluation.scores import SCORES
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, fingerprint
+from i2vgen.settings import yaml_text
 from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_stored_settings
 from i2vgen.training.settings import SECTION, Train, load_settings
@@ -90,14 +89,14 @@ def read(file: str | Path) -> Study:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"study {file} does not exist; studies are in configs/ablations")
-    text = path.read_text()
+    text = yaml_text.read_text(path)
     first = text.split("\n", 1)[0]
     if not re.fullmatch(r"#\s*\S.*\?\s*", first):
         raise ValueError(f"{file}: the first line must be the question as a comment: # Does ... ?")
     try:
-        held = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} is not a readable YAML file: {' '.join(str(error).split())}") from error
+        held = yaml_text.parse(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is not a readable YAML file: {error}") from error
     known = {f.name for f in dataclasses.fields(Study)} - {"name", "question"}
     if not isinstance(held, dict) or (wrong := sorted(set(held) - known)):
         what = f"{wrong[0]!r}" if isinstance(held, dict) else "no settings"
@@ -204,6 +203,11 @@ def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Conf
     given = [f"train.{name}={json.dumps(value)}" for name, value in study.train.items()]
     given += [f"{name}={value}" for name, value in spent.items() if value is not None]
     train = load_settings(None, [*given, *own, "train.part=diffusion"])[1]
+    if train.first_stage:
+        raise ValueError(
+            f"train.first_stage = {train.first_stage} trains a refiner, which a study cannot score; use "
+            "scripts/train.py and scripts/refine_gain.py"
+        )
     if budget.batch and train.cache:  # so few steps see only a handful of clips
         train = dataclasses.replace(train, cache=False)
     return config, train
@@ -233,9 +237,9 @@ def runs(study: Study, budget: Budget, output: Path) -> list[Run]:
     return found
 
 
-def fingerprint(study: Study, run: Run, budget: Budget) -> str:
-    """Hash of everything that affects a run's result; finished runs with another hash are refused."""
-    weights = {p.name: p.stat().st_size for p in sorted(Path(study.weights).glob("*.safetensors"))}
+def identity(study: Study, run: Run, budget: Budget) -> str:
+    """Hash of all settings and weights that affect a run's result; finished runs with another are refused."""
+    weights = fingerprint.of_paths(sorted(Path(study.weights).glob("*.safetensors")), pieces=64)
     facts = [
         run.measure,
         run.seed,
@@ -246,4 +250,13 @@ def fingerprint(study: Study, run: Run, budget: Budget) -> str:
         study.train,
     ]
     facts += [study.settings, study.variants[run.variant], checkpoint.read_origin(study.weights)]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    return fingerprint.of_text(json.dumps(facts, sort_keys=True))
+
+
+def code() -> dict[str, str]:
+    """Hashes of the package's source files: results that other code made are stale."""
+    package = Path(__file__).parents[1]
+    return {
+        str(path.relative_to(package.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        for path in sorted(package.rglob("*.py"))
+    }

@@ -141,7 +141,7 @@ def write(records: Sequence[Record], path: Path) -> None:
 def read(path: Path) -> list[Record]:
     """ValueError if the file is no trace."""
     try:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return [Record(**{**fields, "shape": tuple(fields["shape"])}) for fields in found]
     except FileNotFoundError:
         raise ValueError(f"the trace {path} does not exist; write one with output={path}") from None

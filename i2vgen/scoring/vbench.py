@@ -53,11 +53,11 @@ def read_info(path: str, dimensions: Sequence[str] = ()) -> list[tuple[int, Entr
     prompt without it.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         rows = [(row["prompt_en"], row.get("image_name", ""), tuple(row["dimension"])) for row in raw]
         if not all(isinstance(text, str) for row in rows for text in (*row[:2], *row[2])):
             raise TypeError("expected text")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
             f"info={path} is not a VBench-I2V list ({error!r}); give its vbench2_i2v_full_info.json"
         ) from error

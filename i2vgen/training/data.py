@@ -12,6 +12,7 @@ import json
 import logging
 import multiprocessing
 import os
+import threading
 import unicodedata
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -290,7 +291,8 @@ class Prefetcher:
 
     def __init__(self, source: Source, plan: Callable[[int], tuple[Bucket, list[int]]], workers: int):
         self.source, self.plan, self.depth = source, plan, 2 * workers
-        self.pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        self.pool = ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent)
         self.waiting: dict[int, Future] = {}
 
     def __enter__(self) -> Prefetcher:
@@ -305,6 +307,17 @@ class Prefetcher:
                 self.waiting[i] = self.pool.submit(_draw, self.source, *self.plan(i))
         pixels, captions, fps = self.waiting.pop(index).result()
         return Clips(torch.from_numpy(pixels), captions, fps)
+
+
+def end_with_parent() -> None:
+    """In a worker process: end it as soon as the process that started it is gone, killed or not."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _draw(source: Source, bucket: Bucket, positions: list[int]) -> tuple[np.ndarray, tuple[str, ...], int]:

@@ -332,7 +332,7 @@ def _facts(path: Path) -> dict | None:
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
         return facts if (path / STATE).stat().st_size == facts["bytes"] else None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError):
         LOGGER.warning("%s is damaged; ignoring it", path)
         return None
 
@@ -509,7 +509,7 @@ class Log:
     def __init__(self, folder: Path, step: int):
         folder.mkdir(parents=True, exist_ok=True)
         self.path, self.board = folder / LOG, None
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= step]
         whole.write_text(self.path, "".join(f"{line}\n" for line in kept))
         with contextlib.suppress(ImportError):
@@ -527,7 +527,7 @@ class Log:
     def write(self, step: int, pending: list[dict[str, float]]) -> None:
         means = {name: math.fsum(p[name] for p in pending) / len(pending) for name in pending[-1]}
         means["lr"] = pending[-1]["lr"]
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8") as file:
             # A gradient norm that overflowed under the scaler is not finite, which JSON cannot hold.
             finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
             file.write(json.dumps({"step": step, **finite}) + "\n")
