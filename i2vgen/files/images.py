@@ -48,6 +48,7 @@ UPRIGHT = {
 DAMAGED = (
     OSError,
     RuntimeError,
+    SystemError,
     SyntaxError,
     ValueError,
     TypeError,
