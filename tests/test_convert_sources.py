@@ -307,6 +307,11 @@ def test_without_its_record_an_export_comes_back_by_overrides(exported, tmp_path
     ]
     words += ["unet.temporal_conv_dropout=0", "unet.concat_dropout=0"]
     words += ["clip.text.heads=4", "clip.vision.head_width=24"]
+    for wrong in ("clip.text.heads=x", "clip.vision.head_width=0", "unet.concat_heads=0", "clip.text=3"):
+        name = wrong.partition("=")[0]
+        others = [word for word in words if not word.startswith(name)]
+        assert run("convert", bare, tmp_path / "no", *others, wrong) == 2
+        assert name.split(".")[0] in (said := capsys.readouterr().err) and "Traceback" not in said
     assert run("convert", bare, tmp_path / "back", *words) == 0
     want, got = parts_of(SHIPPED), parts_of(tmp_path / "back")
     assert all(same(got[part], want[part]) for part in checkpoint.PARTS)

@@ -175,8 +175,12 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
         clip = clip_tables.settings_from_transformers(cards["text"], cards["image"])
         _merge(settings, {"clip": dataclasses.asdict(clip)})
     for part in found:
-        if ("clip" if part.part in ("text", "image") else part.part) not in settings:
-            _merge(settings, _shown(part, stated))
+        name = "clip" if part.part in ("text", "image") else part.part
+        if name not in settings:
+            try:
+                _merge(settings, _shown(part, stated))
+            except (TypeError, ZeroDivisionError) as error:  # not numbers, or zero
+                raise ValueError(f"{name} cannot have the settings {stated[name]} ({error})") from error
     _merge(settings, stated)
     _fit_missing(settings, {p.part for p in found})
     try:
