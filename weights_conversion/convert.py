@@ -180,7 +180,7 @@ def settings_of(found: Sequence[PartSource], overrides: Sequence[str]) -> config
             try:
                 _merge(settings, _shown(part, stated))
             except (TypeError, ZeroDivisionError) as error:  # not numbers, or zero
-                raise ValueError(f"{name} cannot have the settings {stated[name]} ({error})") from error
+                raise ValueError(f"{name} cannot have the settings {stated.get(name)} ({error})") from error
     _merge(settings, stated)
     _fit_missing(settings, {p.part for p in found})
     try:
