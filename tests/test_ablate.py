@@ -77,6 +77,7 @@ def test_the_central_study_of_the_paper_exists():
         (("  without: [use.concat=false]\n", ""), "at least one variant"),
         (("use.concat=false", "train.steeps=3"), r"did you mean train\.steps"),
         (("[use.concat=false]", "use.concat=false"), "give a list of strings"),
+        (("without:", f"{'x' * 300}:"), "names its folder; give it a shorter name"),
         (("use.concat=false", "train.lora_rank=2"), "'without': train.lora_rank adapts a trained UNet"),
         (("use.concat=false", "train.first_stage=shipped"), "trains a refiner, which a study cannot score"),
         (("use.concat=false", "'device=${oc.env:HOME}'"), "references such as"),

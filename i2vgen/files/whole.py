@@ -103,6 +103,7 @@ def check_place(what: str, path: str | Path) -> Path:
         _check_name(what, _beside(path, "old"))
     temporary = _beside(path, "writing")
     try:
+        _remove(temporary)
         temporary.touch()
         temporary.unlink()
     except OSError as error:

@@ -28,6 +28,7 @@ from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_
 from i2vgen.training.settings import SECTION, Train, load_settings
 
 Measure = Literal["cost", "untrained", "trained"]
+LONGEST_SLUG = 200  # letters of a variant's folder
 MEASURES = ("cost", "untrained", "trained")
 
 
@@ -140,6 +141,8 @@ def _check(study: Study, file: str | Path) -> None:
                 f"{file}: the variants {folders[slug(name)]!r} and {name!r} would share the result folder "
                 f"{slug(name)}; rename one"
             )
+        if len(slug(name)) > LONGEST_SLUG:
+            raise ValueError(f"{file}: the variant {name!r} names its folder; give it a shorter name")
         folders[slug(name)] = name
     known: dict[str, tuple] = {}
     for name in study.variants:
