@@ -1,4 +1,4 @@
-"""Shared by the scripts: parsing command lines of settings, and errors without tracebacks."""
+"""Shared by the commands: parsing command lines of settings, and errors without tracebacks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from i2vgen.files import whole
+from i2vgen.settings import shipped
 from i2vgen.settings.config import FOREIGN
 
 # What can command a terminal, or hide what a text says: control characters, line separators, the marks that
@@ -33,11 +33,11 @@ def run(main: Callable[[], int | None]) -> int:
             return stopped.code or 0
         except (ValueError, OSError, FloatingPointError) as error:
             return _failed(str(error))
-        except torch.OutOfMemoryError as error:
-            return _failed(f"out of device memory; use a smaller size or fewer frames ({error})")
         except MemoryError:
             return _failed("out of memory; use a smaller size or fewer frames")
         except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it would delay every command
+                return _failed(f"out of device memory; use a smaller size or fewer frames ({error})")
             if "DefaultCPUAllocator" not in str(error):
                 raise  # our own bugs keep their traceback
             return _failed("out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1")
@@ -74,7 +74,8 @@ def split(
 ) -> tuple[str | None, list[str], set[str]]:
     """Words of a command line -> configuration file or None, name=value overrides, flags that were given.
 
-    --help prints `doc` and ends the script; so does a command line without words, unless `bare` allows it.
+    The file may be one of those shipped (`shipped.config`). --help prints `doc` and ends the command; so does
+    a command line without words, unless `bare` allows it.
     """
     if {"--help", "-h"} & set(argv) or not (argv or bare):
         print(doc)
@@ -93,7 +94,7 @@ def split(
         elif "=" in word:
             overrides.append(word)
         elif file is None:
-            file = os.path.expanduser(word)
+            file = shipped.config(os.path.expanduser(word))
         else:
             raise ValueError(
                 f"got two configuration files, {file} and {word}; one is allowed. Settings are name=value; "
@@ -105,7 +106,7 @@ def split(
 def take(
     words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[dict[str, int | str], list[str]]:
-    """Split name=value words -> the script's own arguments by name, and the rest, which are settings."""
+    """Split name=value words -> the command's own arguments by name, and the rest, which are settings."""
     own, rest = {}, []
     for word in words:
         name, _, value = word.partition("=")
@@ -126,7 +127,7 @@ def take(
 def take_all(
     words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = (), hint: str = ""
 ) -> dict[str, int | str]:
-    """The same for a script that takes no settings: every name must be known, and given once."""
+    """The same for a command that takes no settings: every name must be known, and given once."""
     own, rest = take(words, numbers=numbers, texts=texts)
     if rest:
         known = ", ".join(f"{name}=" for name in (*texts, *numbers))
@@ -135,6 +136,20 @@ def take_all(
     if twice := [name for name in own if names.count(name) > 1]:
         raise ValueError(f"{twice[0]}= is given twice; give it once")
     return own
+
+
+def as_options(words: Sequence[str], names: Sequence[str]) -> list[str]:
+    """name=value words of these names, as argparse knows them: --name=value. Users may write either."""
+    found = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name not in names or not equals:
+            found.append(word)
+        elif value:
+            found.append(f"--{name.replace('_', '-')}={value}")
+        else:
+            raise ValueError(f"{word} is empty; give a value or leave it out")
+    return found
 
 
 def choose(name: str, value: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Reading a command line: what scripts share, and how they report mistakes."""
+"""Reading a command line: what commands share, and how they report mistakes."""
 
 import io
 import sys

@@ -1,4 +1,4 @@
-"""scripts/generate.py, as a user meets it: what it makes, and how it says no."""
+"""`i2vgen generate`, as a user meets it: what it makes, and how it says no."""
 
 import json
 import os
@@ -176,7 +176,7 @@ def test_print_config_is_a_file_that_says_the_same(run, loads, tmp_path):
     assert run("printed.yaml", "--print-config")[1] == out
 
 
-@pytest.mark.parametrize("words", [("--help",), ("-h",), (), ("steps=nonsense", "--help")], ids=str)
+@pytest.mark.parametrize("words", [("--help",), ("-h",), ("steps=nonsense", "--help")], ids=str)
 def test_help(run, words):
     status, out, err = run(*words)
     assert status == 0 and err == ""

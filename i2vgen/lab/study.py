@@ -257,9 +257,10 @@ def identity(study: Study, run: Run, budget: Budget) -> str:
 
 
 def code() -> dict[str, str]:
-    """Hashes of the package's source files: results that other code made are stale."""
+    """Hashes of the package's source files: results that other code made are stale. Commands make none."""
     package = Path(__file__).parents[1]
     return {
         str(path.relative_to(package.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] not in ("commands", "examples", "__main__.py")
     }
