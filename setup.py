@@ -13,7 +13,7 @@ VERSION = re.search(r'__version__ = "(.+?)"', PACKAGE)[1]
 
 
 class Build(build_py):
-    """A wheel holds configs/ and examples/ inside the package (i2vgen/settings/shipped.py finds both places)."""
+    """A wheel holds configs/ and examples/ in the package; i2vgen/settings/shipped.py finds both places."""
 
     def run(self):
         super().run()
