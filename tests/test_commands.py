@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from i2vgen import __main__ as door
 from i2vgen import __version__
 from i2vgen.commands import COMMANDS
 from i2vgen.files import video
-from i2vgen.settings import shipped
+from i2vgen.settings import config, shipped
 from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -274,9 +275,81 @@ def test_examples_come_whole_or_not_at_all(run, monkeypatch):
     assert status == 2 and "No space left" in err and list(Path().iterdir()) == []
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.name)
-def test_commands_that_configurations_name(path):
-    """Comments show how a file is used: the command exists, and the files that it names."""
-    for command, file in re.findall(r"i2vgen ([a-z-]+) (configs/\S+)?", path.read_text(encoding="utf-8")):
-        assert command in COMMANDS and (not file or (ROOT / file).is_file())
-    assert "scripts/" not in path.read_text(encoding="utf-8")
+# --- what the documentation says
+
+
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "i2vgen/assets/README.md"]
+PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+CODE = re.compile(r"^```[a-z]*\n(.*?)^```|^    (\S.*?)$|`([^`\n]+)`", re.M | re.S)
+COMMAND = re.compile(r"^(?:torchrun \S+ \S+ -m |python -m )?i2vgen ([a-z].*)")
+
+
+def commands(text):
+    """The command lines in the code of a page -> name of the command, its other words."""
+    for block in CODE.finditer(text):
+        for line in next(filter(None, block.groups())).splitlines():
+            if found := COMMAND.match(line.partition(" #")[0].strip()):
+                name, *words = shlex.split(found[1].replace("[", "").replace("]", "").replace("|", " "))
+                yield name, words
+
+
+def wrong(name, words):
+    """What a command does not know of a line that shows it."""
+    if name not in COMMANDS:
+        return [name]
+    text = door.help_text(f"i2vgen.commands.{name.replace('-', '_')}")
+    text += " --help"
+    settings = {*config.LITERALS, *config.SHORT, *config.SECTIONS, "train"}
+    found = []
+    for word in words:
+        setting = re.match(r"(([a-z]\w*)(?:\.\w+)*)=", word)
+        if word.startswith("-"):
+            found += [word] if word not in text.split() and f"[{word}]" not in text else []
+        elif setting and f"{setting[1]}=" not in text and setting[2] not in settings:
+            found.append(word)
+        elif word.startswith("configs/") and word.endswith(".yaml") and not word.endswith("/NAME.yaml"):
+            found += [] if (ROOT / word).is_file() else [word]
+    return found
+
+
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda page: page.name)
+def test_commands_in_the_documentation_exist(page):
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".yaml":
+        text = re.sub("^# ?", "", text, flags=re.M).replace("\n   i2vgen", "\n    i2vgen")
+    assert [odd for name, words in commands(text) for odd in wrong(name, words)] == []
+    assert not re.search(r"python scripts/|python -m weights_conversion \w", text)  # one name on every page
+
+
+def test_there_are_commands_in_the_documentation():
+    shown = [name for page in PAGES for name, _ in commands(page.read_text(encoding="utf-8"))]
+    assert len(shown) > 60 and set(COMMANDS) - set(shown) <= {"draw-example"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "`i2vgen generat a=b`",
+        "```\ni2vgen generate styps=3\n```",
+        "    i2vgen train configs/train/none.yaml",
+        "`i2vgen parity FILE --sumary`",
+        "    torchrun --nproc-per-node 2 -m i2vgen tain x",
+    ],
+)
+def test_commands_that_do_not_exist_are_seen(line):
+    assert [odd for name, words in commands(line) for odd in wrong(name, words)]
+
+
+def test_the_readmes_commands_work_in_any_folder(run):
+    """Every line of the section that makes the first clips, then its Python."""
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## ")[1]
+    lines = re.findall(r"^i2vgen .*", section, re.M)
+    assert lines[0] == "i2vgen generate" and len(lines) == 3
+    for line in lines:
+        words = shlex.split(line, comments=True)[1:]
+        status, out, err = run(*words, *(QUICK if words[0] == "generate" else ()))
+        assert status == 0 and "NOISE" not in err + out, err
+    python = re.search(r"^```python\n(.*?)^```", section, re.M | re.S)[1]
+    exec(python.replace("i2vgen.load()", f"i2vgen.load(overrides={QUICK})"), {})
+    made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
+    assert made == {"star.mp4", "left.gif", "right.gif"}

@@ -1,4 +1,4 @@
-"""`python -m weights_conversion convert|export|verify|inspect`: the commands of `i2vgen` for checkpoints."""
+"""`python -m weights_conversion convert ...`: the commands of `i2vgen` for checkpoints, by an older name."""
 
 from __future__ import annotations
 

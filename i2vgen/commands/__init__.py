@@ -5,7 +5,7 @@ A new command is a module here (`refine_gain.py` for `refine-gain`) and a line i
 
 COMMANDS = {
     "generate": "make a video from a picture and a sentence",
-    "examples": "copy example pictures, scripts and configurations to a folder",
+    "examples": "copy example pictures, scripts and configurations to a new folder",
     "train": "train the autoencoder, CLIP, the video UNet or the second stage",
     "ablate": "run an ablation study and print its variants in a table",
     "evaluate": "score a model on clips that are never used in training",
