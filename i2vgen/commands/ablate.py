@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     name = cli.choose("budget", given.get("budget", "quick"), studies.BUDGETS)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "the plots need matplotlib, which is not installed: python -m pip install -e '.[lab]'"
+            "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
     stale = cli.choose("stale", given.get("stale", "refuse"), ("refuse", "keep", "again"))

@@ -83,6 +83,6 @@ def diffusers_side() -> Peer:
         from diffusers import I2VGenXLUNet
     except ImportError as error:
         raise ValueError(
-            f"against=diffusers needs the package diffusers ({error}): python -m pip install -e '.[test]'"
+            f"against=diffusers needs the package diffusers ({error}): python -m pip install diffusers"
         ) from None
     return Peer(I2VGenXLUNet, unet_diffusers.to_theirs, diffusers.__version__)

@@ -93,7 +93,7 @@ def of_diffusers(unet, config: Config, calls: int):
         from diffusers import I2VGenXLUNet
     except ImportError as error:
         raise ValueError(
-            f"against=diffusers needs the package diffusers ({error}): python -m pip install -e '.[test]'"
+            f"against=diffusers needs the package diffusers ({error}): python -m pip install diffusers"
         ) from None
     fixed = {"first_temporal_heads": 8, "num_global_tokens": config.unet.in_channels, "concat_heads": 2,
              "image_vector_width": config.unet.context_width}  # fmt: skip
