@@ -452,7 +452,7 @@ class TheirTowers:
             "embed_dim": self.image_encoder.config.projection_dim,
             "image_mean": list(self.extractor.image_mean),
             "image_std": list(self.extractor.image_std),
-            "text": {"width": width, "heads": 1, "layers": 1,
+            "text": {"width": width, "heads": 1, "layers": 2,
                      "context_length": self.tokenizer.model_max_length},
             "vision": {"image_size": side, "patch_size": side, "width": 8, "layers": 1, "head_width": 8},
         }  # fmt: skip

@@ -664,7 +664,7 @@ def load(
             "load takes a weights folder and a YAML file; for a Config: pipeline.load_parts(config)"
         )
     if not isinstance(config, str | os.PathLike | None):
-        raise ValueError(f"the config is a {type(config).__name__}; give the path of a YAML file")
+        raise ValueError(f"the config is {given.kind(config)}; give the path of a YAML file")
     config = None if config is None else os.path.expanduser(config)
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))

@@ -66,7 +66,7 @@ def picture(
     if isinstance(given, Image.Image):
         return images.to_rgb(given, alpha=alpha)
     raise ValueError(
-        f"the picture is {_kind(given)}; give a path, a PIL picture or an array [h w 3], or a list of them"
+        f"the picture is {kind(given)}; give a path, a PIL picture or an array [h w 3], or a list of them"
     )
 
 
@@ -93,7 +93,7 @@ def from_array(given: np.ndarray | Tensor) -> Image.Image:
 
 def prompt(given: Any) -> str:
     if not isinstance(given, str):
-        raise ValueError(f"the prompt is {_kind(given)}; give a text ('' for none), or a list of them")
+        raise ValueError(f"the prompt is {kind(given)}; give a text ('' for none), or a list of them")
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -113,12 +113,12 @@ def seed(given: Any) -> int:
             return operator.index(given)
     except TypeError:
         pass
-    raise ValueError(f"the seed is {_kind(given)}; give an integer, 0 or more")
+    raise ValueError(f"the seed is {kind(given)}; give an integer, 0 or more")
 
 
 def path(given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or not Path(given).name:
-        what = "empty" if isinstance(given, str | os.PathLike) else _kind(given)
+        what = "empty" if isinstance(given, str | os.PathLike) else kind(given)
         raise ValueError(f"the output is {what}; give the path of a file, such as outputs/clip.mp4")
     return Path(os.path.expanduser(given))
 
@@ -152,7 +152,7 @@ def sampler(given: Any) -> Callable | None:
         return from_diffusers(given)
     if not callable(given):
         raise ValueError(
-            f"the sampler is {_kind(given)}; give the name of one of ours, a function like them, or a "
+            f"the sampler is {kind(given)}; give the name of one of ours, a function like them, or a "
             "scheduler of diffusers"
         )
     try:
@@ -176,13 +176,13 @@ def dtype(given: Any) -> str:
 
 def function(on_step: Any) -> None:
     if on_step is not None and not callable(on_step):
-        raise ValueError(f"on_step is {_kind(on_step)}; give a function of one argument")
+        raise ValueError(f"on_step is {kind(on_step)}; give a function of one argument")
 
 
 def noise(given: Any, shape: Sequence[int]) -> Tensor:
     """Any array of finite floats of this shape -> Tensor; that of a single clip may lack the axis of clips"""
     if not isinstance(given, np.ndarray | Tensor):
-        raise ValueError(f"noise is {_kind(given)}; give a tensor of floats {tuple(shape)}")
+        raise ValueError(f"noise is {kind(given)}; give a tensor of floats {tuple(shape)}")
     given = torch.as_tensor(given)
     if shape[0] == 1 and given.ndim == len(shape) - 1:
         given = given[None]
@@ -195,7 +195,7 @@ def noise(given: Any, shape: Sequence[int]) -> Tensor:
 
 def latents(given: Any, channels: int) -> None:
     if not isinstance(given, Tensor) or given.ndim not in (4, 5) or given.shape[-4] != channels:
-        what = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else _kind(given)
+        what = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else kind(given)
         raise ValueError(f"the latents are {what}; give a tensor [{channels} f h w] or [b {channels} f h w]")
     if not given.is_floating_point() or not given.isfinite().all():
         raise ValueError("the latents must be finite floats")
@@ -224,7 +224,7 @@ def conditions_count(given: Any) -> int:
     """The number of clips; ValueError for anything but what `encode` returns."""
     pair = isinstance(given, tuple) and len(given) == 2
     if not (pair and all(isinstance(part, Conditions) for part in given)):
-        raise ValueError(f"the conditions are {_kind(given)}; give those that model.encode(...) returns")
+        raise ValueError(f"the conditions are {kind(given)}; give those that model.encode(...) returns")
     counts = {len(one) for part in given for one in part if isinstance(one, Tensor)}
     if len(counts) != 1:
         raise ValueError(
@@ -249,7 +249,7 @@ def conditions(given: Encoded, config: Config, count: int) -> Encoded:
                 continue
             wanted = " ".join(("[b k" if name == "text" else "[b", *map(str, shape))) + "]"
             if not isinstance(one, Tensor):
-                raise ValueError(f"the conditions {side}: {name} is {_kind(one)}; give a tensor {wanted}")
+                raise ValueError(f"the conditions {side}: {name} is {kind(one)}; give a tensor {wanted}")
             if one.ndim != len(shape) + 1 + (name == "text") or one.shape[one.ndim - len(shape) :] != shape:
                 raise ValueError(
                     f"the conditions {side}: {name} has shape {list(one.shape)}; this model and size need "
@@ -264,7 +264,7 @@ def conditions(given: Encoded, config: Config, count: int) -> Encoded:
     return Encoded(*map(spread, given))
 
 
-def _kind(given: Any) -> str:
+def kind(given: Any) -> str:
     name = type(given).__name__
     return "None" if given is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
@@ -329,8 +329,8 @@ def of_sampler(sampler: Callable) -> dict:
     keywords = {}
     if isinstance(sampler, functools.partial):
         sampler, keywords = sampler.func, sampler.keywords
-    kind = sampler if isinstance(sampler, types.FunctionType) else type(sampler)
-    return {"name": f"{kind.__module__}.{kind.__qualname__}", "settings": _plain(keywords)}
+    cls = sampler if isinstance(sampler, types.FunctionType) else type(sampler)
+    return {"name": f"{cls.__module__}.{cls.__qualname__}", "settings": _plain(keywords)}
 
 
 def _plain(value: Any) -> Any:
@@ -343,4 +343,4 @@ def _plain(value: Any) -> Any:
         return of_tensor(torch.as_tensor(value))
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if value is None or isinstance(value, str | bool | int | float) else _kind(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else kind(value)

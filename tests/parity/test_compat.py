@@ -1,6 +1,5 @@
 """i2vgen.compat against diffusers' own pipeline, live: the same script, the same frames."""
 
-import dataclasses
 import random
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image
 
 from i2vgen.compat import I2VGenXLPipeline
 from i2vgen.files import checkpoint
+from i2vgen.model.conditioning import ConcatBranch
 from i2vgen.settings.merge import load_config
 from weights_conversion import diffusers_layout as layout
 
@@ -326,9 +326,8 @@ def test_the_nine_numbers():
     pipe = I2VGenXLPipeline(**components())
     pipe.set_progress_bar_config(disable=True)
     assert np.abs(nine(pipe) - EXPECTED).max() < 0.01
-    cfg = pipe.model.config
-    wrong = dataclasses.replace(cfg, use=dataclasses.replace(cfg.use, concat_gain=2.0))
-    pipe.model.unet.conditions.concat.gain = wrong.use.concat_gain  # the planted mistake: the official gain
+    (branch,) = (part for part in pipe.unet.modules() if isinstance(part, ConcatBranch))
+    branch.gain = 2.0  # the planted mistake: the official gain
     assert np.abs(nine(pipe) - EXPECTED).max() > 0.01
 
 
