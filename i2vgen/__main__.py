@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 import i2vgen
-from i2vgen.commands import COMMANDS
+from i2vgen.commands import BARE, COMMANDS
 
 
 def main(
@@ -31,7 +31,7 @@ def main(
         sys.stderr.write(f"error: {unknown(name, commands, program)}\n")
         return 2
     module = f"i2vgen.commands.{name.replace('-', '_')}"
-    if {"--help", "-h"} & set(words):
+    if {"--help", "-h"} & set(words) or not (words or name in BARE):
         print(help_text(module))
         return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -10,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from PIL import Image
 from tqdm import tqdm
@@ -29,8 +31,6 @@ def run(main: Callable[[], int | None]) -> int:
     with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
         try:
             return main() or 0
-        except SystemExit as stopped:  # after --help
-            return stopped.code or 0
         except (ValueError, OSError, FloatingPointError) as error:
             return _failed(str(error))
         except MemoryError:
@@ -69,17 +69,11 @@ def shown(text: object) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def split(
-    argv: Sequence[str], flags: Sequence[str] = (), *, doc: str, bare: bool = False
-) -> tuple[str | None, list[str], set[str]]:
+def split(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[str | None, list[str], set[str]]:
     """Words of a command line -> configuration file or None, name=value overrides, flags that were given.
 
-    The file may be one of those shipped (`shipped.config`). --help prints `doc` and ends the command; so does
-    a command line without words, unless `bare` allows it.
+    The file may be one of those shipped (`shipped.config`).
     """
-    if {"--help", "-h"} & set(argv) or not (argv or bare):
-        print(doc)
-        raise SystemExit(0)
     file, overrides, given = None, [], set()
     for word in argv:
         if word.startswith("--"):
@@ -138,18 +132,28 @@ def take_all(
     return own
 
 
-def as_options(words: Sequence[str], names: Sequence[str]) -> list[str]:
-    """name=value words of these names, as argparse knows them: --name=value. Users may write either."""
-    found = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in names or not equals:
-            found.append(word)
-        elif value:
-            found.append(f"--{name.replace('_', '-')}={value}")
-        else:
-            raise ValueError(f"{word} is empty; give a value or leave it out")
-    return found
+class Parser(argparse.ArgumentParser):
+    """For a command whose plain words are files. Its options may be written name=value or --name value.
+
+    A mistake is a ValueError. The command's docstring is its help.
+    """
+
+    def __init__(self, command: str):
+        super().__init__(prog=f"i2vgen {command}", add_help=False)
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        takes_value = {a.dest for a in self._actions if a.option_strings and a.nargs != 0}
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            own = equals and name in takes_value
+            if own and not value:
+                raise ValueError(f"{word} is empty; give a value or leave it out")
+            words.append(f"--{name.replace('_', '-')}={value}" if own else word)
+        return self.parse_intermixed_args(words)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help explains it")
 
 
 def choose(name: str, value: str, known: Iterable[str]) -> str:

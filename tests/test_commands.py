@@ -12,7 +12,7 @@ from PIL import Image
 
 from i2vgen import __main__ as door
 from i2vgen import __version__
-from i2vgen.commands import COMMANDS
+from i2vgen.commands import BARE, COMMANDS
 from i2vgen.files import video
 from i2vgen.settings import config, shipped
 from i2vgen.settings.merge import load_config
@@ -73,8 +73,9 @@ def test_every_module_is_a_command():
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_explains_itself(run, name):
-    status, out, err = run(name, "x=1", "--help")
+    status, out, err = run(name, "x=1", "--help", "--nonsense")
     assert status == 0 and err == "" and run(name, "-h")[1] == out
+    assert name in BARE or run(name) == (0, out, "")
     assert f"\n    i2vgen {name} " in out  # its first example, indented
     assert out.isascii() and all(len(line) <= 110 for line in out.splitlines())
     assert "scripts/" not in out and "python -m" not in out.replace("-m i2vgen train", "")
@@ -121,9 +122,10 @@ def test_settings_are_written_alike(run):
     for words in (["dtype=float32", "--dry-run"], ["--dtype", "float32", "--dry-run"]):
         status, out, err = run("convert", ROOT / "i2vgen/assets/small", "out", *words)
         assert status == 0, err
-    for words in (["dtype=float3"], ["--dtype=float3"], ["layout=vgen", "--dtype=float3"]):
-        status, _, err = run("export", ROOT / "i2vgen/assets/small", "out", *words)
-        assert status == 2 and ("float32" in err or "layout" in err)
+    for words in (["dtype=float3"], ["--dtype=float3"], ["--dtype", "float3"]):
+        status, _, err = run("export", ROOT / "i2vgen/assets/small", "out", "layout=vgen", *words)
+        assert status == 2 and err.startswith("error: argument --dtype: invalid choice: 'float3'")
+        assert "i2vgen export --help" in err and err.count("\n") == 1
     assert "dtype= is empty" in run("parity", "file", "dtype=")[2]
     assert not Path("out").exists()
     status, out, _ = run(
@@ -247,6 +249,7 @@ def test_a_home_folder_is_meant(run, monkeypatch, tmp_path):
         (["full"], "full is there already, and nothing in it is replaced"),
         (["file"], "file is there already"),
         (["."], "nothing in it is replaced"),
+        (["link"], "nothing in it is replaced"),
         (["file/mine"], "cannot create the folder"),
         (["a", "b"], "give one folder"),
         (["output=a"], "give one folder"),
@@ -257,9 +260,18 @@ def test_examples_replace_nothing(run, words, told):
     Path("full").mkdir()
     Path("full/mine.txt").write_text("mine")
     Path("file").write_text("mine")
+    Path("empty").mkdir()
+    Path("link").symlink_to("empty")
     status, out, err = run("examples", *words)
     assert status == 2 and told in err and out == ""
-    assert sorted(p.name for p in Path().rglob("*")) == ["file", "full", "mine.txt"]
+    assert sorted(p.name for p in Path().rglob("*")) == ["empty", "file", "full", "link", "mine.txt"]
+
+
+def test_an_empty_folder_is_filled(run):
+    Path("my examples").mkdir()
+    status, out, err = run("examples", "my examples")
+    assert status == 0 and Path("my examples/star.png").is_file(), err
+    assert "i2vgen generate 'image=my examples/star.png'" in out
 
 
 def test_the_working_folder_stays_where_it_is(run):

@@ -22,3 +22,5 @@ COMMANDS = {
     "parity": "compare with recorded outputs of the official code",
     "draw-example": "draw the example pictures",
 }
+# These mean something without any word; the others print their help.
+BARE = ("generate", "examples", "summary", "trace", "refine-gain", "draw-example")

@@ -42,7 +42,7 @@ COSTS = "cost.json"
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__)
+    file, words, _ = cli.split(argv)
     hint = "; settings of variants are the study's"
     given = cli.take_all(
         words, numbers=("workers",), texts=("budget", "output", "measures", "stale"), hint=hint

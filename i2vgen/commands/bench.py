@@ -42,7 +42,7 @@ SWITCH = ("true", "false")
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__)
+    file, words, _ = cli.split(argv)
     if file is not None:
         raise ValueError(
             f"{file!r} is no name=value; a case is chosen by case=NAME, NAME {' or '.join(CASES)}"

@@ -34,7 +34,6 @@ from i2vgen.files import whole
 from weights_conversion.convert import CHECKING, convert
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-VALUES = ("dtype", "shard_size", "variant", "compat")
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="i2vgen convert", add_help=False)
+    parser = cli.Parser("convert")
     parser.add_argument("words", nargs="+", metavar="SOURCE... OUT [setting=value]")
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--shard-size", type=size, metavar="5G")
@@ -74,7 +73,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--compat", choices=["diffusers"])
     for flag in ("--dry-run", "--partial", "--ema", "--spatial-init", "--allow-nonfinite"):
         parser.add_argument(flag, action="store_true")
-    return parser.parse_intermixed_args(cli.as_options(argv, VALUES))
+    return parser.read(argv)
 
 
 def check_out(out: str, sources: list[str]) -> None:

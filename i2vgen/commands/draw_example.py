@@ -73,7 +73,7 @@ def boat(canvas: ImageDraw.ImageDraw, *, x: float, y: float, size: float) -> Non
 
 
 def main(argv: list[str]) -> int:
-    _, words, _ = cli.split(argv, doc=__doc__, bare=True)
+    _, words, _ = cli.split(argv)
     given = cli.take_all(words, numbers=("seed", "size"), texts=("output",))
     output = cli.check_picture("output", given.get("output", "boat.png"), argv)
     if "seed" in given:

@@ -39,7 +39,7 @@ NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json")
 
 
 def main(argv: list[str]) -> int:
-    file, overrides, _ = cli.split(argv, doc=__doc__)
+    file, overrides, _ = cli.split(argv)
     own, overrides = take(overrides)
     plan = Plan(**{name: own[name] for name in ("clips", "first_seed", "sweep") if name in own})
     config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)

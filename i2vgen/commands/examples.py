@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -31,15 +32,15 @@ def main(argv: list[str]) -> int:
     folder = check(Path(os.path.expanduser(argv[0])))
     with whole.replacing_folder(folder) as temporary:
         copy(temporary)
-    picture = cli.shown(folder / shipped.STAR.name)
+    picture = cli.shown(shlex.quote(f"image={folder / shipped.STAR.name}"))
     print(f"{cli.shown(folder)} holds pictures, scripts, lists and configurations; next:")
-    print(f'i2vgen generate image={picture} prompt="a yellow star moves to the left"')
+    print(f'i2vgen generate {picture} prompt="a yellow star moves to the left"')
     return 0
 
 
 def check(folder: Path) -> Path:
     """ValueError, before any work, unless the folder can be made without loss."""
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already, and nothing in it is replaced; name a new folder")
     if folder.resolve() == Path.cwd():
         raise ValueError(f"{folder} is the working folder; name a new folder in it")

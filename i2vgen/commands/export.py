@@ -20,8 +20,6 @@ from i2vgen.commands.convert import DTYPES, Bars, check_out, size
 from i2vgen.fast import runtime
 from weights_conversion.export import LAYOUTS, export
 
-VALUES = ("layout", "dtype", "shard_size")
-
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
@@ -43,11 +41,11 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="i2vgen export", add_help=False)
+    parser = cli.Parser("export")
     parser.add_argument("native", metavar="NATIVE")
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--shard-size", type=size, metavar="5G")
     parser.add_argument("--no-fold", action="store_true")
-    return parser.parse_intermixed_args(cli.as_options(argv, VALUES))
+    return parser.read(argv)

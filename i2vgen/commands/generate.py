@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +48,7 @@ JOBS = {"image", "prompt", "items", "video", "weights"}  # without any of them, 
 
 
 def main(argv: list[str]) -> int:
-    file, overrides, flags = cli.split(argv, FLAGS, doc=__doc__, bare=True)
+    file, overrides, flags = cli.split(argv, FLAGS)
     config = load_config(file, overrides, default_weights=SHIPPED)
     if "--print-config" in flags:
         print(config.to_yaml(), end="")
@@ -79,10 +80,9 @@ def main(argv: list[str]) -> int:
         clips = second_stage(config, list(clips))  # frees the first stage's memory
     jobs.save(clips, tell)
     if first:
-        print(
-            f'next: i2vgen generate image={cli.shown(shipped.STAR)} prompt="a yellow star moves to the left"'
-        )
-        print("      i2vgen examples DIR copies pictures, scripts and configurations to a folder")
+        picture = cli.shown(shlex.quote(f"image={shipped.STAR}"))
+        print(f'next: i2vgen generate {picture} prompt="a yellow star moves to the left"')
+        print("      i2vgen examples DIR copies pictures, scripts and configurations to a new folder")
     return 0
 
 

@@ -9,16 +9,15 @@ PATH is a file or folder on this machine.
 
 from __future__ import annotations
 
-import argparse
-
+from i2vgen import cli
 from weights_conversion.inspect_file import describe
 from weights_conversion.recognise import summary
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="i2vgen inspect", add_help=False)
+    parser = cli.Parser("inspect")
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--hash", action="store_true")
-    given = parser.parse_intermixed_args(argv)
+    given = parser.read(argv)
     print(describe(given.path, recognise=summary, hash=given.hash))
     return 0

@@ -31,8 +31,6 @@ from i2vgen.parity import kinds
 from i2vgen.parity.report import Golden, Row, Settings
 from i2vgen.settings import config
 
-VALUES = ("dtype", "device", "json")
-
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
@@ -64,14 +62,14 @@ def main(argv: list[str]) -> int:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="i2vgen parity", add_help=False)
+    parser = cli.Parser("parity")
     parser.add_argument("files", nargs="+", metavar="FILE")
     parser.add_argument("--dtype", choices=list(runtime.DTYPES), default="float32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", metavar="OUT")
     parser.add_argument("--summary", action="store_true")
     parser.add_argument("--failures", action="store_true")
-    return parser.parse_intermixed_args(cli.as_options(argv, VALUES))
+    return parser.read(argv)
 
 
 def print_table(file: str, rows: list[Row], *, failures_only: bool) -> None:

@@ -37,7 +37,7 @@ SHOWN = 4  # clips in the picture
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__, bare=True)
+    file, words, _ = cli.split(argv)
     own, words = cli.take(words, numbers=NUMBERS, texts=TEXTS)
     out = own.pop("json", None)
     if "sources" in own:

@@ -39,7 +39,7 @@ TEXTS = tuple(f.name for f in dataclasses.fields(Plan) if f.name != "frames")
 
 
 def main(argv: list[str]) -> int:
-    file, words, flags = cli.split(argv, FLAGS, doc=__doc__)
+    file, words, flags = cli.split(argv, FLAGS)
     if "--list" in flags:
         print(report.listing())
         return 0

@@ -25,7 +25,7 @@ from i2vgen.settings.merge import load_config
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__, bare=True)
+    file, words, _ = cli.split(argv)
     given, words = cli.take(words, numbers=("depth",), texts=("part", "json"))
     config = load_config(file, words)
     part = cli.choose("part", given.get("part", "unet"), checkpoint.PARTS)

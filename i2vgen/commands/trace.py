@@ -35,7 +35,7 @@ DIFFUSERS = "diffusers"
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__, bare=True)
+    file, words, _ = cli.split(argv)
     given, words = cli.take(words, numbers=("calls",), texts=("against", "tolerance", "output"))
     config = load_config(file, words, default_weights=SHIPPED)
     calls, tolerance = cli.at_least_one("calls", given.get("calls", 1)), above_zero(given, "tolerance", 1e-5)

@@ -41,7 +41,7 @@ PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
 
 
 def main(argv: list[str]) -> int:
-    file, overrides, flags = cli.split(argv, FLAGS, doc=__doc__)
+    file, overrides, flags = cli.split(argv, FLAGS)
     config, train = load_settings(file, overrides)
     if "--print-config" in flags:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}

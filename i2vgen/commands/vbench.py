@@ -37,7 +37,7 @@ TEXTS = ("info", "images", "dimensions", "ratio", "share")
 
 
 def main(argv: list[str]) -> int:
-    file, words, _ = cli.split(argv, doc=__doc__)
+    file, words, _ = cli.split(argv)
     own, rest = cli.take(words, numbers=("samples",), texts=TEXTS)
     config = load_config(file, rest, default_weights=SHIPPED)
     samples, ratio = plan(own, config)

@@ -10,21 +10,17 @@ The exit status is 1 if they differ.
 
 from __future__ import annotations
 
-import argparse
-
 from i2vgen import cli
 from weights_conversion.verify import verify
 
-VALUES = ("reference",)
-
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="i2vgen verify", add_help=False)
+    parser = cli.Parser("verify")
     parser.add_argument("a", metavar="A")
     parser.add_argument("b", metavar="B")
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     parser.add_argument("--reference", choices=["diffusers"])
-    given = parser.parse_intermixed_args(cli.as_options(argv, VALUES))
+    given = parser.read(argv)
     verdict = verify(given.a, given.b, reference=given.reference, overrides=tuple(given.settings))
     print("\n".join(verdict.lines))
     return 0 if verdict.passed else 1
