@@ -168,6 +168,11 @@ class I2VGenXLPipeline:
         return self.model.unet.conv_in.weight.dtype
 
     @property
+    def components(self) -> dict[str, Any]:
+        """Our parts, and the scheduler"""
+        return {**self.model.parts, "scheduler": self.scheduler}
+
+    @property
     def unet(self) -> torch.nn.Module:
         return self.model.unet
 
@@ -208,6 +213,16 @@ class I2VGenXLPipeline:
 
     def disable_xformers_memory_efficient_attention(self) -> None:
         """See `enable_attention_slicing`"""
+
+    def fuse_qkv_projections(self) -> None:
+        """Fused from the start (runtime.savings)"""
+
+    unfuse_qkv_projections = fuse_qkv_projections
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"this I2VGenXLPipeline has no {name}; docs/from_diffusers.md says what stands in its place"
+        )
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:
         raise ValueError(

@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -398,3 +401,25 @@ def test_a_plan_comes_and_goes_with_the_call(monkeypatch):
     assert model.config.runtime.batch_guidance and not clip.config.runtime.batch_guidance
     assert np.array_equal(clip.frames, want.frames)
     assert model(STAR, PROMPT, seed=3).config.runtime == model.config.runtime
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_guide_runs(model, monkeypatch, tmp_path):
+    """Every Python block of docs/python.md, one after the other, with fewer steps."""
+    root = Path(i2vgen.__file__).parents[1]
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (root / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    assets = tmp_path / "i2vgen/assets"
+    assets.mkdir(parents=True)
+    shutil.copy(root / STAR, assets)
+    shutil.copy(root / STAR, tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(i2vgen, "load", lambda: model)
+    names = {}
+    for block in blocks:
+        exec(block.replace("steps=50", "steps=2"), names)
+    assert len(blocks) >= 4 and (tmp_path / "outputs/right.gif.json").exists() and len(names["previews"]) == 2
+    weights, tokens = names["heavy"] / names["first"].cond.text, model.clip.tokenize([PROMPT])[0]
+    assert model.clip.tokenizer.decode(tokens[2:3].tolist()).strip() == "yellow"  # the token that it names
+    assert torch.allclose(weights[:, 2], torch.tensor(1.3)) and names["both"].shape[1] == 64

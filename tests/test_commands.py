@@ -364,4 +364,4 @@ def test_the_readmes_commands_work_in_any_folder(run):
     python = re.search(r"^```python\n(.*?)^```", section, re.M | re.S)[1]
     exec(python.replace("i2vgen.load()", f"i2vgen.load(overrides={QUICK})"), {})
     made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
-    assert made == {"star.mp4", "left.gif", "right.gif"}
+    assert made == {"star.mp4", "left.gif", "right.gif", "grow.gif"}

@@ -1,5 +1,6 @@
 """i2vgen.compat against diffusers' own pipeline, live: the same script, the same frames."""
 
+import inspect
 import random
 from pathlib import Path
 
@@ -22,7 +23,8 @@ pytestmark = [
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "configs" / "tiny.yaml"
 SMALL = [
     "unet.image_vector_width=64", "unet.width_multipliers=[1, 2]", "unet.attention_levels=[true, false]",
     "unet.blocks_per_level=1", "clip.embed_dim=64", "vae.width_multipliers=[1, 2]", "vae.blocks_per_level=1",
@@ -363,3 +365,24 @@ def test_folders_that_are_none(tmp_path):
         I2VGenXLPipeline.from_pretrained(tmp_path / "nothing")
     with pytest.raises(ValueError, match="does not exist"):
         I2VGenXLPipeline.from_pretrained("owner/name", local_files_only=True)
+
+
+def test_the_guide_names_every_argument_and_method():
+    theirs = diffusers.I2VGenXLPipeline
+    arguments = [name for name in inspect.signature(theirs.__call__).parameters if name != "self"]
+    assert arguments == [
+        name for name in inspect.signature(I2VGenXLPipeline.__call__).parameters if name != "self"
+    ]
+    general = set(dir(diffusers.configuration_utils.ConfigMixin)) | {
+        "config", "name_or_path", "numpy_to_pil", "parameters", "register_modules", "extract_init_dict",
+        "prepare_extra_step_kwargs", "model_cpu_offload_seq", "from_config", "load_config",
+    }  # fmt: skip
+    methods = {name for name in dir(theirs) if not name.startswith("_")} - general
+    guide = (ROOT / "docs" / "from_diffusers.md").read_text(encoding="utf-8")
+    opposites = {name for name in methods if name.startswith("disable_")}
+    assert [name for name in (*arguments, *sorted(methods - opposites)) if f"`{name}`" not in guide] == []
+
+
+def test_what_is_missing_says_where_to_look(pipes):
+    with pytest.raises(AttributeError, match=r"has no decode_latents; docs/from_diffusers\.md"):
+        pipes[1].decode_latents(torch.zeros(1))
