@@ -15,15 +15,14 @@ assert_type(config.sample.steps, int)
 
 model = i2vgen.load(overrides=["steps=20", "device=cpu"])
 assert_type(model, i2vgen.I2VGenXL)
-clip = model(Image.new("RGB", (8, 8)), "a boat rests", seed=1)
-assert_type(clip, i2vgen.Video)
+clip: i2vgen.Video = model(Image.new("RGB", (8, 8)), "a boat rests", seed=1, steps=4)
 assert_type(clip.save(Path("clip.gif")), Path)
 frames: np.ndarray[Any, Any] = clip.frames
-clips = model.generate(["a.png", Path("b.png")], ["one", "two"], [1, 2])
-assert_type(clips, list[i2vgen.Video])
+clips: list[i2vgen.Video] = model(["a.png", Path("b.png")], ["one", "two"], seed=[1, 2])
 assert_type(i2vgen.__version__, str)
 
 # Mistakes that a type checker sees; mypy reports an ignore that is not needed.
 i2vgen.load(config=3)  # type: ignore[arg-type]
+model("a.png", "a boat", steps="many")  # type: ignore[arg-type]
 i2vgen.lode()  # type: ignore[attr-defined]
 print(clip.seeds)  # type: ignore[attr-defined]
