@@ -215,6 +215,18 @@ def test_other_names_are_no_shipped_configuration(run, name):
     assert status == 2 and f"configuration file {name} does not exist" in err and out == ""
 
 
+def test_an_installation_holds_configurations_and_examples(tmp_path):
+    """What setup.py puts into a wheel works where no clone is; .ci/full installs one."""
+    words = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(words, cwd=ROOT, check=True, capture_output=True)
+    held = {path.relative_to(tmp_path / "i2vgen") for path in (tmp_path / "i2vgen/configs").rglob("*.yaml")}
+    assert held == {path.relative_to(ROOT) for path in CONFIGS} and (tmp_path / "i2vgen/py.typed").is_file()
+    words = [sys.executable, "-m", "i2vgen", "examples", "mine"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, encoding="utf-8", env={
+        "PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"})  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "mine/control.py").is_file(), done.stderr
+
+
 def test_examples_are_listed_and_copied(run, tmp_path):
     status, out, _ = run("examples")
     assert status == 0 and "i2vgen examples DIR" in out

@@ -1,6 +1,6 @@
-"""The commands of `i2vgen`: one module each, whose docstring is the --help text and whose `main(argv)` works.
+"""The commands of `i2vgen`: one module each, whose docstring is the --help text and whose `main(argv)` does the work.
 
-A new command is a module here (`refine_gain.py` for `refine-gain`) and a line in COMMANDS.
+A new command is a module here (`refine_gain.py` for `refine-gain`) and a line in COMMANDS, perhaps in BARE too.
 """
 
 COMMANDS = {
