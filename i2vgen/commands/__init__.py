@@ -1,6 +1,6 @@
-"""The commands of `i2vgen`: one module each, whose docstring is the --help text and whose `main(argv)` does the work.
+"""The commands of `i2vgen`: one module each. Its docstring is the --help text, its `main(argv)` runs it.
 
-A new command is a module here (`refine_gain.py` for `refine-gain`) and a line in COMMANDS, perhaps in BARE too.
+A new command is a module here (`refine_gain.py` for `refine-gain`) and a line in COMMANDS, perhaps in BARE.
 """
 
 COMMANDS = {
