@@ -25,7 +25,7 @@ setup(
         "open_clip_torch>=3.0",
         "omegaconf>=2.4",
         "numpy",
-        "safetensors>=0.4",
+        "safetensors>=0.4.2",
         "pillow",
         "tqdm",
         "av",

@@ -99,6 +99,14 @@ def test_hdr_is_told(tmp_path, color_trc, name):
     assert ("HDR" in told(path)[2]) == bool(name) and name in told(path)[2]
 
 
+@pytest.mark.parametrize("alpha", ["white", "drop"])
+def test_transparency_that_is_not_read_is_told(tmp_path, alpha):
+    form = {"codec": "libvpx-vp9", "pix_fmt": "yuva420p", "metadata": {"alpha_mode": "1"}}
+    path = media_files.write_video(tmp_path / "a.webm", clip(3), **form)
+    _, _, note = told(path, alpha=alpha)
+    assert "transparen" in note
+
+
 def test_interlacing_is_told(tmp_path):
     options = {"x264-params": "interlaced=1"}
     path = media_files.write_video(tmp_path / "a.mp4", clip(3), options=options)

@@ -146,7 +146,8 @@ def frames(clip: Clip, count: int = 0) -> np.ndarray:
     total = reading.measure(clip.file)[0] if count else 0
     if total < count:
         raise ValueError(f"{clip.file} has {total} frames, but frames={count} asks for more")
-    found = reading.load(clip.file, only=range(count) if count else None)[0]
+    alpha = clip.preprocess.alpha
+    found = reading.load(clip.file, alpha=alpha, only=range(count) if count else None)[0]
     n, (_, height, width, _) = clip.enlarge, found.shape
     if n == 1 or height % n or width % n:
         return found
