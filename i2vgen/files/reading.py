@@ -405,12 +405,10 @@ def _video_timing(path: Path) -> Timing:
             notes.append(
                 f"is HDR ({name}), read as if it were not: its colours look flat; convert it to SDR first"
             )
-        if (
-            stream.metadata.get("alpha_mode") == "1"
-        ):  # WebM's VP8 and VP9 keep it apart; their decoders skip it
-            notes.append(
-                "is transparent, which is not read: the colours below show; convert it to a PNG folder"
-            )
+        tags = {name.lower(): value for name, value in stream.metadata.items()}
+        # VP8 and VP9 keep transparency beside the picture, where their decoders skip it.
+        if tags.get("alpha_mode") == "1":
+            notes.append("is transparent, which is not read: hidden colours show; convert it to a PNG folder")
         ratio = stream.sample_aspect_ratio or 1
         if not 0.1 <= ratio <= 10:
             notes.append(f"claims pixels of shape {ratio}; they are taken as square")
