@@ -412,7 +412,7 @@ def test_a_cover_is_no_video(tmp_path):
     with av.open(str(path), "w", format="mp4") as file:
         cover = file.add_stream("png", rate=10)
         cover.width, cover.height, cover.pix_fmt = 48, 32, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = int(av.stream.Disposition.attached_pic)
         file.mux(cover.encode(av.VideoFrame.from_ndarray(clip(1)[0], format="rgb24")))
         file.mux(cover.encode())
     with pytest.raises(ValueError, match="no video stream; its picture is a cover"):

@@ -52,7 +52,7 @@ def generator(*keys: int) -> torch.Generator:
 
 
 def derived_seed(*keys: int) -> int:
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
 def open_source(config: Config, train: Train) -> Source:
