@@ -264,6 +264,8 @@ MISTAKES = [
     ("smaple.steps=3", "no setting 'smaple'", "did you mean sample"),
     ("use.txt=false", "no setting use.txt", "did you mean use.text"),
     ("promt=hello", "no setting 'promt'", "did you mean prompt"),
+    ("qqqqqq=1", "no setting 'qqqqqq'; i2vgen/settings/config.py lists them all"),
+    ("clip.qqqqqq=1", "no setting clip.qqqqqq; known are clip.model"),
     ("image.x=3", "image is one text"),
     ("sample=3", "sample is a group of settings", "sample.NAME"),
     ("use=false", "use is a group of settings"),
@@ -287,7 +289,14 @@ def test_mistakes_raise_helpful_messages(given, words):
         load_config(None, given.split(" "))
     message = str(caught.value)
     assert not [word for word in words if word not in message], message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 700
+
+
+@pytest.mark.parametrize("place", ["{}=1", "sample.{}=1", "guidance={}", "spacing={}"])
+def test_messages_about_long_inputs_are_short(place):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (any message will do)
+        load_config(None, [place.format("x" * 10_000)])
+    assert len(str(caught.value)) < 1000
 
 
 BAD_FILES = [

@@ -93,6 +93,8 @@ def _header(path: str | Path, row: list[str], columns: Sequence[str]) -> list[st
         return row
     separator = next((s for s in ";\t|" if len(row) == 1 and s in row[0]), None)
     remedy = f"; it looks separated by {separator!r}, but commas are needed" if separator else ""
+    if set(columns) <= {name.strip().lower() for name in row}:
+        remedy = "; write them in lower case, without spaces around them"
     raise ValueError(
         f"{path}: its first line names the columns {', '.join(repr(name[:80]) for name in row[:12])}; it "
         f"must name {' and '.join(columns)}, separated by a comma{remedy}"
@@ -128,6 +130,8 @@ def _decoded(held: bytes, number: int) -> str:
         raise _Unreadable(f"line {number} is longer than {MAX_LINE >> 20} MiB")
     if number == 1 and held.startswith(UTF_16):
         raise _Unreadable(f"it is UTF-16 text; {AS_UTF_8}")
+    if b"\0" in held:  # also in UTF-16 without a byte order mark
+        raise _Unreadable(f"line {number} holds a NUL byte, so it is no UTF-8 text; {AS_UTF_8}")
     try:
         return (held.removeprefix(BOM) if number == 1 else held).decode("utf-8")
     except UnicodeDecodeError as error:
