@@ -129,8 +129,8 @@ BAD_CSV = [
     ("file\tcaption\na.gif\tx\n", r"it looks separated by '\t'"),
     ("video,text\na.gif,x\n", "columns 'video', 'text'; it must name file and caption"),
     ("file, caption\na.gif, x\n", "columns 'file', ' caption'"),
-    ("File,Caption\na.gif,x\n", "columns 'File', 'Caption'; it must name file and caption, separated by a comma; "
-                                "write them in lower case"),
+    ("File,Caption\na.gif,x\n", "columns 'File', 'Caption'; it must name file and caption, separated by a "
+                                "comma; write them in lower case"),
     ("a.gif,x\n", "columns 'a.gif', 'x'"),
     ("file,caption,caption\na.gif,x,y\n", "names the column 'caption' twice"),
     ("", "is empty; its first line names the columns file,caption"),
