@@ -30,8 +30,8 @@ from i2vgen.diffusion.schedule import Schedule
 PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}
 NEEDED = ("config", "set_timesteps", "scale_model_input", "step", "init_noise_sigma", "alphas_cumprod")
 OTHER_KIND = (
-    "it is no scheduler of diffusers for networks that learn eps, v or x0 under a table of noise levels; take "
-    "one that is, such as UniPCMultistepScheduler"
+    "it is no scheduler of diffusers for networks that learn eps, v or x0 under a table of noise levels; "
+    "take one that is, such as UniPCMultistepScheduler"
 )
 CLOSE = 1e-4  # schedulers keep float32 tables, and lift an abar of 0 a little to divide by it
 
