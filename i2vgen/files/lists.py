@@ -11,10 +11,12 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+NONE: Mapping[str, str] = MappingProxyType({})
 MAX_LINE = 2**24  # bytes
 BOM, UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 AS_UTF_8 = 'save the file as UTF-8 (spreadsheets call it "CSV UTF-8")'
@@ -49,8 +51,12 @@ def json_rows(path: str | Path, *, expected: str, setting: str = "") -> Iterator
         yield Row(number, values)
 
 
-def csv_rows(path: str | Path, columns: Sequence[str], *, setting: str = "") -> Iterator[Row]:
+def csv_rows(
+    path: str | Path, columns: Sequence[str], *, setting: str = "", renamed: Mapping[str, str] = NONE
+) -> Iterator[Row]:
     """The rows of a CSV file whose first line names its columns, of which `columns` must be there.
+
+    `renamed` holds other names of columns, and what they become.
 
     A row may end early; the columns that it lacks are missing from its values. ValueError for one that is too
     long: a text with a comma must stand in quotes, or its rest would be lost.
@@ -68,7 +74,7 @@ def csv_rows(path: str | Path, columns: Sequence[str], *, setting: str = "") -> 
         if row is None:
             break
         if header is None and row:
-            header = _header(path, row, columns)
+            header = _header(path, [renamed.get(name, name) for name in row], columns)
         elif row:
             if len(row) > len(header):
                 raise ValueError(
@@ -97,7 +103,7 @@ def _header(path: str | Path, row: list[str], columns: Sequence[str]) -> list[st
         remedy = "; write them in lower case, without spaces around them"
     raise ValueError(
         f"{path}: its first line names the columns {', '.join(repr(name[:80]) for name in row[:12])}; it "
-        f"must name {' and '.join(columns)}, separated by a comma{remedy}"
+        f"must name {' and '.join(columns)}{', separated by a comma' if len(columns) > 1 else ''}{remedy}"
     )
 
 

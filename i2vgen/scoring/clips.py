@@ -94,7 +94,7 @@ def is_video(path: Path) -> bool:
 def read_list(setting: str, path: Path) -> Iterator[Clip]:
     """Read the clips of a .jsonl or .csv list; ValueError names the line that is wrong."""
     if path.suffix.lower() == ".csv":
-        filled = lists.csv_rows(path, (), setting=f"{setting}=")
+        filled = lists.csv_rows(path, ("file",), setting=f"{setting}=", renamed={"output": "file"})
         rows = ((number, {k: v for k, v in row.items() if v}) for number, row in filled)
     else:
         rows = lists.json_rows(path, expected="file, image and prompt", setting=f"{setting}=")
