@@ -162,7 +162,7 @@ def test_score_lists_keep_quoted_line_breaks(write):
     with pytest.raises(ValueError, match="line 2 holds 3 values for the 2 columns file,prompt"):
         clips.find("videos", str(path))
     path = write("video,prompt\na.gif,a\n", "list.csv")
-    with pytest.raises(ValueError, match="names the columns 'video', 'prompt'; it must name file$"):
+    with pytest.raises(ValueError, match=r"names the columns 'video', 'prompt'; it must name file$"):
         clips.find("videos", str(path))
     path = write("file;prompt\na.gif;a\n", "list.csv")
     with pytest.raises(ValueError, match=r"it must name file; it looks separated by ';', but commas"):
