@@ -7,21 +7,23 @@ Axes: b batch, f frames, c channels, h w latent rows and columns.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import os
+import sys
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from i2vgen.adapt import lora
 from i2vgen.diffusion.noise import SampleNoise, draw_all
@@ -29,6 +31,7 @@ from i2vgen.diffusion.sampler import (
     Noise,
     OnStep,
     Predict,
+    StepInfo,
     ancestral,
     between,
     ddim,
@@ -37,21 +40,26 @@ from i2vgen.diffusion.sampler import (
 )
 from i2vgen.diffusion.schedule import Schedule, timesteps
 from i2vgen.diffusion.solvers import SOLVERS
-from i2vgen.fast import compiled, deep_cache, machine, runtime, savings
+from i2vgen.fast import compiled, deep_cache, machine, runtime
 from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.files import checkpoint, given, images, records, video
+from i2vgen.files import checkpoint, given, images, video
+from i2vgen.files.clip import OUTPUTS, Video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import OffloadedPart
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.conditioning import Conditions, Prepared, Unconditional
+from i2vgen.model.conditioning import Conditions, Encoded, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
-from i2vgen.settings.config import RANDOM, SHIPPED, Config
+from i2vgen.settings import merge
+from i2vgen.settings.config import RANDOM, SETTINGS_FILE, SHIPPED, Config, Runtime
 from i2vgen.settings.merge import load_config, read_stored_settings
 
 FAR = 1.5  # times the size or the frames of training, up or down
 BUILT = ("use", "unet", "vae", "clip", "schedule", "runtime")  # settings of a model that loading reads
+
+
+Output = Literal["video", "frames", "pil", "tensor", "latents"]
 
 
 class Sampler(Protocol):
@@ -69,52 +77,26 @@ class Sampler(Protocol):
     ) -> Tensor: ...
 
 
-@dataclass
-class Video:
-    """A finished clip: `frames` uint8 [f h w 3], and everything needed to make it again."""
-
-    frames: np.ndarray
-    image: str
-    prompt: str
-    seed: int
-    config: Config
-    fps: float | None = None  # of the file; None: as the settings say
-    facts: dict = field(default_factory=dict)  # entries of the record that the settings do not hold
-
-    def save(self, path: str | Path) -> Path:
-        """Write the clip by the ending of `path` (.mp4, .gif, .webp, .png, else PNGs) and a JSON beside it.
-
-        The JSON, clip.mp4.json, holds all settings, the seed, the versions that matter, the SHA-256 of file
-        and inputs, and whether the settings alone remake the clip. ValueError, before anything is written,
-        if it would replace a JSON file that is no such record.
-        """
-        save = self.config.save
-        fps = save.fps if self.fps is None else self.fps
-        path = given.path(path)
-        records.check(path)
-        path = video.save(self.frames, path, fps=fps, quality=save.quality, enlarge=save.enlarge)
-        frames, height, width, _ = self.frames.shape
-        records.write(
-            path,
-            records.settings_of(self.config, self.image, self.prompt, self.seed, path),
-            size=(save.enlarge * width, save.enlarge * height),
-            frames=frames,
-            fps=fps,
-            facts=self.facts,
-        )
-        return path
-
-
 class I2VGenXL:
     """The four parts and their settings. Call it with a picture and a prompt: it returns a `Video`."""
 
     def __init__(
-        self, config: Config, unet: UNet, vae: AutoencoderKL, clip: ClipEncoders, device: torch.device
+        self,
+        config: Config,
+        unet: UNet,
+        vae: AutoencoderKL,
+        clip: ClipEncoders,
+        device: torch.device,
+        *,
+        asked: Runtime | None = None,
     ):
+        """`config` as `plans.choose` settled it; `asked` is its `runtime` before that."""
         self._config, self.unet, self.vae, self.clip, self.device = config, unet, vae, clip, device
         self.schedule = make_schedule(config)
         self.parts = {"unet": unet, "vae": vae, "clip": clip}
         self.offloaded: dict[str, OffloadedPart] = {}  # parts that wait on the CPU until they are needed
+        self.plan = plans.Plan(config, asked or config.runtime)
+        self.adapters: dict[str, lora.Adapters] = {}  # attached by `lora`, by their folder or file
 
     @property
     def config(self) -> Config:
@@ -133,73 +115,274 @@ class I2VGenXL:
 
     def __call__(
         self,
-        image: given.Picture,
-        prompt: str,
+        image: given.Picture | Sequence[given.Picture] | None = None,
+        prompt: str | Sequence[str] | None = None,
         *,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        frames: int | None = None,
+        fps: int | None = None,
+        sampler: str | Sampler | None = None,
+        conditions: Encoded | None = None,
+        noise: Tensor | np.ndarray | None = None,
+        output: Output = "video",
         on_step: OnStep | None = None,
-    ) -> Video:
-        """One clip. `seed` defaults to the first of `sample.seed`; `on_step` is told of every step.
+        progress: bool = True,
+        **settings: object,
+    ) -> Any:
+        """One clip, or, where picture, prompt or seed is a list, a list of clips sampled as one batch.
 
-        `image` is a path, a PIL picture, or an array [h w 3] of uint8 or of floats from 0 to 1.
+        `image`: a path, a PIL picture, or an array [h w 3] of uint8 or of floats from 0 to 1.
+        `seed`: by default the first of `sample.seed`. A clip depends on its own seed only.
+        `steps`, `guidance`, ... `settings`: any of the `sample` settings (settings/config.py), for this call
+        alone, checked as at loading and recorded in the clip. What is None stays as the model has it.
+        `sampler`: a name, a function like those of `diffusion`, or a scheduler of diffusers.
+        `conditions`: of `encode`, instead of picture and prompt.
+        `noise` [c f h w], or [b c f h w]: replaces the initial noise that the seeds would draw.
+        `output`: "video" (a `Video`), "frames" (uint8 [f h w 3]), "pil" (a list of pictures), "tensor"
+        (float32 [f 3 h w] from 0 to 1, on the device), "latents" (float [c f h w], on the device).
+        `on_step`: is given a `StepInfo` after every step. `progress`: a bar, in terminals and notebooks.
+
+        ValueError, before any computation, for what cannot work.
         """
-        seed = self.config.sample.seed[0] if seed is None else seed
-        return self.generate([image], [prompt], [seed], on_step=on_step)[0]
+        named = {"steps": steps, "guidance": guidance, "width": width, "height": height}
+        named |= {"frames": frames, "fps": fps}
+        settings |= {name: value for name, value in named.items() if value is not None}
+        several = any(given.listed(one) for one in (image, prompt, seed))
+        clips = self.generate(
+            image,
+            prompt,
+            self.config.sample.seed[0] if seed is None else seed,
+            negative_prompts=negative_prompt,
+            sampler=sampler,
+            conditions=conditions,
+            noise=noise,
+            output=output,
+            on_step=on_step,
+            progress=progress,
+            **settings,
+        )
+        return clips if several or len(clips) > 1 else clips[0]
 
     def generate(
         self,
-        pictures: Sequence[given.Picture] | given.Picture,
-        prompts: Sequence[str] | str,
+        pictures: Sequence[given.Picture] | given.Picture | None,
+        prompts: Sequence[str] | str | None,
         seeds: Sequence[int] | int,
         *,
-        noise: Tensor | None = None,
-        sampler: Sampler | None = None,
+        negative_prompts: Sequence[str] | str | None = None,
+        sampler: str | Sampler | None = None,
+        conditions: Encoded | None = None,
+        noise: Tensor | np.ndarray | None = None,
+        output: Output = "video",
         on_step: OnStep | None = None,
-    ) -> list[Video]:
+        progress: bool = False,
+        **settings: object,
+    ) -> list:
         """One clip per (picture, prompt, seed), sampled as one batch; each depends on its own seed only.
 
-        A single picture, prompt or seed instead of a list serves all clips.
-        `noise` [b c f h w] replaces the initial noise that the seeds would draw, e.g. by that of `invert`.
-        `sampler` replaces the one that the settings name, e.g. by `schedulers.from_diffusers`.
+        A single picture, prompt, negative prompt or seed serves all clips. For the rest see `__call__`.
         """
-        config = self.config
-        pictures, prompts, seeds = given.paired(pictures, prompts, seeds)
+        given.choice("output", output, OUTPUTS)
+        if isinstance(sampler, str):
+            settings["sampler"], sampler = sampler, None
+        sampler = given.sampler(sampler)
+        given.function(on_step)
+        if conditions is None:
+            pictures, prompts, seeds = given.paired(pictures, prompts, seeds)
+        else:
+            given.instead_of_conditions(pictures, prompts, negative_prompts, settings)
+            seeds = given.seeds_for(seeds, given.conditions_count(conditions))
+            pictures, prompts = [None] * len(seeds), [""] * len(seeds)
+        model = self.with_settings(clips=len(seeds), **settings)
+        config = model.config
         dataclasses.replace(config.sample, seed=tuple(seeds))  # refuses a seed out of range
-        given.functions(sampler=sampler, on_step=on_step)
+        negatives = given.spread(negative_prompts, config.negative_prompt, len(seeds))
         if noise is not None:
             noise = given.noise(noise, (len(seeds), *latent_shape(config)))
-        opened = [open_picture(picture, config) for picture in pictures]
+        if conditions is not None:
+            conditions = given.conditions(conditions, config, len(seeds))
+        opened = [None if picture is None else open_picture(picture, config) for picture in pictures]
         facts = [
-            given.facts(*both, None if noise is None else noise[i], sampler)
+            given.facts(
+                *both,
+                noise=None if noise is None else noise[i],
+                sampler=sampler,
+                conditions=None if conditions is None else [one[i : i + 1] for one in conditions.tensors()],
+                adapters=self.attached(),
+            )
             for i, both in enumerate(zip(pictures, opened, strict=True))
         ]
         for one in facts:
             if sampler is None:
                 one["steps"] = steps_made(config)
-            if any(isinstance(module, lora.LowRank) for module in self.unet.modules()):
-                one |= {"reproducible": False, "changed": "adapters are attached to the UNet"}
+        with _bar(on_step, shown=progress) as on_step:
+            latents = model.sampled(
+                opened, prompts, seeds, negatives=negatives, conditions=conditions, noise=noise,
+                sampler=sampler, on_step=on_step,
+            )  # fmt: skip
+        if output == "latents":
+            return list(latents)
+        if output == "tensor":
+            return list(pixels(model, latents))
+        clips = model.finished(decode(model, latents))
+        if output == "frames":
+            return clips
+        names = [os.fsdecode(p) if isinstance(p, str | os.PathLike) else given.UNNAMED for p in pictures]
+        configs = [dataclasses.replace(config, negative_prompt=negative) for negative in negatives]
+        videos = [
+            Video(*inputs, facts=one)
+            for *inputs, one in zip(clips, names, prompts, seeds, configs, facts, strict=True)
+        ]
+        return [one.pictures() for one in videos] if output == "pil" else videos
+
+    def with_settings(self, *, clips: int = 1, **settings: object) -> I2VGenXL:
+        """The same parts under other `sample` settings, and `negative_prompt`; nothing is loaded.
+
+        The memory that `clips` clips at once take is planned again where they take more or less. ValueError
+        for settings that cannot work, or need another way to load the model.
+        """
+        config = merge.with_sample(self.config, settings)
+        if config != self.config:
+            refuse_unsampleable(config)
+            machine.refuse_missing(config, self.device)
+            if _size(config) != _size(self.config) and (Path(config.weights) / SETTINGS_FILE).is_file():
+                note_other_size(config)
+        other = copy.copy(self)
+        other._config = self.plan.adapt(config, self.parts, self.device, clips=clips)
+        return other
+
+    def encode(
+        self,
+        image: given.Picture | Sequence[given.Picture],
+        prompt: str | Sequence[str],
+        *,
+        seed: int | Sequence[int] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        **settings: object,
+    ) -> Encoded:
+        """Everything that the UNet is given, for `model(conditions=...)`: change it as you like.
+
+        Called with the same seed, the unchanged conditions give the very clip of picture and prompt. The
+        text may have another number of tokens; `fps`, size and other settings are as in a call.
+        """
+        seed = self.config.sample.seed[0] if seed is None else seed
+        pictures, prompts, seeds = given.paired(image, prompt, seed)
+        model = self.with_settings(clips=len(seeds), **settings)
+        negatives = given.spread(negative_prompt, model.config.negative_prompt, len(seeds))
+        opened = [open_picture(picture, model.config) for picture in pictures]
+        noises = [SampleNoise(one) for one in seeds]
+        return encode(model, opened, prompts, posterior_noise(model, noises), negatives)
+
+    def decode(self, latents: Tensor, *, output: Literal["frames", "tensor"] = "frames") -> Any:
+        """Latents [c f h w] or [b c f h w] -> uint8 frames [f H W 3], or floats [f 3 H W]; for b, a list."""
+        given.choice("output", output, ("frames", "tensor"))
+        given.latents(latents, self.config.vae.embed_dim)
+        batch = latents.to(self.device)[(None,) * (latents.ndim == 4)]
+        made = pixels(self, batch) if output == "tensor" else decode(self, batch).cpu().numpy()
+        return made[0] if latents.ndim == 4 else list(made)
+
+    def lora(self, source: str | Path, *, scale: float = 1.0) -> lora.Adapters:
+        """Attach the low-rank adapters of a folder or file -> them, to `set_scale`, `remove` or `merge`.
+
+        ValueError for adapters of another architecture, and while others are attached.
+        """
+        made = lora.load(self.unet, source, scale=scale)
+        self.adapters[os.fspath(source)] = made
+        return made
+
+    def attached(self) -> list[dict]:
+        """What a record says of the adapters that are attached to the UNet now; merged ones are weights."""
+        here = {id(module) for module in self.unet.modules() if isinstance(module, lora.LowRank)}
+        told = []
+        for source, adapters in self.adapters.items():
+            parts = list(adapters.parts.values())
+            if not here.isdisjoint(map(id, parts)):
+                told.append({**given.of_file(source), "scale": parts[0].scale})
+                here -= {id(part) for part in parts}
+        return told + [{"file": None}] * bool(here)  # others, of no file that is known
+
+    def to(
+        self,
+        device: str | torch.device | torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        *,
+        memory: str | None = None,
+    ) -> I2VGenXL:
+        """Move the model to a device, its UNet to a precision, or both, in place, as torch.nn.Module.to.
+
+        `memory` is a plan ("balanced", "low"), by default that of `runtime.memory`. VAE and CLIP keep the
+        precisions of `runtime`. ValueError where only loading again can do it: for offloaded, compiled and
+        eight-bit models.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        asked = self.plan.asked
+        if memory is not None:
+            given.choice("memory", memory, ("auto", *plans.PLANS))
+            asked = dataclasses.replace(asked, memory=memory)
+        if device is not None:
+            asked = dataclasses.replace(asked, device=str(device))
+        if dtype is not None:
+            asked = dataclasses.replace(asked, dtype=given.dtype(dtype))
+        new, old = (runtime.dtype(one) for one in (asked, self.plan.asked))
+        if torch.finfo(new).eps < torch.finfo(old).eps:
+            warnings.warn(
+                f"weights that were rounded to {str(old)[6:]} stay rounded in {str(new)[6:]}; load the model "
+                "again for all digits",
+                stacklevel=2,
+            )
+        config, _ = self.plan.moved(self.config, asked, self.parts)
+        self.device = runtime.device(asked)
+        place = "cpu" if config.runtime.offload != "none" else self.device
+        for part, module in self.parts.items():
+            module.to(device=place, dtype=plans.dtype(part, config.runtime))
+        plans.prepare(self.parts, config, self.device)
+        self.offloaded = plans.offloaded_parts(self.parts, config, self.device)
+        self._config, self.plan = config, plans.Plan(config, asked)
+        return self
+
+    def sampled(
+        self,
+        opened: Sequence[Image.Image],
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        *,
+        negatives: Sequence[str],
+        conditions: Encoded | None,
+        noise: Tensor | None,
+        sampler: Sampler | None,
+        on_step: OnStep | None,
+    ) -> Tensor:
+        """`sample`, with advice where float16 overflows"""
         try:
-            frames = generate(self, opened, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
+            return sample(
+                self, opened, prompts, seeds, negatives=negatives, conditions=conditions, noise=noise,
+                sampler=sampler, on_step=on_step,
+            )  # fmt: skip
         except FloatingPointError as error:  # it names the step
             if all(p.dtype != torch.float16 for p in self.unet.parameters()):
                 raise
             raise FloatingPointError(
                 f"{error}; the UNet is in float16, which ends at 65504: runtime.dtype=bfloat16 does not"
             ) from None
-        if config.save.grey_last_frame == "drop":
-            clips = [video.drop_grey_last_frame(clip) for clip in frames]
-        else:
-            clips = list(frames)
-            for clip in clips:
-                if len(video.drop_grey_last_frame(clip)) < len(clip):
-                    warnings.warn(
-                        "the last frame is mostly mid-grey; the official code would drop it "
-                        "(save.grey_last_frame=drop)",
-                        stacklevel=2,
-                    )
-        names = [os.fsdecode(p) if isinstance(p, str | os.PathLike) else given.UNNAMED for p in pictures]
-        return [Video(clip.cpu().numpy(), *inputs, config, facts=one)
-                for clip, *inputs, one in zip(clips, names, prompts, seeds, facts, strict=True)]  # fmt: skip
+
+    def finished(self, frames: Tensor) -> list[np.ndarray]:
+        """uint8 [b f h w 3] -> clips, a grey last frame dropped or told as `save.grey_last_frame` says"""
+        clips = list(frames.cpu().numpy())
+        if self.config.save.grey_last_frame == "drop":
+            return [video.drop_grey_last_frame(clip) for clip in clips]
+        if any(len(video.drop_grey_last_frame(clip)) < len(clip) for clip in clips):
+            warnings.warn(
+                "the last frame is mostly mid-grey; the official code would drop it "
+                "(save.grey_last_frame=drop)",
+                stacklevel=3,
+            )
+        return clips
 
 
 @torch.no_grad()
@@ -217,14 +400,31 @@ def generate(
 
     `noise` [b c f h w] replaces the initial noise that the seeds would draw, `sampler` the settings' own.
     """
+    return decode(
+        model, sample(model, pictures, prompts, seeds, noise=noise, sampler=sampler, on_step=on_step)
+    )
+
+
+@torch.no_grad()
+def sample(
+    model: I2VGenXL,
+    pictures: Sequence[Image.Image],
+    prompts: Sequence[str],
+    seeds: Sequence[int | torch.Generator],
+    *,
+    negatives: Sequence[str] | None = None,
+    conditions: Encoded | None = None,
+    noise: Tensor | None = None,
+    sampler: Sampler | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The same -> latents [b c f h w]. `conditions` replace those of pictures and prompts."""
     config, sample = model.config, model.config.sample
     noises = [SampleNoise(seed) for seed in seeds]
     shape = latent_shape(config)
-    latent = (shape[0], *shape[2:])
 
-    # A network that never sees the first-frame latent draws nothing for it, as v1 does not.
-    posterior = draw_all(noises, latent) if sees_latent(config) else None
-    cond, uncond = encode(model, pictures, prompts, posterior)
+    posterior = posterior_noise(model, noises)  # the first draw, whether or not anything reads it
+    cond, uncond = conditions or encode(model, pictures, prompts, posterior, negatives)
     drawn = draw_all(noises, shape)
     if sample.noise_offset:
         drawn = drawn + sample.noise_offset * draw_all(noises, (*shape[:2], 1, 1))
@@ -234,7 +434,7 @@ def generate(
         return draw_all(noises, tuple(x.shape[1:])).to(x)
 
     with plans.on_device(model.offloaded, "unet"):
-        latents = (sampler or named_sampler(config))(
+        return (sampler or named_sampler(config))(
             network(model, cond, uncond),
             start,
             model.schedule,
@@ -242,7 +442,12 @@ def generate(
             noise=step_noise,
             on_step=on_step,
         )
-    return decode(model, latents)
+
+
+def posterior_noise(model: I2VGenXL, noises: Sequence[SampleNoise]) -> Tensor | None:
+    """[b c h w]; a network that never sees the first-frame latent draws nothing for it, as v1 does not."""
+    c, _, h, w = latent_shape(model.config)
+    return draw_all(list(noises), (c, h, w)) if sees_latent(model.config) else None
 
 
 def latent_shape(config: Config) -> tuple[int, int, int, int]:
@@ -352,19 +557,16 @@ def encode(
     pictures: Sequence[Image.Image],
     prompts: Sequence[str],
     posterior_noise: Tensor | None,
-) -> tuple[Conditions, Conditions]:
+    negatives: Sequence[str] | None = None,
+) -> Encoded:
     """Pictures and prompts, b of each, posterior noise [b c h w] -> conditions with and without the prompt.
 
     Without: the negative prompt and a zero image vector; the first-frame latent and fps stay, as in training.
+    `negatives` replace the negative prompt of the settings, b of them.
     """
     config, sample, device = model.config, model.config.sample, model.device
     views = [prepare_views(picture, config) for picture in pictures]
-    latent = None
-    if sees_latent(config):
-        pixels = torch.stack([view.pixels for view in views]).to(device)
-        noise = posterior_noise.to(device) if sample.posterior == "sample" else None
-        with plans.on_device(model.offloaded, "vae"):
-            latent = finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
+    latent = image_latent(model, views, posterior_noise) if sees_latent(config) else None
     fps = torch.full((len(pictures),), sample.fps, device=device)
 
     text, vector = (None, None), (None, None)
@@ -372,14 +574,27 @@ def encode(
         if config.use.text:
             for prompt in prompts:
                 model.clip.tell_unknown_words(prompt)
-            texts = [*prompts, config.negative_prompt]
+            others = list(negatives or [config.negative_prompt])
+            alike = len({*others}) == 1  # encoded once
+            texts = [*prompts, *(others[:1] if alike else others)]
             tokens = model.clip.text(model.clip.tokenize(texts).to(device))
-            text = tokens[:-1], tokens[-1:].expand(len(prompts), -1, -1)
+            n = len(prompts)
+            text = tokens[:n], tokens[n:].expand(n, -1, -1)
         if config.use.global_tokens:
             clip_pixels = torch.stack([view.clip_pixels for view in views]).to(device)
             vector_cond = model.clip.image(clip_pixels)
             vector = vector_cond, torch.zeros_like(vector_cond) if sample.negative_image == "zeros" else None
-    return Conditions(text[0], vector[0], latent, fps), Unconditional(text[1], vector[1], latent, fps)
+    return Encoded(
+        Conditions(text[0], vector[0], latent, fps), Unconditional(text[1], vector[1], latent, fps)
+    )
+
+
+def image_latent(model: I2VGenXL, views: Sequence[images.Pictures], posterior_noise: Tensor | None) -> Tensor:
+    """The first frames as the UNet is given them, [b c h w]"""
+    pixels = torch.stack([view.pixels for view in views]).to(model.device)
+    noise = posterior_noise.to(model.device) if model.config.sample.posterior == "sample" else None
+    with plans.on_device(model.offloaded, "vae"):
+        return finite(model.vae, lambda vae: vae.encode(pixels, noise, chunk=1))
 
 
 def sees_latent(config: Config) -> bool:
@@ -401,15 +616,23 @@ def prepare_views(picture: Image.Image, config: Config) -> images.Pictures:
 
 def decode(model: I2VGenXL, latents: Tensor) -> Tensor:
     """Latents [b c f h w] -> uint8 frames [b f H W 3]."""
-    b, config, done = latents.shape[0], model.config, []
-    frames = rearrange(latents, "b c f h w -> (b f) c h w")
-    chunk = config.runtime.vae_chunk
+    return _decoded(model, latents, lambda part: video.to_uint8(part, rounding=model.config.save.rounding))
+
+
+def pixels(model: I2VGenXL, latents: Tensor) -> Tensor:
+    """Latents [b c f h w] -> float32 frames [b f 3 H W] from 0 to 1, not rounded."""
+    return _decoded(model, latents, lambda part: (part.movedim(0, 1) * 0.5 + 0.5).clamp(0, 1))
+
+
+@torch.no_grad()
+def _decoded(model: I2VGenXL, latents: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
+    """[b c f h w] -> [b f ...], where `finish` turns pixels [3 n H W] in -1..1 into [n ...]"""
+    done = []
     with plans.on_device(model.offloaded, "vae"):
-        for part in frames.split(chunk):
-            pixels = finite(model.vae, lambda vae, part=part: vae.decode(part))
-            pixels = rearrange(pixels.float(), "n c h w -> c n h w")
-            done.append(video.to_uint8(pixels, rounding=config.save.rounding))
-    return rearrange(torch.cat(done), "(b f) h w c -> b f h w c", b=b)
+        for part in rearrange(latents, "b c f h w -> (b f) c h w").split(model.config.runtime.vae_chunk):
+            floats = finite(model.vae, lambda vae, part=part: vae.decode(part)).float()
+            done.append(finish(rearrange(floats, "n c h w -> c n h w")))
+    return torch.cat(done).unflatten(0, (len(latents), -1))
 
 
 def finite(vae: AutoencoderKL, compute: Callable[[AutoencoderKL], Tensor]) -> Tensor:
@@ -441,7 +664,7 @@ def load(
             "load takes a weights folder and a YAML file; for a Config: pipeline.load_parts(config)"
         )
     if not isinstance(config, str | os.PathLike | None):
-        raise ValueError(f"the config is a {type(config).__name__}; give the path of a YAML file")
+        raise ValueError(f"the config is {given.kind(config)}; give the path of a YAML file")
     config = None if config is None else os.path.expanduser(config)
     literal = {"weights": str(weights)} if weights else {}
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
@@ -470,6 +693,7 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
     machine.refuse_missing(config, device)
+    asked = config.runtime
     config, estimate = plans.choose(config)
     if tell is not None:
         tell(estimate)
@@ -480,19 +704,23 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     )
     if config.adapter:
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
-    return assemble(config, unet, vae, clip, device)
+    return assemble(config, unet, vae, clip, device, asked)
 
 
 def assemble(
-    config: Config, unet: UNet, vae: AutoencoderKL, clip: ClipEncoders, device: torch.device
+    config: Config,
+    unet: UNet,
+    vae: AutoencoderKL,
+    clip: ClipEncoders,
+    device: torch.device,
+    asked: Runtime | None = None,
 ) -> I2VGenXL:
     """Loaded parts (on the CPU where something is to wait there) -> a model as `runtime` wants it.
 
-    A plan for little memory must have been settled (`plans.choose`).
+    A plan for little memory must have been settled (`plans.choose`); `asked` is `runtime` before that.
     """
-    plans.prepare_unet(unet, config, device)
-    savings.apply(vae, config.runtime, device)
-    model = I2VGenXL(config, unet, vae, clip, device)
+    plans.prepare({"unet": unet, "vae": vae}, config, device)
+    model = I2VGenXL(config, unet, vae, clip, device, asked=asked)
     model.offloaded = plans.offloaded_parts(model.parts, config, device)
     return model
 
@@ -543,3 +771,25 @@ def make_schedule(config: Config) -> Schedule:
 def open_picture(picture: given.Picture, config: Config) -> Image.Image:
     """A path, a PIL picture or an array -> RGB, as `preprocess` says."""
     return given.picture(picture, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+
+
+def _size(config: Config) -> tuple[int, int, int]:
+    return config.sample.width, config.sample.height, config.sample.frames
+
+
+@contextlib.contextmanager
+def _bar(on_step: OnStep | None, *, shown: bool) -> Iterator[OnStep | None]:
+    """`on_step`, with a progress bar where somebody can watch one: in a terminal or a notebook."""
+    if not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
+        yield on_step
+        return
+    with tqdm(unit="step", mininterval=0.3) as bar:
+
+        def step(info: StepInfo) -> None:
+            if info.index == 0:
+                bar.reset(total=info.num_steps)
+            bar.update()
+            if on_step is not None:
+                on_step(info)
+
+        yield step

@@ -269,9 +269,9 @@ def test_pictures_may_be_arrays(road, with_config, picture):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        (None, "the picture is None; give one path"),
-        (7, "the picture is a int; give one path"),
-        (["a.png"], r"the picture is a list; .*model\.generate"),
+        (None, "no picture is given; give a path"),
+        (7, "the picture is an int; give a path"),
+        ([["a.png"]], "the picture is a list; give a path"),
         (np.zeros((8, 8, 3)) - 1, r"floats run from -1 to -1; give 0 to 1, \(x \+ 1\) / 2"),
         (np.full((8, 8, 3), 200.0), "floats run from 200 to 200"),
         (np.full((8, 8, 3), np.nan), "floats run from nan"),
@@ -303,7 +303,7 @@ def test_seeds_of_other_libraries(road, with_config, picture, tmp_path, seed):
         (5.0, "the seed is a float; give an integer"),
         ("5", "the seed is a str"),
         (True, "the seed is a bool"),
-        (np.array([1, 2]), "the seed is a ndarray"),
+        (np.zeros((2, 2), int), "the seed is a ndarray"),
         (-1, r"sample\.seed is -1"),
         (2**64, r"sample\.seed is 18446744073709551616"),
     ],
@@ -314,7 +314,7 @@ def test_seeds_that_cannot_be_meant(road, picture, seed, message):
         road(picture, "a boat", seed=seed)
 
 
-@pytest.mark.parametrize("prompt", [None, 5, ["a boat"], b"a boat", "\ud800"], ids=repr)
+@pytest.mark.parametrize("prompt", [None, 5, [["a boat"]], b"a boat", "\ud800"], ids=repr)
 def test_prompts_that_cannot_be_meant(road, picture, prompt):
     with pytest.raises(ValueError, match="the prompt "):
         road(picture, prompt)
@@ -349,12 +349,12 @@ def test_noise_of_other_libraries(road, with_config, picture):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda m, p: m.generate(p, "a", 1, sampler="ddim"), r"the sampler is a str.*sample\.sampler=NAME"),
-        (lambda m, p: m.generate(p, "a", 1, on_step=5), "on_step is a int; give a function"),
+        (lambda m, p: m.generate(p, "a", 1, sampler=3), "the sampler is an int; give the name of one of"),
+        (lambda m, p: m.generate(p, "a", 1, on_step=5), "on_step is an int; give a function"),
         (lambda m, p: m(p, "a").save(None), "the output is None; give the path of a file"),
         (lambda m, p: m(p, "a").save(""), "the output is empty"),
         (lambda m, p: load(overrides=["steps=5", 5]), "the setting 5 is no text"),
-        (lambda m, p: load(config=5), "the config is a int; give the path"),
+        (lambda m, p: load(config=5), "the config is an int; give the path"),
     ],
     ids=range(6),
 )
@@ -513,7 +513,7 @@ def greying(monkeypatch):
     """The road ends in a grey last frame."""
     frames = torch.randint(0, 100, (1, 4, 8, 8, 3), dtype=torch.uint8)
     frames[:, -1] = 127
-    monkeypatch.setattr(pipeline, "generate", lambda *args, **kwargs: frames)
+    monkeypatch.setattr(pipeline, "decode", lambda *args: frames)
 
 
 def test_a_grey_last_frame_is_kept_with_a_note(road, picture, greying):

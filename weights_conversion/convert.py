@@ -120,17 +120,7 @@ def convert(
     checkpoint.check_place(out)
     found = sources.gather(names, variant=variant, compat=compat, spatial_init=spatial_init, ema=ema)
     report = Report(str(out))
-    for part in found:
-        report.notes += [note for note in part.notes if note not in report.notes]
-    cfg = settings_of(found, overrides)
-    report.notes += _guesses(found, cfg)
-    states = {}
-    for part, held in native_parts(found).items():
-        states[part], line = STATES[part](held, cfg, partial or spatial_init, report)
-        report.parts[part] = line
-    report.missing = [part for part in checkpoint.PARTS if part not in states]
-
-    _refuse_other_numbers(states)
+    cfg, states = read(found, overrides, report, partial=partial or spatial_init)
     if not allow_nonfinite:
         _refuse_nonfinite(states, report, on_bytes)
     report.sources = [_describe(path, on_bytes) for path in dict.fromkeys(f for p in found for f in p.files)]
@@ -146,6 +136,26 @@ def convert(
     )
     report.written = True
     return report
+
+
+def read(
+    found: Sequence[PartSource], overrides: Sequence[str], report: Report, *, partial: bool = False
+) -> tuple[config.Config, dict[str, Mapping[str, Tensor]]]:
+    """Parts that `sources.gather` found -> settings, and by part a state dict read on access.
+
+    `report` is filled on the way. ValueError for parts that do not fit.
+    """
+    for part in found:
+        report.notes += [note for note in part.notes if note not in report.notes]
+    cfg = settings_of(found, overrides)
+    report.notes += _guesses(found, cfg)
+    states = {}
+    for part, held in native_parts(found).items():
+        states[part], line = STATES[part](held, cfg, partial, report)
+        report.parts[part] = line
+    report.missing = [part for part in checkpoint.PARTS if part not in states]
+    _refuse_other_numbers(states)
+    return cfg, states
 
 
 def _entries(state: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Entry]:

@@ -39,15 +39,19 @@ CLOSE = 1e-4  # schedulers keep float32 tables, and lift an abar of 0 a little t
 class FromDiffusers:
     """A scheduler with `set_timesteps`, `timesteps`, `scale_model_input` and `step` -> `pipeline.Sampler`.
 
-    Spacing, order and final step are the scheduler's own; `steps` is passed to `set_timesteps`.
+    Spacing, order and final step are the scheduler's own; `steps` is passed to `set_timesteps`. `eta` is
+    DDIM's, and ValueError for schedulers without it.
     """
 
-    def __init__(self, scheduler: Any):
+    def __init__(self, scheduler: Any, *, eta: float = 0.0):
         if isinstance(scheduler, type):
             raise ValueError(f"{scheduler.__name__} is a class; give an object of it, made with its options")
         if lacking := [part for part in NEEDED if getattr(scheduler, part, None) is None]:
             raise ValueError(f"{type(scheduler).__name__} has no {lacking[0]}: {OTHER_KIND}")
-        self.scheduler = scheduler
+        self.scheduler, self.eta = scheduler, eta
+        known = inspect.signature(scheduler.step).parameters
+        if eta and not {"eta", "variance_noise"} <= set(known):
+            raise ValueError(f"eta is {eta}, which {type(scheduler).__name__} does not have; leave it out")
 
     @torch.no_grad()
     def __call__(
@@ -79,6 +83,8 @@ class FromDiffusers:
         for index, (t, now) in enumerate(zip(self.scheduler.timesteps, visited, strict=True)):
             own = torch.full((len(x),), now).to(torch.int64 if now == int(now) else torch.float64)
             out = call(predict, self.scheduler.scale_model_input(x, t), own)
+            if self.eta:
+                extra = {"eta": self.eta, "variance_noise": noise(x)}
             done = self.scheduler.step(at_least_float32(out), t, x, **extra)
             x, x0 = done.prev_sample, done.get("pred_original_sample", done.prev_sample)
             watch.step(StepInfo(index, len(visited), int(now), x, x0))
@@ -86,8 +92,8 @@ class FromDiffusers:
         return x
 
 
-def from_diffusers(scheduler: Any) -> FromDiffusers:
-    return FromDiffusers(scheduler)
+def from_diffusers(scheduler: Any, *, eta: float = 0.0) -> FromDiffusers:
+    return FromDiffusers(scheduler, eta=eta)
 
 
 NO_SIGNAL = "divides by the signal and there is none at its first timestep"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import math
 import operator
 import os
@@ -20,15 +21,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from i2vgen.diffusion.schedulers import FromDiffusers
+from i2vgen.diffusion.schedulers import FromDiffusers, from_diffusers
 from i2vgen.files import images, records
+from i2vgen.model.conditioning import Conditions, Encoded
+from i2vgen.settings.config import Config
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
+DTYPES = ("float64", "float32", "bfloat16", "float16")  # of `runtime.dtype`
 UNNAMED = "<picture>"  # in a record, a picture that came from memory
 
 
 def paired(pictures: Any, prompts: Any, seeds: Any) -> tuple[list, list[str], list[int]]:
     """Lists of one length; a lone picture, prompt or seed serves all clips."""
+    if pictures is None:
+        raise ValueError("no picture is given; give a path, a PIL picture or an array [h w 3]")
     arrays = isinstance(pictures, np.ndarray | Tensor) and pictures.ndim > 3
     lone = [
         not (arrays or isinstance(pictures, list | tuple)),
@@ -65,8 +71,7 @@ def picture(
         except images.DAMAGED as error:
             raise ValueError(f"the picture is damaged or cut short ({error}); save it again") from error
     raise ValueError(
-        f"the picture is {_kind(given)}; give one path, PIL picture or array [h w 3], and several of them to "
-        "model.generate(pictures, prompts, seeds)"
+        f"the picture is {kind(given)}; give a path, a PIL picture or an array [h w 3], or a list of them"
     )
 
 
@@ -93,10 +98,7 @@ def from_array(given: np.ndarray | Tensor) -> Image.Image:
 
 def prompt(given: Any) -> str:
     if not isinstance(given, str):
-        raise ValueError(
-            f"the prompt is {_kind(given)}; give one text ('' for none), and several of them to "
-            "model.generate(pictures, prompts, seeds)"
-        )
+        raise ValueError(f"the prompt is {kind(given)}; give a text ('' for none), or a list of them")
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -116,31 +118,79 @@ def seed(given: Any) -> int:
             return operator.index(given)
     except TypeError:
         pass
-    raise ValueError(f"the seed is {_kind(given)}; give an integer, 0 or more")
+    raise ValueError(f"the seed is {kind(given)}; give an integer, 0 or more")
 
 
 def path(given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or not Path(given).name:
-        what = "empty" if isinstance(given, str | os.PathLike) else _kind(given)
+        what = "empty" if isinstance(given, str | os.PathLike) else kind(given)
         raise ValueError(f"the output is {what}; give the path of a file, such as outputs/clip.mp4")
     return Path(os.path.expanduser(given))
 
 
-def functions(*, sampler: Any, on_step: Any) -> None:
-    if sampler is not None and not callable(sampler):
+def listed(given: Any) -> bool:
+    """Whether several of something are given, not one."""
+    many = isinstance(given, np.ndarray | Tensor)
+    return isinstance(given, list | tuple | range) or (many and given.ndim in (1, 4))
+
+
+def spread(given: Any, default: str, count: int) -> list[str]:
+    """Negative prompts: one for each clip, one for all, or none for that of the settings"""
+    texts = list(given) if isinstance(given, list | tuple) else [default if given is None else given]
+    if len(texts) not in (1, count):
+        raise ValueError(f"got {len(texts)} negative prompts for {count} clips; give one, or as many")
+    return [prompt(one) for one in texts] * (count // len(texts))
+
+
+def choice(name: str, given: Any, known: Sequence[str]) -> None:
+    if given not in known:
+        raise ValueError(f"there is no {name}={given!r}; choose {', '.join(known)}")
+
+
+def sampler(given: Any) -> Callable | None:
+    """A function with a sampler's signature, or a scheduler object of diffusers -> a function"""
+    if given is None:
+        return None
+    if isinstance(given, type):
+        raise ValueError(f"the sampler is the class {given.__name__}; give an object of it")
+    if callable(getattr(given, "set_timesteps", None)) and callable(getattr(given, "step", None)):
+        return from_diffusers(given)
+    if not callable(given):
         raise ValueError(
-            f"the sampler is {_kind(sampler)}; give a function, for a scheduler of diffusers "
-            "schedulers.from_diffusers(it), or name one of ours when loading: sample.sampler=NAME"
+            f"the sampler is {kind(given)}; give the name of one of ours, a function like them, or a "
+            "scheduler of diffusers"
         )
+    try:
+        inspect.signature(given).bind(None, None, None, steps=1, noise=None, on_step=None)
+    except TypeError as error:
+        raise ValueError(
+            "the sampler cannot be called as sampler(predict, x, schedule, steps=, noise=, on_step=): "
+            f"{error}"
+        ) from None
+    except ValueError:  # a function without a signature to look at
+        pass
+    return given
+
+
+def dtype(given: Any) -> str:
+    """torch.bfloat16 or its name -> "bfloat16\""""
+    name = str(given).removeprefix("torch.")
+    choice("dtype", name, DTYPES)
+    return name
+
+
+def function(on_step: Any) -> None:
     if on_step is not None and not callable(on_step):
-        raise ValueError(f"on_step is {_kind(on_step)}; give a function of one argument")
+        raise ValueError(f"on_step is {kind(on_step)}; give a function of one argument")
 
 
 def noise(given: Any, shape: Sequence[int]) -> Tensor:
-    """Any array of finite floats of this shape -> Tensor"""
+    """Any array of finite floats of this shape -> Tensor; that of a single clip may lack the axis of clips"""
     if not isinstance(given, np.ndarray | Tensor):
-        raise ValueError(f"noise is {_kind(given)}; give a tensor of floats {tuple(shape)}")
+        raise ValueError(f"noise is {kind(given)}; give a tensor of floats {tuple(shape)}")
     given = torch.as_tensor(given)
+    if shape[0] == 1 and given.ndim == len(shape) - 1:
+        given = given[None]
     if tuple(given.shape) != tuple(shape):
         raise ValueError(f"noise has shape {tuple(given.shape)}; this job needs {tuple(shape)}")
     if not given.is_floating_point() or not given.isfinite().all():
@@ -148,26 +198,114 @@ def noise(given: Any, shape: Sequence[int]) -> Tensor:
     return given
 
 
-def _kind(given: Any) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
+def latents(given: Any, channels: int) -> None:
+    if not isinstance(given, Tensor) or given.ndim not in (4, 5) or given.shape[-4] != channels:
+        what = f"of shape {tuple(given.shape)}" if isinstance(given, Tensor) else kind(given)
+        raise ValueError(f"the latents are {what}; give a tensor [{channels} f h w] or [b {channels} f h w]")
+    if not given.is_floating_point() or not given.isfinite().all():
+        raise ValueError("the latents must be finite floats")
+
+
+def instead_of_conditions(pictures: Any, prompts: Any, negatives: Any, settings: Sequence[str]) -> None:
+    """ValueError for what conditions hold already, and what would have no effect beside them."""
+    both = {"image": pictures, "prompt": prompts, "negative_prompt": negatives}
+    given = [name for name, one in both.items() if one is not None]
+    given += [name for name in ("fps", "posterior", "negative_image", "negative_prompt") if name in settings]
+    if given:
+        raise ValueError(
+            f"{given[0]}= was given together with conditions=, which hold it already; give it to model.encode"
+        )
+
+
+def seeds_for(given: Any, count: int) -> list[int]:
+    """Seeds of clips whose conditions are `count`: as many, or any number if one serves all"""
+    seeds = [seed(one) for one in given] if listed(given) else [seed(given)] * count
+    if count not in (1, len(seeds)) or not seeds:
+        raise ValueError(f"got conditions of {count} clips and {len(seeds)} seeds; give as many of each")
+    return seeds
+
+
+def conditions_count(given: Any) -> int:
+    """The number of clips; ValueError for anything but what `encode` returns."""
+    pair = isinstance(given, tuple) and len(given) == 2
+    if not (pair and all(isinstance(part, Conditions) for part in given)):
+        raise ValueError(f"the conditions are {kind(given)}; give those that model.encode(...) returns")
+    counts = {len(one) for part in given for one in part if isinstance(one, Tensor)}
+    if len(counts) != 1:
+        raise ValueError(
+            f"the conditions are of {sorted(counts)} clips; all their tensors must be of as many"
+        )
+    return counts.pop()
+
+
+def conditions(given: Encoded, config: Config, count: int) -> Encoded:
+    """Conditions of one clip or of `count`, of the widths and sizes of the settings -> of `count`"""
+    c, (h, w) = config.unet.image_channels, config.latent_size
+    shapes = {
+        "text": (config.use.text, (config.unet.context_width,)),
+        "image_vector": (config.use.global_tokens, (config.unet.image_vector_width,)),
+        "image_latent": (config.use.concat or config.use.local_tokens, (c, h, w)),
+        "fps": (config.use.fps, ()),
+    }
+    for side, part in zip(("with the prompt", "without it"), given, strict=True):
+        for name, (read, shape) in shapes.items():
+            one = getattr(part, name)
+            if not read or (one is None and name == "image_vector"):
+                continue
+            wanted = " ".join(("[b k" if name == "text" else "[b", *map(str, shape))) + "]"
+            if not isinstance(one, Tensor):
+                raise ValueError(f"the conditions {side}: {name} is {kind(one)}; give a tensor {wanted}")
+            if one.ndim != len(shape) + 1 + (name == "text") or one.shape[one.ndim - len(shape) :] != shape:
+                raise ValueError(
+                    f"the conditions {side}: {name} has shape {list(one.shape)}; this model and size need "
+                    f"{wanted}"
+                )
+            if one.is_floating_point() and not one.isfinite().all():
+                raise ValueError(f"the conditions {side}: {name} holds values that are not finite")
+
+    def spread(part: Conditions) -> Conditions:
+        return type(part)(*(one if one is None else one.expand(count, *one.shape[1:]) for one in part))
+
+    return Encoded(*map(spread, given))
+
+
+def kind(given: Any) -> str:
+    name = type(given).__name__
+    return "None" if given is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
 # ---------------------------------------------------------------------------------------------------
 # What a record says of them
 
 
-def facts(given: Picture, opened: Image.Image, start: Tensor | None, sampler: Callable | None) -> dict:
+def facts(
+    given: Picture | None,
+    opened: Image.Image | None,
+    *,
+    noise: Tensor | None,
+    sampler: Callable | None,
+    conditions: Sequence[Tensor] | None,
+    adapters: Sequence[dict],
+) -> dict:
     """Entries of a clip's record: hashes of its inputs, and whether the settings alone remake it.
 
-    `start` [c f h w] and `sampler` are what replaced the initial noise and the sampler of the settings.
+    `noise` [c f h w], `sampler` and `conditions` are what replaced those of settings, picture and prompt.
     """
     named = isinstance(given, str | os.PathLike)
-    inputs: dict[str, dict] = {"image": of_file(given) if named else of_pixels(opened)}
-    if start is not None:
-        inputs["noise"] = of_tensor(start)
+    inputs: dict[str, object] = {}
+    if given is not None:
+        inputs["image"] = of_file(given) if named else of_pixels(opened)
+    if conditions is not None:
+        inputs["conditions"] = [of_tensor(one) for one in conditions]
+    if noise is not None:
+        inputs["noise"] = of_tensor(noise)
     if sampler is not None:
         inputs["sampler"] = of_sampler(sampler)
-    return {"reproducible": named and len(inputs) == 1, "inputs": inputs}
+    told: dict[str, object] = {"reproducible": named and list(inputs) == ["image"] and not adapters}
+    if adapters:
+        inputs["adapters"] = list(adapters)
+        told["changed"] = "adapters are attached to the UNet"
+    return {**told, "inputs": inputs}
 
 
 def of_file(path: str | os.PathLike) -> dict:
@@ -180,7 +318,7 @@ def of_pixels(opened: Image.Image) -> dict:
 
 
 def of_tensor(tensor: Tensor) -> dict:
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+    data = tensor.detach().cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8).numpy()
     return {
         "shape": list(tensor.shape),
         "dtype": str(tensor.dtype).removeprefix("torch."),
@@ -196,8 +334,8 @@ def of_sampler(sampler: Callable) -> dict:
     keywords = {}
     if isinstance(sampler, functools.partial):
         sampler, keywords = sampler.func, sampler.keywords
-    kind = sampler if isinstance(sampler, types.FunctionType) else type(sampler)
-    return {"name": f"{kind.__module__}.{kind.__qualname__}", "settings": _plain(keywords)}
+    cls = sampler if isinstance(sampler, types.FunctionType) else type(sampler)
+    return {"name": f"{cls.__module__}.{cls.__qualname__}", "settings": _plain(keywords)}
 
 
 def _plain(value: Any) -> Any:
@@ -210,4 +348,4 @@ def _plain(value: Any) -> Any:
         return of_tensor(torch.as_tensor(value))
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value if value is None or isinstance(value, str | bool | int | float) else _kind(value)
+    return value if value is None or isinstance(value, str | bool | int | float) else kind(value)

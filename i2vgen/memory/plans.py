@@ -104,7 +104,7 @@ def batching_pays(config: Config) -> bool:
     return runtime.device(config.runtime).type == "cpu" or tokens <= FEW_TOKENS
 
 
-def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
+def choose(config: Config, free: int | None = None, ledger: Ledger | None = None) -> tuple[Config, Estimate]:
     """Settings whose `runtime.memory` is auto or a plan -> the settings of the plan, and what it takes.
 
     auto takes the fastest plan that fits into `free` bytes, by default those free on the device. ValueError
@@ -112,7 +112,7 @@ def choose(config: Config, free: int | None = None) -> tuple[Config, Estimate]:
     """
     if free is None:
         free = free_memory(runtime.device(config.runtime))
-    ledger = Ledger(config)
+    ledger = ledger or Ledger(config)
     settled, estimate = fastest(config, ledger, free)
     if estimate.total <= free or not config.runtime.check_memory:
         return settled, estimate
@@ -343,6 +343,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 # Doing it
 
 
+def prepare(parts: dict[str, nn.Module], config: Config, device: torch.device) -> None:
+    """What `runtime` asks for of a loaded UNet and VAE"""
+    prepare_unet(parts["unet"], config, device)
+    savings.apply(parts["vae"], config.runtime, device)
+
+
 def prepare_unet(unet: UNet, config: Config, device: torch.device) -> None:
     """What `runtime` asks for of a loaded UNet of either stage: storage, savings, attention, compilation."""
     storage.store(unet, config.runtime.weight_storage)
@@ -390,3 +396,76 @@ def offloaded_parts(
 def on_device(offloaded: dict[str, offload.OffloadedPart], part: str) -> AbstractContextManager:
     """`with on_device(offloaded, "vae"):` the part is on the device inside."""
     return offloaded.get(part) or nullcontext()
+
+
+class Plan:
+    """What a loaded model was planned for. Calls that take more or less memory are planned again, not loaded.
+
+    `asked` is `runtime` before the plan was chosen.
+    """
+
+    def __init__(self, config: Config, asked: Runtime):
+        self.asked, self.settled, self.need = asked, config.runtime, self.needed(config, 1)
+        self.ledger: Ledger | None = None
+
+    def needed(self, config: Config, clips: int) -> tuple:
+        """Everything of a call that memory depends on"""
+        sample = config.sample
+        clips = max(clips, config.runtime.batch)
+        return sample.width, sample.height, sample.frames, sample.guidance != 1.0, clips
+
+    def adapt(
+        self, config: Config, parts: dict[str, nn.Module], device: torch.device, *, clips: int
+    ) -> Config:
+        """Settings of a call of so many clips at once -> under its plan, whose switches the parts now have.
+
+        ValueError if the call fits under none, or under one that only loading can bring about.
+        """
+        need = self.needed(config, clips)
+        if need != self.need:
+            self.ledger = self.ledger or Ledger(config)
+            wanted = dataclasses.replace(config, runtime=dataclasses.replace(self.asked, batch=need[-1]))
+            settled, _ = choose(wanted, free_memory(device) + held_there(parts, device), self.ledger)
+            chosen = dataclasses.replace(settled.runtime, batch=self.settled.batch)
+            if chosen != self.settled:
+                self.switch(chosen, parts, device)
+            if self.settled.attention == "auto" and device.type == "cuda":
+                machine.choose_attention(parts["unet"], settled, device)
+            self.need = need
+        return dataclasses.replace(config, runtime=self.settled)
+
+    def switch(self, chosen: Runtime, parts: dict[str, nn.Module], device: torch.device) -> None:
+        """Take another plan's switches. ValueError where the model would have to be loaded with them."""
+        fixed = {"compile": chosen.compile, "cuda_graph": chosen.cuda_graph}
+        fixed["offload"] = chosen.offload != self.settled.offload
+        if any(fixed.values()):
+            name = next(name for name, is_fixed in fixed.items() if is_fixed)
+            raise ValueError(
+                f"this call needs memory={chosen.memory}, but the model was loaded under memory="
+                f"{self.settled.memory}, and {name} cannot change now; load the model again with "
+                f'overrides=["memory={chosen.memory}"] and this size'
+            )
+        for part in ("unet", "vae"):
+            savings.apply(parts[part], chosen, device)
+        self.settled = chosen
+
+    def moved(self, config: Config, asked: Runtime, parts: dict[str, nn.Module]) -> tuple[Config, Estimate]:
+        """Settings for another device, precision or plan, and what they take; ValueError if that is fixed."""
+        plain = Runtime()
+        for name in ("compile", "cuda_graph", "offload", "weight_storage"):
+            value = getattr(self.settled, name)
+            if value != getattr(plain, name):
+                raise ValueError(
+                    f"a model with runtime.{name}={value} cannot be moved; load it where it should be"
+                )
+        device, wanted = runtime.device(asked), dataclasses.replace(config, runtime=asked)
+        machine.refuse_missing(wanted, device)
+        return choose(wanted, free_memory(device) + held_there(parts, device))
+
+
+def held_there(parts: dict[str, nn.Module], device: torch.device) -> int:
+    """Bytes of weights on a device now"""
+    return sum(
+        offload.flat_bytes(t for t in offload.tensors(part) if t.device.type == device.type)
+        for part in parts.values()
+    )

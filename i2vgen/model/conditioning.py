@@ -38,6 +38,17 @@ class Unconditional(Conditions):
     __slots__ = ()
 
 
+class Encoded(NamedTuple):
+    """The conditions of b clips, with the prompt and without it, as guidance needs them."""
+
+    cond: Conditions
+    uncond: Unconditional
+
+    def tensors(self) -> list[Tensor]:
+        """All that are there"""
+        return [one for one in (*self.cond, *self.uncond) if one is not None]
+
+
 class Prepared(NamedTuple):
     """What the UNet reads at every step, in the UNet's dtype."""
 

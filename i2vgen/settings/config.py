@@ -789,6 +789,25 @@ FOREIGN = {
     "decode_chunk_size": "vae_chunk",
     "torch_dtype": "dtype",
 }
+# What a call in Python has another way for, diffusers' arguments among them -> what to write.
+IN_A_CALL = {
+    **{name: f"here it is {FOREIGN[name]}=" for name in list(FOREIGN)[:4]},
+    "num_videos_per_prompt": "give a list of seeds, seed=[1, 2, 3]",
+    "generator": "a seed names its own: seed=7",
+    "decode_chunk_size": 'frames decoded at once are set when loading: overrides=["vae_chunk=1"]',
+    "latents": "the initial noise is noise=, [b c f h w]",
+    "output_type": 'here it is output="video", "frames", "pil", "tensor" or "latents"',
+    "prompt_embeds": "embeddings are given as conditions=, see model.encode",
+    "negative_prompt_embeds": "embeddings are given as conditions=, see model.encode",
+    "callback_on_step_end": "here it is on_step=",
+    "return_dict": "a call returns the clip itself",
+    "cross_attention_kwargs": "the strength of adapters is model.lora(folder, scale=...)",
+    "clip_skip": 'the layer of the text tower is set when loading: overrides=["clip.text_layer=last"]',
+    "image_path": "here it is image=",
+    "adapter_scale": "adapters are merged when loading; model.lora(folder, scale=...) attaches one",
+    "seeds": "here it is seed=",
+    "negative_prompts": "here it is negative_prompt=",
+}
 
 
 def _positive(config: Any, section: str, skip: tuple[str, ...] = ()) -> None:

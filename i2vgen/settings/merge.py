@@ -26,6 +26,7 @@ from i2vgen.settings.config import (
     FOREIGN,
     FORMAT,
     FREE,
+    IN_A_CALL,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
@@ -187,6 +188,34 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     )
     merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
     return dataclasses.replace(OmegaConf.to_object(merged), **literals)
+
+
+def with_sample(config: Config, changes: Mapping[str, Any]) -> Config:
+    """These settings with others of `sample`, by name, or `negative_prompt`, checked like those of a file.
+
+    ValueError for any other setting: those are read when a model is loaded.
+    """
+    if not changes:
+        return config
+    texts = {name: _listed(name, value) for name, value in changes.items() if name == "negative_prompt"}
+    sample: dict[str, Any] = {}
+    for name, value in changes.items():
+        section, _, leaf = SHORT.get(name, name).rpartition(".")
+        if name in IN_A_CALL:
+            raise ValueError(f"there is no setting {name} in a call; {IN_A_CALL[name]}")
+        if section not in ("", "sample") or (name in (*SECTIONS, *LITERALS) and name not in texts):
+            raise ValueError(
+                f"{name} is read when a model is loaded; give it there: "
+                f'i2vgen.load(weights, overrides=["{name}=..."])'
+            )
+        if name not in texts:
+            numbers = getattr(value, "tolist", None)  # numpy's and torch's
+            sample[leaf] = value if numbers is None else numbers()
+    held = {name: value for name, value in config.to_dict().items() if name not in LITERALS}
+    base = _merge(OmegaConf.structured(Config), held, "the settings")
+    merged = OmegaConf.to_object(_merge(base, _resolve_quality({"sample": sample}), "the call"))
+    literals = {name: getattr(config, name) for name in LITERALS}
+    return dataclasses.replace(merged, **{**literals, **texts})
 
 
 def check_types(settings: Mapping[str, Any], source: str) -> None:
