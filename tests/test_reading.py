@@ -364,6 +364,13 @@ def test_what_is_there_is_used_and_the_cut_is_told(tmp_path, ending):
     assert "cut short" in notes and "variable" not in notes
 
 
+@pytest.mark.parametrize("left", [0.5, 0.51, 0.6, 1])
+def test_a_stream_that_ends_inside_a_packet_is_told(tmp_path, left):
+    path = media_files.write_video(tmp_path / "a.ts", clip(40))
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    assert ("cut short" in told(path)[2]) == (path.stat().st_size % 188 > 0) == (left < 1)
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "front.mp4", "a.webp"])
 def test_what_is_cut_beyond_use_is_refused(tmp_path, name):
     path, noise = tmp_path / name, np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
