@@ -693,6 +693,7 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     device = runtime.device(config.runtime)
     machine.refuse_missing(config, device)
+    config = machine.choose_dtype(config)
     asked = config.runtime
     config, estimate = plans.choose(config)
     if tell is not None:

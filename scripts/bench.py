@@ -18,6 +18,8 @@ parts=          for GPU cases, a list of ceilings, micro, exactness, step, savin
 dry=true        run a GPU case small and on the CPU, to check that every part works
 mode=savings    (cpu and count) each exact saving left out in turn: what it is worth, minutes
 mode=train      time forward, backward and optimiser step, with and without gradient checkpointing
+dtype=bfloat16  (cpu) both sides in float32 and in this precision, with the error beside every speed; with
+                mode=train our training at 64 and 128 channels, in clips per second
 full=true       also whole 50-step loops and both sides compiled; takes minutes longer
 against=        the implementation to compare with: diffusers
 json=           file for all figures; its top level holds the ratios
@@ -31,12 +33,13 @@ from pathlib import Path
 
 from i2vgen import cli
 from i2vgen.bench.cases import CASES, check
+from i2vgen.bench.half import DTYPES
 from i2vgen.bench.peer import MODES, Options, Peer
 from i2vgen.bench.report import Report
 from weights_conversion import unet_diffusers
 
 AGAINST = ("diffusers",)
-NAMES = ("case", "mode", "full", "parts", "dry", "against", "json")
+NAMES = ("case", "mode", "dtype", "full", "parts", "dry", "against", "json")
 SWITCH = ("true", "false")
 
 
@@ -67,6 +70,7 @@ def options_of(case: str, given: dict[str, str], out: Path | None) -> Options:
     options = Options(
         mode=cli.choose("mode", given.get("mode", "infer"), MODES),
         full=cli.choose("full", given.get("full", "false"), SWITCH) == "true",
+        dtype=cli.choose("dtype", given.get("dtype", "float32"), DTYPES),
         parts=tuple(given["parts"].split(",")) if "parts" in given else (),
         dry=cli.choose("dry", given.get("dry", "false"), SWITCH) == "true",
     )

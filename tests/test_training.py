@@ -725,6 +725,7 @@ def test_two_processes_equal_one_with_two_accumulated_batches(root, stages, tmp_
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     words = [f"output={tmp_path}/two", *SMALLER, "train.steps=2", "train.warmup=1", "train.log_every=1"]
+    words.append("train.precision=float32")  # the other process may see units for bfloat16
     script = [sys.executable, str(root / "scripts/train.py"), str(root / "configs/train/tiny_vae.yaml")]
     env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
     other = subprocess.Popen([*script, *words], env=env, stderr=subprocess.PIPE, text=True)

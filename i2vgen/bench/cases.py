@@ -38,6 +38,8 @@ def check(name: str, options: Options) -> None:
     allowed = (Options(), Options(mode="savings")) if name == "count" else (Options(),)
     if name in COUNTED and options not in allowed:
         raise ValueError(f"case={name} only counts: leave mode=, full=, parts= and dry= out")
+    if options.dtype != "float32" and name not in cpu.CASES:
+        raise ValueError(f"case={name} has no dtype=; it belongs to {', '.join(cpu.CASES)}")
     if name in cpu.CASES:
         cpu.check(name, options)
     if name in gpu.SIZES:

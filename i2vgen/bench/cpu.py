@@ -11,16 +11,15 @@ from dataclasses import dataclass
 
 import torch
 
-from i2vgen.bench import count, leave_one_out, loop, memory, modes, pair, train
+from i2vgen.bench import count, half, leave_one_out, loop, memory, modes, pair, train
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report, Table
-from i2vgen.bench.timing import Times, interleaved, thread_clock
+from i2vgen.bench.timing import Times, interleaved
 from i2vgen.settings import config
 from i2vgen.settings.config import Config
 
 CPU, DTYPE = torch.device("cpu"), torch.float32
 ROUNDS = 5
-PRODUCT = 1024  # rows and columns of the product that the roofline is measured with
 THEIRS, THEIRS_COMPILED = "diffusers", "diffusers, compiled"
 
 Size = tuple[int, int, int]  # frames, latent rows, latent columns
@@ -57,6 +56,12 @@ def check(name: str, options: Options) -> None:
     """ValueError before anything is built."""
     if options.parts or options.dry:
         raise ValueError(f"case={name} has no parts= and no dry=; they belong to the gpu cases")
+    if options.dtype != "float32" and (options.mode == "savings" or options.full):
+        raise ValueError(
+            f"dtype={options.dtype} measures steps and mode=train; leave mode=savings, full= out"
+        )
+    if options.dtype != "float32" and options.mode == "train":
+        return  # its networks are its own
     if options.mode == "train" and CASES[name].train_size is None:
         raise ValueError(f"case={name} mode=train needs 40 GB for both sides; use cpu-small or cpu-mid")
     if options.mode != "infer" and options.full:
@@ -64,7 +69,13 @@ def check(name: str, options: Options) -> None:
 
 
 def run(name: str, peer: Peer, options: Options) -> Report:
-    return measure(CASES[name], name, peer, options)
+    case = CASES[name]
+    if options.dtype != "float32":
+        torch.set_num_threads(1)
+        if options.mode == "train":
+            return half.training(options.dtype)
+        return half.steps(name, [config_of(case, size) for size in case.sizes], peer, options.dtype)
+    return measure(case, name, peer, options)
 
 
 def measure(case: Case, name: str, peer: Peer, options: Options) -> Report:
@@ -73,7 +84,7 @@ def measure(case: Case, name: str, peer: Peer, options: Options) -> Report:
         return leave_one_out.timed(name, [config_of(case, size) for size in case.sizes])
     if options.mode == "train":
         return train.report(config_of(case, case.train_size), peer, CPU, name)
-    product = matrix_product_rate()
+    product = half.product_rate(DTYPE)
     found = [step(config_of(case, size), peer, product, full=options.full) for size in case.sizes]
     ratio, sizes = memory_of(case, peer)
     both = pair.make_pair(config_of(case, case.sizes[0]), CPU, DTYPE)
@@ -146,12 +157,6 @@ def summary(settings: Config, peer: Peer, times: Times, errors: dict[str, float]
         "ratios": {name: round(times.ratio(THEIRS, name), 3) for name in times.rounds},
         "errors": errors,
     }
-
-
-def matrix_product_rate() -> float:
-    """FLOP per second of a float32 product on one thread, the best of several."""
-    a, b = torch.randn(PRODUCT, PRODUCT), torch.randn(PRODUCT, PRODUCT)
-    return 2 * PRODUCT**3 / min(thread_clock(lambda: a @ b) for _ in range(9))
 
 
 def memory_of(case: Case, peer: Peer) -> tuple[float | None, dict | None]:

@@ -28,4 +28,5 @@ class Options:
     full: bool = False  # whole 50-step loops and compiled networks too: minutes more
     parts: tuple[str, ...] = ()  # of a gpu case; empty: all
     save: Callable[[dict], None] | None = None  # is given a gpu case's figures after every part
+    dtype: str = "float32"  # of a cpu case
     dry: bool = False  # a gpu case on the CPU and small: shows that every part runs, its figures say nothing

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.adapt.context import Context, Keys, as_context, attend_to_all, sum_of_attentions
-from i2vgen.fast import kernels
+from i2vgen.fast import half, kernels
 from i2vgen.fast.guard import diverted
 from i2vgen.fast.layers import Savings
 from i2vgen.model.attention import Attention, FrameAttention, attend
@@ -43,7 +43,8 @@ class FastAttention(Attention):
             q, context = self.split_heads(self.to_q(x)), as_context(context)
             own = context.keys[self] if self in context.keys else Keys.of(self, context.tokens)
             listed = [own, *context.extra.get(self, ())]
-        y = sum_of_attentions(q, listed, self.backend)
+        backend = half.backend(self.backend, q) if "half_on_cpu" in self.savings.names else self.backend
+        y = sum_of_attentions(q, listed, backend)
         return rearrange(y, "n m t d -> n t (m d)")
 
 
@@ -72,7 +73,8 @@ class FastFrameAttention(FrameAttention):
         # Fused kernels take one batch axis, and b and p have no common stride: one call per sample. The
         # output has the layout of q, so that a single sample is not copied on its way back either.
         q, k, v = (rearrange(y, "b f p (m d) -> b p m f d", m=m).unbind() for y in (q, k, v))
-        samples = (attend(*sample, self.backend) for sample in zip(q, k, v, strict=True))
+        backend = half.backend(self.backend, x) if "half_on_cpu" in self.savings.names else self.backend
+        samples = (attend(*sample, backend) for sample in zip(q, k, v, strict=True))
         done = [rearrange(y, "p m f d -> f p (m d)") for y in samples]
         return done[0][None] if b == 1 else torch.stack(done)
 

@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from i2vgen.fast import kernels
+from i2vgen.fast import half, kernels
 from i2vgen.fast.guard import diverted, plain_kind, touched
 from i2vgen.model.layers import Conv, FeedForward, GroupNorm
 
-# Where a convolution on a CPU is faster as one matrix product, measured with 64 to 1280 channels.
+# Where a convolution on a CPU is faster as one matrix product, measured with 64 to 1280 channels; in bfloat16
+# half of each.
 FEW_PIXELS = 512
 MANY_CHANNELS = 512
 
@@ -52,19 +53,28 @@ class FastConv(Conv):
 
     def product_pays(self, x: Tensor) -> bool:
         pixels = math.prod(x.shape[:3]) // math.prod(self.stride)
-        return x.device.type == "cpu" and pixels <= FEW_PIXELS and self.in_channels >= MANY_CHANNELS
+        smaller = 2 if x.dtype in half.HALF else 1
+        few, many = FEW_PIXELS // smaller, MANY_CHANNELS // smaller
+        return x.device.type == "cpu" and pixels <= few and self.in_channels >= many
 
 
 class FastGroupNorm(GroupNorm):
-    """`kernels`: one operation instead of three passes."""
+    """`kernels`: one operation instead of three passes. `half_on_cpu`: half precision there in float32."""
 
     plain = GroupNorm
     savings: Savings
 
     def forward(self, x: Tensor) -> Tensor:
-        if diverted(self):
-            return super().forward(x)
-        return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, False, None)
+        return super().forward(x) if diverted(self) else self.fused(x)
+
+    def fused(self, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+        """SiLU or nothing of the norm of x + shift: x [n ... c], shift [m c] for n / m neighbours"""
+        if "kernels" in self.savings.names:
+            return kernels.group_norm(x, self.num_groups, self.weight, self.bias, self.eps, silu, shift)
+        if "half_on_cpu" in self.savings.names and half.here(x):
+            return half.group_norm(self, x, silu=silu, shift=shift)
+        y = super().forward(x if shift is None else kernels.shifted(x, shift))
+        return F.silu(y, inplace=True) if silu else y
 
 
 def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -72,7 +82,7 @@ def norm_silu(norm: nn.Module, x: Tensor, shift: Tensor | None = None) -> Tensor
     if plain_kind(type(norm)) is not GroupNorm or touched(norm) or torch.is_grad_enabled():
         return F.silu(norm(x if shift is None else kernels.shifted(x, shift)))
     if type(norm) is FastGroupNorm:
-        return kernels.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps, True, shift)
+        return norm.fused(x, silu=True, shift=shift)
     return F.silu(norm(x if shift is None else kernels.shifted(x, shift)), inplace=True)
 
 
@@ -104,7 +114,8 @@ class FastFeedForward(FeedForward):
 
 def product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x [... k] times a layer's weight [c k], plus its bias -> [... c]"""
-    if x.device.type == "cpu":  # PyTorch copies the bias into the result first, which takes longer
+    # In float32 PyTorch copies the bias into the result first, which takes longer.
+    if x.device.type == "cpu" and not half.here(x):
         return (x @ weight.t()).add_(bias)
     return F.linear(x, weight, bias)
 

@@ -5,6 +5,8 @@ Axes: n sequences, m heads, d head width; b batch, f frames, p pixels of a frame
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 import time
 import warnings
@@ -14,13 +16,16 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from i2vgen.fast import runtime, savings
+from i2vgen.fast import half, runtime, savings
 from i2vgen.model.attention import Attention, FrameAttention, attend
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import Config
 
 LOGGER = logging.getLogger(__name__)
 CANDIDATES = ("sdpa", "flash", "cudnn", "efficient", "flash3")
+PRODUCT = 512  # rows and columns of the product by which the precisions of a CPU are compared
+PAYS = 2.0  # so many times as fast bfloat16 products must be; with units for them 4 to 9, without below 1
+WIDE = 64  # channels of a UNet's finest level from which bfloat16 is faster in sampling, measured
 QUERIES = 256  # compared with the formula: enough to notice a wrong kernel, few enough for its scores
 NEEDS = {  # backends that may be missing, and what they need
     "flash": "a CUDA GPU of compute capability 8.0 or newer with float16 or bfloat16",
@@ -54,6 +59,47 @@ def refuse_missing(config: Config, device: torch.device) -> None:
             f"runtime.cuda_graph replays one recorded step, but {name} makes the steps differ; "
             "leave one of the two out"
         )
+
+
+@functools.cache
+def product_speed(dtype: torch.dtype) -> float:
+    """How many times as fast as in float32 this CPU multiplies matrices in `dtype`; 0 if it cannot."""
+    torch_of = {one: torch.ones(PRODUCT, PRODUCT, dtype=one) for one in (torch.float32, dtype)}
+    try:
+        found = {one: seconds(lambda a=a: a @ a, torch.device("cpu")) for one, a in torch_of.items()}
+    except RuntimeError as error:
+        LOGGER.info("products in %s cannot be tried (%s)", dtype, str(error).partition("\n")[0])
+        return 0.0
+    return found[torch.float32] / found[dtype]
+
+
+def bfloat16_pays() -> bool:
+    """Whether this CPU has units for bfloat16: it is tried, in a few hundredths of a second."""
+    return product_speed(torch.bfloat16) >= PAYS
+
+
+def choose_dtype(config: Config) -> Config:
+    """`runtime.dtype=auto` on a CPU with units for bfloat16, where the UNet is wide enough -> bfloat16.
+
+    A note for half precision that this CPU only emulates.
+    """
+    if runtime.device(config.runtime).type != "cpu":
+        return config
+    dtype = runtime.dtype(config.runtime)
+    if config.runtime.dtype == "auto":
+        if config.unet.widths[0] < WIDE or not bfloat16_pays():
+            return config
+        LOGGER.info(
+            "dtype: bfloat16, which this CPU multiplies %.1f times as fast", product_speed(torch.bfloat16)
+        )
+        return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, dtype="bfloat16"))
+    if dtype in half.HALF and product_speed(dtype) < 1:
+        warnings.warn(
+            f"this CPU only emulates {config.runtime.dtype}: its products take "
+            f"{1 / max(product_speed(dtype), 1e-3):.0f} times as long as in float32",
+            stacklevel=2,
+        )
+    return config
 
 
 @torch.no_grad()

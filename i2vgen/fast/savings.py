@@ -24,14 +24,21 @@ from i2vgen.settings.config import SAVINGS, Runtime
 # Each class is put in where one of these savings is on; `token_chunk` and `row_chunk` are the memory plans'.
 PLACES: dict[type[nn.Module], tuple[str, ...]] = {
     layers.FastConv: ("convolution_products",),
-    layers.FastGroupNorm: ("kernels",),
+    layers.FastGroupNorm: ("kernels", "half_on_cpu"),
     layers.FastFeedForward: ("kernels", "in_place", "sum_in_place", "fold_products", "token_chunk"),
-    attention.FastAttention: ("fuse_projections", "project_once", "sum_in_place", "token_chunk"),
+    attention.FastAttention: (
+        "fuse_projections",
+        "project_once",
+        "sum_in_place",
+        "half_on_cpu",
+        "token_chunk",
+    ),
     attention.FastFrameAttention: (
         "kernels",
         "fuse_projections",
         "sum_in_place",
         "fold_products",
+        "half_on_cpu",
         "token_chunk",
     ),
     spatial.FastResBlock: ("kernels", "in_place", "token_chunk"),

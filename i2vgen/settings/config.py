@@ -574,6 +574,7 @@ SAVINGS = {
     "in_place": "feed-forwards and SiLU without copies",
     "fold_products": "the last two products of a transformer as one, where it is twice as wide inside",
     "convolution_products": "on a CPU, convolutions over few pixels as one matrix product",
+    "half_on_cpu": "half precision on a CPU: attention by products, norms in float32",
 }
 
 
@@ -597,7 +598,8 @@ class Runtime:
     """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
 
     device: str = "auto"  # auto: cuda where there is one, else cpu
-    # auto: float16 on CUDA (as the official sampler), float32 elsewhere
+    # auto: float16 on CUDA, as the official sampler; bfloat16 on CPUs with units for it, for UNets of 64
+    # channels or more; else float32
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
     encoder_dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"  # official: float32
     vae_dtype: Literal["float64", "float32", "bfloat16", "float16"] = (

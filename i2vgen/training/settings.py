@@ -85,7 +85,7 @@ class Train:
     # part=vae: 1 / standard deviation of the latents, or vae.scale as set.
     vae_scale: Literal["measured", "given"] = "measured"
     precision: Literal["auto", "float32", "bf16", "fp16"] = (
-        "auto"  # auto: bf16 on CUDA (fp16 before Ampere), float32 elsewhere
+        "auto"  # auto: bf16 on CUDA (fp16 before Ampere) and on CPUs with units for it, else float32
     )
     # Above 0: part=diffusion trains only low-rank adapters (LoRA) of this rank on the matching modules.
     lora_rank: int = 0

@@ -1,0 +1,114 @@
+"""Half precision on a CPU: faster forms of what PyTorch computes there slowly.
+
+Processors multiply bfloat16 several times as fast as float32, but PyTorch's fused attention and its group
+norm for channels last take longer in bfloat16 than in float32. So a norm is computed in float32, and
+attention by plain products. Both have gradients.
+
+Axes: n independent sequences or samples, m heads, t and k query and context tokens, d head width; c channels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from i2vgen.model.attention import Attention, AttentionFunction, FrameAttention, attend
+from i2vgen.model.layers import GroupNorm
+
+HALF = (torch.bfloat16, torch.float16)
+PIECE = 2**20  # scores that attention holds at once: they stay in the caches
+
+
+def here(x: Tensor) -> bool:
+    """Whether a tensor is in half precision on a CPU."""
+    return x.device.type == "cpu" and x.dtype in HALF
+
+
+def backend(wanted: str | AttentionFunction, x: Tensor) -> str | AttentionFunction:
+    """`attend_by_products` where PyTorch would choose and `x` is in half precision on a CPU"""
+    return attend_by_products if wanted in ("sdpa", "auto") and here(x) else wanted
+
+
+@torch.autocast("cpu", enabled=False)
+def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / sqrt(d)) v for q [n m t d], k and v [n m k d] -> [n m t d], `PIECE` scores at a time."""
+    q, k = q * q.shape[-1] ** -0.5, k.transpose(-1, -2)
+    n, m, t, _ = q.shape
+    sequences = PIECE // (m * t * k.shape[-1])
+    if sequences >= n:
+        return (q @ k).softmax(-1) @ v
+    pieces = []
+    for i in range(0, n, max(sequences, 1)):
+        some, of_k, of_v = (x[i : i + max(sequences, 1)] for x in (q, k, v))
+        rows = t if sequences else max(PIECE // (m * k.shape[-1]), 1)
+        done = [(part @ of_k).softmax(-1) @ of_v for part in some.split(rows, dim=2)]
+        pieces.append(torch.cat(done, dim=2) if len(done) > 1 else done[0])
+    return torch.cat(pieces)
+
+
+@torch.autocast("cpu", enabled=False)
+def group_norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tensor | None = None) -> Tensor:
+    """SiLU or nothing of the norm of x + shift, in float32: x [n ... c], shift [m c] for n / m neighbours."""
+    y = x.float()
+    if shift is not None:
+        y = (y.unflatten(0, (len(shift), -1)) + shift.float().view(len(shift), *[1] * (x.ndim - 1), -1)).view(
+            x.shape
+        )
+    y = rearrange(y.flatten(2, -2), "n h w c -> n c h w")
+    weight, bias = (None if one is None else one.float() for one in (norm.weight, norm.bias))
+    y = F.group_norm(y, norm.num_groups, weight, bias, norm.eps)
+    y = rearrange(F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y, "n c h w -> n h w c")
+    return y.to(x.dtype).reshape(x.shape)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Training
+
+
+class _Backend:
+    """An attention whose `backend`, where PyTorch would choose, depends on the inputs of each call."""
+
+    @property
+    def backend(self) -> str | AttentionFunction:
+        wanted = vars(self)["backend"]
+        return functools.partial(_attend, wanted=wanted) if wanted in ("sdpa", "auto") else wanted
+
+    @backend.setter
+    def backend(self, wanted: str | AttentionFunction) -> None:
+        vars(self)["backend"] = wanted
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, wanted: str) -> Tensor:
+    return attend(q, k, v, backend(wanted, q))
+
+
+class TrainedAttention(_Backend, Attention):
+    plain = Attention
+
+
+class TrainedFrameAttention(_Backend, FrameAttention):
+    plain = FrameAttention
+
+
+class TrainedGroupNorm(GroupNorm):
+    plain = GroupNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm(self, x) if here(x) else super().forward(x)
+
+
+TRAINED = {kind.plain: kind for kind in (TrainedAttention, TrainedFrameAttention, TrainedGroupNorm)}
+
+
+def prepare_training(network: nn.Module) -> None:
+    """Make a network fast under autocast to half precision on a CPU; its weights and names stay.
+
+    `savings.remove` gives every module its plain class back.
+    """
+    for module in network.modules():
+        if type(module) in TRAINED:
+            module.__class__ = TRAINED[type(module)]
