@@ -59,11 +59,11 @@ setup(
         "einops>=0.8",
         "open_clip_torch>=3.0",
         "omegaconf>=2.4",
-        "numpy",
-        "safetensors>=0.4",
-        "pillow",
+        "numpy>=1.24",
+        "safetensors>=0.4.2",
+        "pillow>=10.1",
         "tqdm",
-        "av",
+        "av>=17.0",  # earlier ones give clips colours that are up to 23 levels off
         "jinja2",  # the HTML pages of reports
     ],
     extras_require={

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from i2vgen.bench import cases, cpu, gpu, loop, memory, modes, pair, timing, train
+from i2vgen.bench import cases, cpu, gpu, half, loop, memory, modes, pair, timing, train
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.settings import config
 
@@ -132,6 +132,28 @@ def test_a_cpu_case_of_two_sizes_reports_the_worse(measured):
         assert one["our_tflops_per_call"] < one["tflops_per_call"]
 
 
+def test_half_precision_is_timed_beside_float32_with_its_error(peer):
+    sizes = [cpu.config_of(Small, size) for size in Small.sizes]
+    found = half.steps("cpu-toy", sizes, peer, "bfloat16").values
+    assert found["dtype"] == "bfloat16" and len(found["sizes"]) == 2
+    for name in ("speedup_best_exact", "speedup_vs_float32", "error_ratio", "roofline_fraction"):
+        assert found[name] > 0
+    for one in found["sizes"]:
+        ways = {f"{way} {dtype}" for way in ("diffusers", *modes.CPU) for dtype in ("float32", "bfloat16")}
+        assert one["seconds"].keys() == one["errors"].keys() == ways
+        assert one["errors"]["batched float32"] < 1e-5 < 1e-3 < one["errors"][one["best_exact"]] < 0.2
+    assert found["speedup_vs_float32"] == min(one["speedup_vs_float32"] for one in found["sizes"])
+    assert json.dumps(found)
+
+
+def test_training_in_half_precision_is_timed(monkeypatch):
+    for name, value in {"TRAINED": (32,), "CLIPS": 1, "FRAMES": 2, "SIDE": 4}.items():
+        monkeypatch.setattr(half, name, value)
+    found = half.training("bfloat16").values
+    assert found["clips_per_second"]["base 32"] > 0
+    assert found["speedup_vs_float32_training"]["base 32"] > 0
+
+
 def test_training_is_compared_and_timed(peer, monkeypatch):
     monkeypatch.setattr(memory, "measurable", lambda: False)  # four processes more
     monkeypatch.setattr(train, "ROUNDS", 1)
@@ -238,6 +260,9 @@ def test_a_mistake_is_not_hidden_in_a_dry_run(peer, monkeypatch):
         ("cpu-full", Options(mode="train"), "use cpu-small or cpu-mid"),
         ("cpu-mid", Options(mode="train", full=True), "full=true"),
         ("count", Options(mode="train"), "only counts"),
+        ("cpu-mid", Options(dtype="bfloat16", full=True), "leave mode=savings, full= out"),
+        ("cpu-mid", Options(dtype="bfloat16", mode="savings"), "leave mode=savings, full= out"),
+        ("gpu-256p", Options(dtype="bfloat16", dry=True), "has no dtype=; it belongs to cpu-small"),
     ],
     ids=str,
 )

@@ -424,8 +424,9 @@ def test_a_changed_picture_is_made_again(run, quick, loads, picture_file):
         (["output=bad\udcff.gif"], "not valid Unicode"),
         (["output=\ud800.gif", "seed=[1,2]"], "not valid Unicode"),
         (["prompt=\ud800"], "is not valid Unicode"),
+        (["negative_prompt=\ud800"], "is not valid Unicode"),
     ],
-    ids=["name", "record", "path", "bytes", "surrogate", "prompt"],
+    ids=["name", "record", "path", "bytes", "surrogate", "prompt", "negative"],
 )
 def test_names_that_cannot_be_written_are_told_first(run, mistakes, unloadable, words, message):
     said_no(*run(*QUICK, "image=whole.png", "prompt=p", *words), message)

@@ -453,7 +453,15 @@ print(json.dumps(found))
 MEASURED = [  # in the autoencoder, in the UNet, in the weights
     ["width=192", "height=192", "frames=6", "vae_chunk=6", "memory=full"],
     ["width=256", "height=192", "frames=6", "attention=math", "memory=full"],
-    ["width=128", "frames=4", "memory=low", "token_chunk=100", "unet.base_width=64", "unet.head_width=16"],
+    [
+        "width=128",
+        "frames=4",
+        "memory=low",
+        "token_chunk=100",
+        "unet.base_width=64",
+        "unet.head_width=16",
+        "dtype=float32",
+    ],
 ]
 
 

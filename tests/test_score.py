@@ -9,6 +9,7 @@ import json
 import math
 from pathlib import Path
 
+import media_files
 import numpy as np
 import pytest
 import torch
@@ -107,6 +108,35 @@ def test_pictures_agree_with_scikit_image():
     assert metrics.ssim(one, one) == 1.0 and metrics.psnr(one, one) == metrics.MAX_PSNR
     with pytest.raises(ValueError, match="window of 11 x 11"):
         metrics.ssim(one[:, :8], one[:, :8])
+
+
+@pytest.mark.parametrize(
+    "matrix", [(0, 1, -1, 0), (0, -1, -1, 0), (-1, 0, 0, 1)], ids=["turned", "both", "flip"]
+)
+def test_clips_are_scored_as_a_player_shows_them(run, tmp_path, matrix):
+    """A phone's clip is equal to what a player shows, stored as plain frames; unturned it would not be."""
+    a, b, c, d = matrix
+    for folder in ("phone", "shown"):
+        (tmp_path / folder).mkdir()
+    path = media_files.write_video(tmp_path / "phone/a.mov", moving(frames=3)[:, :, :24])
+    frames = video.load(path)[0]
+    video.save(
+        (frames if a else frames.swapaxes(1, 2))[:, :: d or b, :: a or c], tmp_path / "shown/a", fps=10
+    )
+    media_files.turn(path, *matrix)
+    found, _ = scored(run, "videos=phone", "reference=shown", "metrics=reference_psnr")
+    assert found["scores"]["reference_psnr"]["value"] == metrics.MAX_PSNR
+
+
+def test_transparent_clips_are_scored_over_white(run, tmp_path):
+    layers = np.zeros((2, 16, 16, 4), np.uint8)
+    layers[:, 4:8, 4:8] = (200, 30, 30, 255)
+    for folder, shown in (("seen", layers), ("white", np.where(layers[..., 3:] == 0, 255, layers)[..., :3])):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        for number, frame in enumerate(shown):
+            Image.fromarray(frame).save(tmp_path / folder / f"a/frame_{number:04}.png")
+    found, _ = scored(run, "videos=seen", "reference=white", "metrics=reference_psnr")
+    assert found["scores"]["reference_psnr"]["value"] == metrics.MAX_PSNR
 
 
 def test_flicker_ignores_uniform_change():

@@ -13,6 +13,7 @@ import media_files
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from i2vgen import pipeline
@@ -558,6 +559,18 @@ def test_a_folder_reads_every_format_as_it_is_shown(tmp_path):
     assert levels[:, 8:24].min() > 200 and levels[:, 40:56].max() < 90
 
 
+@pytest.mark.parametrize(("alpha", "level"), [("white", 255), ("drop", 30)])
+def test_transparent_parts_are_shown_as_for_pictures(tmp_path, alpha, level):
+    layers = np.full((24, 24, 4), (30, 30, 30, 0), np.uint8)
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        Image.fromarray(layers).save(tmp_path / f"a/frame_{number:04}.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na,nothing\n")
+    words = ("train.frame_lengths=4", "train.sample_fps=8", f"preprocess.alpha={alpha}")
+    batch = data.open_source(*folder_settings(tmp_path, *words))(Bucket(4, 8, 1), [0])
+    assert ((batch.pixels + 1) * 127.5).round().unique().tolist() == [level]
+
+
 def test_a_draw_reads_only_the_frames_it_shows(tmp_path, monkeypatch):
     frames = np.zeros((60, 24, 24, 3), np.uint8)
     media_files.write_video(tmp_path / "a.mp4", frames)
@@ -712,6 +725,7 @@ def test_two_processes_equal_one_with_two_accumulated_batches(root, stages, tmp_
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     words = [f"output={tmp_path}/two", *SMALLER, "train.steps=2", "train.warmup=1", "train.log_every=1"]
+    words.append("train.precision=float32")  # the other process may see units for bfloat16
     script = [sys.executable, str(root / "scripts/train.py"), str(root / "configs/train/tiny_vae.yaml")]
     env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1"}
     other = subprocess.Popen([*script, *words], env=env, stderr=subprocess.PIPE, text=True)

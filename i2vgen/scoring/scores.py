@@ -313,7 +313,7 @@ def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
             f"{clip.file} has {count} frames and its true clip {clip.reference} has {total}; give clips "
             f"of equal length, or frames={min(count, total)} to compare the first frames"
         )
-    truth, _ = video.load(clip.reference, only=range(count))
+    truth, _ = video.load(clip.reference, alpha=clip.preprocess.alpha, only=range(count))
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
             f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "
