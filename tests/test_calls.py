@@ -410,9 +410,8 @@ def test_the_guide_runs(model, monkeypatch, tmp_path):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (root / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S
     )
-    assets = tmp_path / "i2vgen/assets"
-    assets.mkdir(parents=True)
-    shutil.copy(root / STAR, assets)
+    (tmp_path / "mine").mkdir()  # of `i2vgen examples mine`
+    shutil.copy(root / STAR, tmp_path / "mine")
     shutil.copy(root / STAR, tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(i2vgen, "load", lambda: model)
