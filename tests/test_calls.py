@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_in_terminals_only(model, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # of another test: this is no notebook
     for stream, progress, wanted in (
         (Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False),
     ):  # fmt: skip
