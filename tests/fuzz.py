@@ -54,7 +54,7 @@ from weights_conversion import readers
 
 ROOT = Path(__file__).parents[1]
 SECONDS, BYTES = 10, 2**30  # what one file may take
-ADDRESS_SPACE = 6 * 2**30  # of a batch's process: what asks for more gets a MemoryError
+ADDRESS_SPACE = 3 * 2**30  # more than a batch's process begins with: what asks for more gets a MemoryError
 BATCH = 100  # files read by one process
 REFUSALS = (ValueError, OSError)
 
@@ -440,7 +440,9 @@ def one(kind: Kind, path: Path, r: random.Random) -> str:
 def batch(kind: Kind, seed: int, count: int, folder: Path, keep: Path, log: Path) -> None:
     """Read `count` mutated files, and write a line per file; a faulty one is kept."""
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TooLong()))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    taken = Path("/proc/self/statm")  # in pages; a fork of a process that has run long begins with more
+    begun = int(taken.read_text().split()[0]) * resource.getpagesize() if taken.exists() else 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (begun + ADDRESS_SPACE, begun + ADDRESS_SPACE))
     warnings.simplefilter("ignore")
     logging.disable()
     r, good = random.Random(seed), kind.seeds()

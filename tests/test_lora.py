@@ -312,7 +312,7 @@ def test_other_files_and_folders(network, tmp_path):
     )
     foreign = {"unet.down_blocks.0.to_q.lora_A.weight": torch.ones(2, 4),
                "unet.down_blocks.0.to_q.lora_B.weight": torch.ones(4, 2)}  # fmt: skip
-    refused("weights_conversion convert", foreign)
+    refused("i2vgen convert", foreign)
     (tmp_path / "peft" / lora.WEIGHTS_FILE).write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="git lfs pull"):
         lora.read(tmp_path / "peft")

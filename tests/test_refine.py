@@ -1,4 +1,4 @@
-"""The second stage: its road, the sizes it takes, what it refuses, what scripts/generate.py makes of it."""
+"""The second stage: its road, the sizes it takes, what it refuses, what `i2vgen generate` makes of it."""
 
 import copy
 import dataclasses

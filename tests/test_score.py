@@ -1,14 +1,12 @@
-"""scripts/score.py from the user's side: clips with known scores, random networks, error messages.
+"""`i2vgen score` from the user's side: clips with known scores, random networks, error messages.
 
 LPIPS, FVD and open_clip run on tiny random networks, which tests the code path but no published value.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import media_files
@@ -17,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from i2vgen import __main__ as door
 from i2vgen import pipeline
 from i2vgen.files import video
 from i2vgen.scoring import clips, flow, metrics, networks, scores, stats
@@ -204,21 +203,17 @@ def test_warping_a_linear_ramp_is_exact():
     assert inner.sum() == 28 * 19 and not flow.visible(shift, shift).any()  # the way back is wrong
 
 
-# --- the script
+# --- the command
 
 
 def test_generated_clips_are_scored_without_further_arguments(run, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
     star = ROOT / "i2vgen" / "assets" / "star.png"
     rows = [
         {"image": str(star), "prompt": f"a star moves {way}", "output": f"made/{way}.mp4"}
         for way in ("up", "down")
     ]
     Path("list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    monkeypatch.setattr(sys, "argv", ["generate.py", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"])
-    assert generate.cli.run(generate.main) == 0
+    assert door.main(["generate", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"]) == 0
     capsys.readouterr()
     found, out = scored(run, "videos=made", f"clip_weights={SHIPPED}", "device=cpu")
     assert [clip["prompt"] for clip in found["clips"]] == ["a star moves down", "a star moves up"]

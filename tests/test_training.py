@@ -705,7 +705,7 @@ def test_curves_and_strips_reach_tensorboard(stages):
 
 def test_script_help_and_rerunning_a_finished_run(root, stages, capsys, tmp_path):
     run(root, "tiny_vae.yaml", "--help")
-    assert "python scripts/train.py configs/train/tiny_vae.yaml" in capsys.readouterr().out
+    assert "i2vgen train configs/train/tiny_vae.yaml" in capsys.readouterr().out
     run(root, "tiny_vae.yaml", "--print-config", "train.steps=77")
     printed = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)

@@ -6,7 +6,7 @@ JSON that generation writes next to it, or from a list with one line per clip:
     {"file": "a.mp4", "image": "a.png", "prompt": "a boat sails", "reference": "true/a.mp4"}     .jsonl
     file,image,prompt                                                                            .csv
 
-Only `file` is required; `output`, the name that lists for generate.py use, works too. Paths are relative to
+Only `file` is required; `output`, the name in lists for `i2vgen generate`, works too. Paths are relative to
 the working folder or to the list's folder. `name` pairs the clips of two models; the default is the file name
 without folder and suffix.
 
@@ -99,7 +99,7 @@ def read_list(setting: str, path: Path) -> Iterator[Clip]:
     else:
         rows = lists.json_rows(path, expected="file, image and prompt", setting=f"{setting}=")
     for number, row in rows:
-        # lists for generate.py say "output"
+        # lists for `i2vgen generate` say "output"
         row = {"file" if name == "output" else name: value for name, value in row.items()}
         if "file" not in row:
             raise ValueError(

@@ -67,7 +67,7 @@ def load_config(
     cli_settings, cli_literals = parse_overrides(overrides)
     if foreign := [name for name in cli_literals if name not in LITERALS]:
         raise ValueError(
-            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
+            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another command takes it"
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     texts = {name: _expanded(name, value) for name, value in texts.items()}
