@@ -20,8 +20,6 @@ from i2vgen.files import video
 from i2vgen.settings.config import SHIPPED
 from i2vgen.world import drawing
 
-TRAIN = Path(__file__).parents[1] / "scripts" / "train.py"
-
 
 def clips_of(motion):
     """Seed, facts and caption of the world's clips with this motion, from seed 10 million up."""
@@ -56,7 +54,7 @@ def main():
     words = ["train.part=diffusion", f"weights={SHIPPED}", f"train.data={out / 'clips'}", "train.lora_rank=8",
              f"train.steps={options['steps']}", "train.batch=4", "train.learning_rate=0.002",
              "train.timestep_power=2", f"output={out / 'run'}"]  # fmt: skip
-    subprocess.run([sys.executable, str(TRAIN), *words], check=True)
+    subprocess.run([sys.executable, "-m", "i2vgen", "train", *words], check=True)
 
     _, held_out, caption = next(clips)
     first = drawing.render(held_out, width=sample.width, height=sample.height, frames=1)[0]

@@ -1,7 +1,8 @@
-"""Shared by the scripts: parsing command lines of settings, and errors without tracebacks."""
+"""Shared by the commands: parsing command lines of settings, and errors without tracebacks."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import os
@@ -10,12 +11,13 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-import torch
 from PIL import Image
 from tqdm import tqdm
 
 from i2vgen.files import whole
+from i2vgen.settings import shipped
 from i2vgen.settings.config import FOREIGN
 
 # What can command a terminal, or hide what a text says: control characters, line separators, the marks that
@@ -29,15 +31,13 @@ def run(main: Callable[[], int | None]) -> int:
     with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
         try:
             return main() or 0
-        except SystemExit as stopped:  # after --help
-            return stopped.code or 0
         except (ValueError, OSError, FloatingPointError) as error:
             return _failed(str(error))
-        except torch.OutOfMemoryError as error:
-            return _failed(f"out of device memory; use a smaller size or fewer frames ({error})")
         except MemoryError:
             return _failed("out of memory; use a smaller size or fewer frames")
         except RuntimeError as error:
+            if type(error).__name__ == "OutOfMemoryError":  # torch's; importing it would delay every command
+                return _failed(f"out of device memory; use a smaller size or fewer frames ({error})")
             if "DefaultCPUAllocator" not in str(error):
                 raise  # our own bugs keep their traceback
             return _failed("out of memory; use a smaller size, fewer frames or runtime.vae_chunk=1")
@@ -69,16 +69,11 @@ def shown(text: object) -> str:
     return UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
-def split(
-    argv: Sequence[str], flags: Sequence[str] = (), *, doc: str, bare: bool = False
-) -> tuple[str | None, list[str], set[str]]:
+def split(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[str | None, list[str], set[str]]:
     """Words of a command line -> configuration file or None, name=value overrides, flags that were given.
 
-    --help prints `doc` and ends the script; so does a command line without words, unless `bare` allows it.
+    The file may be one of those shipped (`shipped.config`).
     """
-    if {"--help", "-h"} & set(argv) or not (argv or bare):
-        print(doc)
-        raise SystemExit(0)
     file, overrides, given = None, [], set()
     for word in argv:
         if word.startswith("--"):
@@ -93,7 +88,7 @@ def split(
         elif "=" in word:
             overrides.append(word)
         elif file is None:
-            file = os.path.expanduser(word)
+            file = shipped.config(os.path.expanduser(word))
         else:
             raise ValueError(
                 f"got two configuration files, {file} and {word}; one is allowed. Settings are name=value; "
@@ -105,7 +100,7 @@ def split(
 def take(
     words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> tuple[dict[str, int | str], list[str]]:
-    """Split name=value words -> the script's own arguments by name, and the rest, which are settings."""
+    """Split name=value words -> the command's own arguments by name, and the rest, which are settings."""
     own, rest = {}, []
     for word in words:
         name, _, value = word.partition("=")
@@ -126,7 +121,7 @@ def take(
 def take_all(
     words: Sequence[str], *, numbers: Sequence[str] = (), texts: Sequence[str] = (), hint: str = ""
 ) -> dict[str, int | str]:
-    """The same for a script that takes no settings: every name must be known, and given once."""
+    """The same for a command that takes no settings: every name must be known, and given once."""
     own, rest = take(words, numbers=numbers, texts=texts)
     if rest:
         known = ", ".join(f"{name}=" for name in (*texts, *numbers))
@@ -135,6 +130,30 @@ def take_all(
     if twice := [name for name in own if names.count(name) > 1]:
         raise ValueError(f"{twice[0]}= is given twice; give it once")
     return own
+
+
+class Parser(argparse.ArgumentParser):
+    """For a command whose plain words are files. Its options may be written name=value or --name value.
+
+    A mistake is a ValueError. The command's docstring is its help.
+    """
+
+    def __init__(self, command: str):
+        super().__init__(prog=f"i2vgen {command}", add_help=False)
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        takes_value = {a.dest for a in self._actions if a.option_strings and a.nargs != 0}
+        words = []
+        for word in argv:
+            name, equals, value = word.partition("=")
+            own = equals and name in takes_value
+            if own and not value:
+                raise ValueError(f"{word} is empty; give a value or leave it out")
+            words.append(f"--{name.replace('_', '-')}={value}" if own else word)
+        return self.parse_intermixed_args(words)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; {self.prog} --help explains it")
 
 
 def choose(name: str, value: str, known: Iterable[str]) -> str:

@@ -180,6 +180,7 @@ def check(jobs: Sequence[Job], config: Config) -> None:
     pictures = list(dict.fromkeys(job.image for job in jobs if job.image))
     for path in pictures:
         given.picture(path, exif=config.preprocess.exif, alpha=config.preprocess.alpha)
+    given.prompt(config.negative_prompt)
     for job in jobs:
         given.prompt(job.prompt)
         given.prompt(job.refine_prompt)

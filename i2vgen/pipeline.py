@@ -23,7 +23,6 @@ import torch
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from i2vgen.adapt import lora
 from i2vgen.diffusion.noise import SampleNoise, draw_all
@@ -784,6 +783,8 @@ def _bar(on_step: OnStep | None, *, shown: bool) -> Iterator[OnStep | None]:
     if not (shown and (sys.stderr.isatty() or "ipykernel" in sys.modules)):
         yield on_step
         return
+    from tqdm.auto import tqdm  # only now: in a notebook without ipywidgets it warns when it is imported
+
     with tqdm(unit="step", mininterval=0.3) as bar:
 
         def step(info: StepInfo) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import inspect
 import io
 import os
@@ -16,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from i2vgen import __main__ as door
 from i2vgen import pipeline
 from i2vgen.fast import machine
 from i2vgen.files import checkpoint
@@ -92,18 +92,13 @@ def run_script(monkeypatch):
 
 @pytest.fixture
 def script_at(monkeypatch, capsys, tmp_path):
-    """script_at(name, *first) -> run(*words): it works in an empty folder -> (status, stdout, stderr)."""
-    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: scripts install their own
+    """script_at(name, *first) -> run(*words): a command in an empty folder -> (status, stdout, stderr)."""
+    monkeypatch.setattr("warnings.showwarning", None)  # put back at the end: commands install their own
     monkeypatch.chdir(tmp_path)
 
     def load(name, *first):
-        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "scripts" / f"{name}.py")
-        script = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(script)
-
         def run(*words):
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", *first, *map(str, words)])
-            status = script.cli.run(script.main)
+            status = door.main([name.replace("_", "-"), *first, *map(str, words)])
             return status, *capsys.readouterr()
 
         return run

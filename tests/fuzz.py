@@ -36,10 +36,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import media_files
 import numpy as np
 import safetensors.torch
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from i2vgen import jobs
 from i2vgen.adapt import lora
@@ -53,7 +54,7 @@ from weights_conversion import readers
 
 ROOT = Path(__file__).parents[1]
 SECONDS, BYTES = 10, 2**30  # what one file may take
-ADDRESS_SPACE = 6 * 2**30  # of a batch's process: what asks for more gets a MemoryError
+ADDRESS_SPACE = 3 * 2**30  # more than a batch's process begins with: what asks for more gets a MemoryError
 BATCH = 100  # files read by one process
 REFUSALS = (ValueError, OSError)
 
@@ -225,14 +226,25 @@ def pictures() -> dict[str, bytes]:
     colours = Image.fromarray(np.random.RandomState(0).randint(0, 255, (40, 40, 3), dtype=np.uint8))
     turned = Image.Exif()
     turned[images.EXIF_ORIENTATION] = 6
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"gAMA", (45455).to_bytes(4, "big"))
+    for number, name in enumerate(("gamma", "chromaticity", "icc_profile", "srgb", "fps")):
+        chunks.add_text(name, str(number))
     found = {}
     for name, picture, form, how in (
         ("a.png", colours, "PNG", {}),
+        ("text.png", colours, "PNG", {"pnginfo": chunks, "exif": turned}),
+        ("icc.png", colours, "PNG", {"icc_profile": media_files.rgb_profile(media_files.ADOBE_RGB, 2.2)}),
         ("alpha.png", colours.convert("RGBA"), "PNG", {}),
         ("palette.png", colours.convert("P"), "PNG", {"transparency": 3}),
         ("deep.png", colours.convert("I;16"), "PNG", {}),
         ("a.jpg", colours, "JPEG", {"exif": turned}),
-        ("cmyk.jpg", colours.convert("CMYK"), "JPEG", {}),
+        (
+            "cmyk.jpg",
+            colours.convert("CMYK"),
+            "JPEG",
+            {"icc_profile": media_files.cmyk_profile(np.ones([2] * 4))},
+        ),
         ("a.webp", colours, "WEBP", {"exif": turned.tobytes()}),
         ("a.avif", colours, "AVIF", {}),
         ("a.gif", colours, "GIF", {}),
@@ -271,6 +283,10 @@ def videos() -> dict[str, bytes]:
         ):
             with contextlib.suppress(av.FFmpegError, ValueError):  # a PyAV without this codec
                 found[name] = encoded(frames, Path(folder, name), form, codec)
+        turned = media_files.turn(
+            media_files.write_video(Path(folder, "turned.mov"), frames, aspect=2), 0, -1, -1, 0
+        )
+        found["turned.mov"] = turned.read_bytes()
     return found
 
 
@@ -424,7 +440,9 @@ def one(kind: Kind, path: Path, r: random.Random) -> str:
 def batch(kind: Kind, seed: int, count: int, folder: Path, keep: Path, log: Path) -> None:
     """Read `count` mutated files, and write a line per file; a faulty one is kept."""
     signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TooLong()))
-    resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
+    taken = Path("/proc/self/statm")  # in pages; a fork of a process that has run long begins with more
+    begun = int(taken.read_text().split()[0]) * resource.getpagesize() if taken.exists() else 3 * 2**30
+    resource.setrlimit(resource.RLIMIT_AS, (begun + ADDRESS_SPACE, begun + ADDRESS_SPACE))
     warnings.simplefilter("ignore")
     logging.disable()
     r, good = random.Random(seed), kind.seeds()

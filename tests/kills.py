@@ -2,7 +2,8 @@
 
     python tests/kills.py [COUNT] [--commands generate,train,...] [--seed N]
 
-    COUNT        kills of each command (default 10), in turn by SIGKILL, SIGTERM and SIGINT
+    COUNT        kills that meet each command at work (default 10), in turn by SIGKILL, SIGTERM and SIGINT;
+                 four times as many are tried at most
     --commands   only these: generate, convert, export, train, evaluate, score, ablate
 
 After each kill, a file under its final name must be the one that an undisturbed run writes, and no process
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -139,15 +141,17 @@ def alive(pids: set[int]) -> list[int]:
     return left
 
 
-def check(name: str, count: int, r: random.Random, folder: Path) -> tuple[int, list[str]]:
-    """Kill a command `count` times -> kills that met it at work, and what was wrong."""
+def check(name: str, count: int, r: random.Random, folder: Path) -> tuple[Counter, list[str]]:
+    """Kill a command `count` times at work -> how often by each signal, and what was wrong."""
     command = COMMANDS[name]
     references = []
     for _ in range(2):
         out = prepared(folder / "work")
         began = time.monotonic()
         if start(command.words(out), folder / "log").wait():
-            return 0, [f"{name} fails undisturbed: {(folder / 'log').read_text(errors='replace')[-300:]}"]
+            return Counter(), [
+                f"{name} fails undisturbed: {(folder / 'log').read_text(errors='replace')[-300:]}"
+            ]
         seconds = time.monotonic() - began
         references.append(tree(out))
         shutil.rmtree(out.parent)
@@ -158,15 +162,17 @@ def check(name: str, count: int, r: random.Random, folder: Path) -> tuple[int, l
     }
     settled = {path for path in same if not GROWING.fullmatch(path)}
 
-    out, killed, wrong = prepared(folder / "work"), 0, []
-    for number in range(count):
-        by = SIGNALS[number % len(SIGNALS)]
+    out, killed, wrong = prepared(folder / "work"), Counter(), []
+    for _ in range(4 * count):
+        if killed.total() == count:
+            break
+        by = SIGNALS[killed.total() % len(SIGNALS)]
         process = start(command.words(out), folder / "log")
         time.sleep(r.uniform(0.1, 0.95) * seconds)
         helpers = descendants(process.pid)
         process.send_signal(by)
         status = process.wait()
-        killed += status != 0
+        killed[by] += status != 0
         if status and status not in STATUS.get(by, {-by}):
             wrong.append(f"{by.name}: status {status}")
         if left := alive(helpers):
@@ -194,12 +200,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     faults, r = 0, random.Random(given.seed)
-    print("| command | killed at work | faults |\n|---|---:|---:|")
+    print("| command |", *(f"{by.name} |" for by in SIGNALS), "faults |")
+    print("|---|" + "---:|" * (len(SIGNALS) + 1))
     for name in given.commands.split(","):
         with tempfile.TemporaryDirectory() as folder:
             killed, wrong = check(name, given.count, r, Path(folder))
         faults += len(wrong)
-        print(f"| {name} | {killed} | {len(wrong)} |", *wrong, sep="\n  ", flush=True)
+        counts = " | ".join(str(killed[by]) for by in SIGNALS)
+        print(f"| {name} | {counts} | {len(wrong)} |", *wrong, sep="\n  ", flush=True)
     return 1 if faults else 0
 
 

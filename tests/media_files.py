@@ -65,12 +65,25 @@ def srgb_levels(linear):
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def write_video(path, frames, *, times=None, rate=10, codec="libx264", aspect=None, options=None, **color):
+def write_video(
+    path,
+    frames,
+    *,
+    times=None,
+    rate=10,
+    codec="libx264",
+    aspect=None,
+    options=None,
+    metadata=None,
+    pix_fmt=None,
+    **color,
+):
     """uint8 [f h w 3] -> a video file; `times` in seconds for a variable rate; `color`, e.g. color_trc=16."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream(codec, rate=rate)
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = pix_fmt or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
+        stream.metadata.update(metadata or {})
         stream.bit_rate = 4_000_000
         if codec == "libx264":
             stream.options = {"crf": "1", **(options or {})}

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +202,7 @@ class Terminal(io.StringIO):
 
 
 def test_a_bar_in_terminals_only(model, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)  # of another test: this is no notebook
     for stream, progress, wanted in (
         (Terminal(), True, True), (Terminal(), False, False), (io.StringIO(), True, False),
     ):  # fmt: skip
@@ -410,9 +412,8 @@ def test_the_guide_runs(model, monkeypatch, tmp_path):
     blocks = re.findall(
         r"^```python\n(.*?)^```", (root / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S
     )
-    assets = tmp_path / "i2vgen/assets"
-    assets.mkdir(parents=True)
-    shutil.copy(root / STAR, assets)
+    (tmp_path / "mine").mkdir()  # of `i2vgen examples mine`
+    shutil.copy(root / STAR, tmp_path / "mine")
     shutil.copy(root / STAR, tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(i2vgen, "load", lambda: model)

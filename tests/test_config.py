@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 
@@ -264,6 +265,8 @@ MISTAKES = [
     ("smaple.steps=3", "no setting 'smaple'", "did you mean sample"),
     ("use.txt=false", "no setting use.txt", "did you mean use.text"),
     ("promt=hello", "no setting 'promt'", "did you mean prompt"),
+    ("qqqqqq=1", "no setting 'qqqqqq'; i2vgen/settings/config.py lists them all"),
+    ("clip.qqqqqq=1", "no setting clip.qqqqqq; known are clip.model"),
     ("image.x=3", "image is one text"),
     ("sample=3", "sample is a group of settings", "sample.NAME"),
     ("use=false", "use is a group of settings"),
@@ -287,7 +290,14 @@ def test_mistakes_raise_helpful_messages(given, words):
         load_config(None, given.split(" "))
     message = str(caught.value)
     assert not [word for word in words if word not in message], message
-    assert "\n" not in message
+    assert "\n" not in message and len(message) < 700
+
+
+@pytest.mark.parametrize("place", ["{}=1", "sample.{}=1", "guidance={}", "spacing={}"])
+def test_messages_about_long_inputs_are_short(place):
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (any message will do)
+        load_config(None, [place.format("x" * 10_000)])
+    assert len(str(caught.value)) < 1000
 
 
 BAD_FILES = [
@@ -327,6 +337,7 @@ ENDLESS = [
     ("&a [*a]", "*a stands inside of what it refers to"),
     ("&a {b: {c: *a}}", "*a stands inside of what it refers to"),
     ("a: &a " + "[" * 60 + "]" * 60 + "\nb: " + "[" * 60 + "*a" + "]" * 60, "nests deeper than 64 levels"),
+    ("a: &a " + "x" * 50_000 + "\nb: [" + "*a, " * 10_000 + "]", "more than 65536 values"),
     ("9" * 5000, "Exceeds the limit"),
     ("!!int ''", "string index out of range"),
     ("!!timestamp x", "NoneType"),
@@ -346,6 +357,20 @@ def test_yaml_that_grows_or_nests_without_end_is_refused_at_once(text, words, wr
         message = str(caught.value)
         assert words in message and "\n" not in message and len(message) < 600
     assert time.process_time() - start < 10
+
+
+@pytest.mark.parametrize(("text", "number"), [("010", 8), ("1:30", 90), ("12:30:45", 45045), ("-0_7", -7)])
+def test_whole_numbers_that_would_surprise_are_refused(text, number, write):
+    message = f"{text} means {number} in YAML; write {number}, or '{text}' for a text"
+    for door in (
+        lambda: load_config(None, [f"steps={text}"]),
+        lambda: load_config(write(f"sample: {{seed: [{text}]}}\n")),
+        lambda: load_settings(None, [f"train.steps={text}"]),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            door()
+    got = load_config(write(f"negative_prompt: '{text}'\nsample: {{seed: 0x10}}\n"))
+    assert got.negative_prompt == text and got.sample.seed == (16,)
 
 
 def test_aliases_and_merge_keys_work(write):

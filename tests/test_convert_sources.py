@@ -83,6 +83,8 @@ PREFIXED = {
     "model.": lambda name: f"model.{name}",
     "model.diffusion_model.": lambda name: f"model.diffusion_model.{name}",
     "_orig_mod.module.": lambda name: f"module._orig_mod.{name}",
+    "network.": lambda name: f"network.{name}",
+    "base_model.model.": lambda name: f"base_model.model.{name}",
     "_orig_mod. inside": lambda name: name.replace("middle_block.0.", "middle_block.0._orig_mod."),
 }
 
@@ -118,6 +120,10 @@ def flat(state):
     return {f"model_ema.{name.replace('.', '')}": 2 * tensor for name, tensor in state.items()}
 
 
+def below(prefix, state):
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
 def doubled(state):
     return {name: 2 * tensor for name, tensor in state.items()}
 
@@ -129,6 +135,10 @@ BOTH = {
     "module inside": lambda s: {"model": {"module": s}, "model_ema": {"module": doubled(s)}},
     "beside the tensors": lambda s: {**s, "ema": doubled(s)},
     "flat names": lambda s: {"state_dict": s | flat(s)},
+    "prefixes": lambda s: below("model.", s) | below("ema_model.module.", doubled(s)),
+    "one prefix": lambda s: s | below("ema.", doubled(s)) | {"ema.decay": torch.tensor(0.9)},
+    "SWA": lambda s: {"model": below("module.", s), "swa_model": below("module.", doubled(s))},
+    "average": lambda s: {"model": s, "averaged_model": doubled(s)},
 }
 
 
@@ -146,6 +156,14 @@ def test_averaged_weights_alone_are_taken_and_told(converted, ours, theirs, tmp_
     torch.save({"ema": theirs}, tmp_path / "u.pth")
     got, said = converted(tmp_path / "u.pth")
     assert same(got, ours) and "the averaged weights were taken (ema)" in said
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.complex64, torch.bool])
+def test_numbers_that_are_no_weights_are_refused(theirs, tmp_path, capsys, dtype):
+    name = next(iter(theirs))
+    torch.save({**theirs, name: theirs[name].to(dtype)}, tmp_path / "u.pth")
+    assert run("convert", tmp_path / "u.pth", tmp_path / "out", *SETTINGS) == 2
+    assert f"is {str(dtype)[6:]}; quantised weights are not read" in capsys.readouterr().err
 
 
 def test_ema_without_averaged_weights_is_refused(theirs, tmp_path, capsys):

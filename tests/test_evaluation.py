@@ -1,4 +1,4 @@
-"""scripts/evaluate.py from the user's side: scores of models of known quality, error messages."""
+"""`i2vgen evaluate` from the user's side: scores of models of known quality, error messages."""
 
 import copy
 import dataclasses

@@ -1,6 +1,7 @@
 """images.py: any picture file to the two views, without surprises."""
 
 import os
+import struct
 import warnings
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import media_files
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, TiffImagePlugin
+from PIL import Image, ImageCms, PngImagePlugin, TiffImagePlugin
 
 from i2vgen.files import images
 
@@ -212,6 +213,41 @@ def test_a_useless_profile_costs_a_warning_only(tmp_path, profile):
     assert np.array_equal(np.asarray(got), np.asarray(gradient()))
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("a.png", {"gAMA": struct.pack(">I", 100_000)}, "its gamma is 1,"),
+        (
+            "a.png",
+            {"cHRM": struct.pack(">8I", 31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000)},
+            "primaries",
+        ),
+        ("a.jpg", {}, "Adobe RGB"),
+    ],
+    ids=["gamma", "primaries", "exif"],
+)
+def test_colours_that_are_said_without_a_profile_are_told(tmp_path, name, words, message):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[images.INTEROP] = {1: "R03"} if name == "a.jpg" else {}
+    chunks = PngImagePlugin.PngInfo()
+    for kind, content in words.items():
+        chunks.add(kind.encode(), content)
+    gradient().save(tmp_path / name, **({"pnginfo": chunks} if words else {"exif": exif}))
+    with pytest.warns(UserWarning, match=f"says that .*{message}.* no colour profile; its colours are taken"):
+        images.open_picture(tmp_path / name)
+
+
+def test_what_means_srgb_is_not_told(tmp_path):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add(b"gAMA", struct.pack(">I", 45455))
+    chunks.add(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000, 60000, 15000, 6000))
+    chunks.add_text("gamma", "1.0")
+    gradient().save(tmp_path / "a.png", pnginfo=chunks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images.open_picture(tmp_path / "a.png")
+
+
 def test_pillow_without_colour_management(tmp_path, monkeypatch):
     gradient().save(tmp_path / "p.png", icc_profile=media_files.rgb_profile(media_files.ADOBE_RGB, 2.5))
 
@@ -303,8 +339,10 @@ def test_wrong_files(tmp_path):
         (b"\n<!DOCTYPE html><html>403</html>", "web page"),
         (b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg"/>', "drawing"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC picture; convert"),
+        (b"%PDF-1.7\n", "it is a PDF"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "a program that is not run"),
     ],
-    ids=["lfs", "html", "svg", "heic"],
+    ids=["lfs", "html", "svg", "heic", "pdf", "eps"],
 )
 def test_a_disguised_file_is_named(tmp_path, start, message):
     (tmp_path / "photo.jpg").write_bytes(start + bytes(200))

@@ -129,12 +129,15 @@ BAD_CSV = [
     ("file\tcaption\na.gif\tx\n", r"it looks separated by '\t'"),
     ("video,text\na.gif,x\n", "columns 'video', 'text'; it must name file and caption"),
     ("file, caption\na.gif, x\n", "columns 'file', ' caption'"),
-    ("File,Caption\na.gif,x\n", "columns 'File', 'Caption'"),
+    ("File,Caption\na.gif,x\n", "columns 'File', 'Caption'; it must name file and caption, separated by a "
+                                "comma; write them in lower case"),
     ("a.gif,x\n", "columns 'a.gif', 'x'"),
     ("file,caption,caption\na.gif,x,y\n", "names the column 'caption' twice"),
     ("", "is empty; its first line names the columns file,caption"),
     ("file,caption\na.gif,x\nb.gif,y\na.gif,z\n", "line 4: 'a.gif' has another caption in line 2"),
     ("file,caption\na.gif,\xe9toile\n".encode("latin-1"), "line 2 is not UTF-8, with its byte 0xe9"),
+    ("file,caption\na.gif,x\n".encode("utf-16-le"), "line 1 holds a NUL byte, so it is no UTF-8 text; save"),
+    (b"file,caption\na.gif,x\0y\n", "line 2 holds a NUL byte"),
     ("file,caption\na.gif,x\n".encode("utf-16"), "it is UTF-16 text; save the file as UTF-8"),
     ("file,caption\na.gif," + "x" * 200_000 + "\n", "line 2: field larger than field limit"),
 ]  # fmt: skip
@@ -159,8 +162,12 @@ def test_score_lists_keep_quoted_line_breaks(write):
     with pytest.raises(ValueError, match="line 2 holds 3 values for the 2 columns file,prompt"):
         clips.find("videos", str(path))
     path = write("video,prompt\na.gif,a\n", "list.csv")
-    with pytest.raises(ValueError, match=r"line 2 names no file; .* this one 'video', 'prompt'"):
+    with pytest.raises(ValueError, match=r"names the columns 'video', 'prompt'; it must name file$"):
         clips.find("videos", str(path))
+    path = write("file;prompt\na.gif;a\n", "list.csv")
+    with pytest.raises(ValueError, match=r"it must name file; it looks separated by ';', but commas"):
+        clips.find("videos", str(path))
+    assert clips.find("videos", str(write("output,prompt\na.gif,a\n", "list.csv")))[0].prompt == "a"
 
 
 # --- notes on captions

@@ -257,9 +257,11 @@ def parts(adapters):
 def single_file(adapters, form):
     tensors = {}
     for path, which, tensor in parts(adapters):
-        if form == "kohya":
+        if form.startswith("kohya"):
             tensors[f"lora_unet_{path.replace('.', '_')}.{KOHYA[which]}"] = tensor
-            tensors[f"lora_unet_{path.replace('.', '_')}.alpha"] = torch.tensor(6.0)
+            tensors[f"lora_unet_{path.replace('.', '_')}.alpha"] = torch.tensor(
+                6 if form == "kohya whole" else 6.0
+            )
         elif form == "diffusers":
             tensors[f"unet.{path}.{which}"] = tensor
         else:
@@ -268,11 +270,11 @@ def single_file(adapters, form):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("form", ["kohya", "diffusers", "diffusers before peft", "metadata"])
+@pytest.mark.parametrize("form", ["kohya", "kohya whole", "diffusers", "diffusers before peft", "metadata"])
 @pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
 def test_single_files(network, tmp_path, form, folder):
     unet, call = network
-    strength = {"kohya": 3.0, "metadata": 2.5}.get(form, 1.0)
+    strength = {"kohya": 3.0, "kohya whole": 3.0, "metadata": 2.5}.get(form, 1.0)
     adapters = trained(lora.attach(unet, ["*attention*.to_*"], rank=2, alpha=2 * strength))
     adapted, tensors = call(), single_file(adapters, form if form != "metadata" else "diffusers")
     adapters.remove()
@@ -310,7 +312,7 @@ def test_other_files_and_folders(network, tmp_path):
     )
     foreign = {"unet.down_blocks.0.to_q.lora_A.weight": torch.ones(2, 4),
                "unet.down_blocks.0.to_q.lora_B.weight": torch.ones(4, 2)}  # fmt: skip
-    refused("weights_conversion convert", foreign)
+    refused("i2vgen convert", foreign)
     (tmp_path / "peft" / lora.WEIGHTS_FILE).write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ValueError, match="git lfs pull"):
         lora.read(tmp_path / "peft")

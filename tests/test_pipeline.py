@@ -18,7 +18,7 @@ from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.diffusion.sampler import ddim
 from i2vgen.diffusion.schedulers import from_diffusers
 from i2vgen.fast import savings
-from i2vgen.files import checkpoint, video
+from i2vgen.files import checkpoint, images, video
 from i2vgen.memory import plans
 from i2vgen.settings import config, merge
 
@@ -221,6 +221,25 @@ def test_a_file_is_the_picture_it_holds(road, picture, picture_file):
         assert np.array_equal(from_memory.frames, from_file.frames)
         assert from_file.image == str(picture_file)
     assert from_memory.image == "<picture>"
+
+
+@pytest.mark.parametrize("exif", ["apply", "ignore"])
+@pytest.mark.parametrize("ending", ["png", "webp", "tif"])
+def test_a_picture_in_memory_is_turned_as_its_file_is(road, with_config, picture, tmp_path, exif, ending):
+    turned = Image.Exif()
+    turned[images.EXIF_ORIENTATION] = 5
+    picture.save(tmp_path / f"a.{ending}", exif=turned)
+    model = with_config(road, sample={"steps": 1}, preprocess={"exif": exif})
+    with Image.open(tmp_path / f"a.{ending}") as opened:
+        assert np.array_equal(
+            model(opened, "a boat").frames, model(tmp_path / f"a.{ending}", "a boat").frames
+        )
+
+
+def test_a_damaged_picture_in_memory_is_told(road, picture_file):
+    picture_file.write_bytes(picture_file.read_bytes()[:-200])
+    with Image.open(picture_file) as opened, pytest.raises(ValueError, match="damaged or cut short"):
+        road(opened, "a boat")
 
 
 def test_pictures_of_any_mode_and_size(road, with_config, picture):

@@ -99,6 +99,14 @@ def test_hdr_is_told(tmp_path, color_trc, name):
     assert ("HDR" in told(path)[2]) == bool(name) and name in told(path)[2]
 
 
+@pytest.mark.parametrize("alpha", ["white", "drop"])
+def test_transparency_that_is_not_read_is_told(tmp_path, alpha):
+    form = {"codec": "libvpx-vp9", "pix_fmt": "yuva420p", "metadata": {"alpha_mode": "1"}}
+    path = media_files.write_video(tmp_path / "a.webm", clip(3), **form)
+    _, _, note = told(path, alpha=alpha)
+    assert "transparen" in note
+
+
 def test_interlacing_is_told(tmp_path):
     options = {"x264-params": "interlaced=1"}
     path = media_files.write_video(tmp_path / "a.mp4", clip(3), options=options)
@@ -356,6 +364,13 @@ def test_what_is_there_is_used_and_the_cut_is_told(tmp_path, ending):
     assert "cut short" in notes and "variable" not in notes
 
 
+@pytest.mark.parametrize("left", [0.5, 0.51, 0.6, 1])
+def test_a_stream_that_ends_inside_a_packet_is_told(tmp_path, left):
+    path = media_files.write_video(tmp_path / "a.ts", clip(40))
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    assert ("cut short" in told(path)[2]) == (path.stat().st_size % 188 > 0) == (left < 1)
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "front.mp4", "a.webp"])
 def test_what_is_cut_beyond_use_is_refused(tmp_path, name):
     path, noise = tmp_path / name, np.random.default_rng(0).integers(0, 256, (40, 48, 64, 3), np.uint8)
@@ -404,7 +419,7 @@ def test_a_cover_is_no_video(tmp_path):
     with av.open(str(path), "w", format="mp4") as file:
         cover = file.add_stream("png", rate=10)
         cover.width, cover.height, cover.pix_fmt = 48, 32, "rgb24"
-        cover.disposition = av.stream.Disposition.attached_pic
+        cover.disposition = int(av.stream.Disposition.attached_pic)
         file.mux(cover.encode(av.VideoFrame.from_ndarray(clip(1)[0], format="rgb24")))
         file.mux(cover.encode())
     with pytest.raises(ValueError, match="no video stream; its picture is a cover"):

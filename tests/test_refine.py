@@ -1,4 +1,4 @@
-"""The second stage: its road, the sizes it takes, what it refuses, what scripts/generate.py makes of it."""
+"""The second stage: its road, the sizes it takes, what it refuses, what `i2vgen generate` makes of it."""
 
 import copy
 import dataclasses
@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import media_files
 import numpy as np
 import pytest
 import torch
@@ -456,6 +457,28 @@ def test_a_refined_clip_names_its_source(run):
     assert json.loads(Path("o.gif.json").read_text())["inputs"]["video"]["sha256"] == records.sha256("in.gif")
     video.save(clip(3), "in.gif", fps=5)
     assert "0 clips are already there" in run(*words)[1]
+
+
+@pytest.mark.parametrize(
+    "matrix", [(0, 1, -1, 0), (0, -1, -1, 0), (1, 0, 0, -1)], ids=["turned", "both", "flip"]
+)
+@pytest.mark.parametrize("ending", ["mp4", "mov"])
+def test_a_clip_is_refined_as_a_player_shows_it(run, matrix, ending):
+    stored = media_files.write_video(Path(f"in.{ending}"), clip(4, 16, 32))
+    video.save(upright(video.load(stored)[0], matrix), "upright", fps=10)
+    media_files.turn(stored, *matrix)
+    for source in (stored, "upright"):
+        assert run(*SECOND, f"video={source}", "prompt=a boat", f"output=of_{Path(source).stem}")[0] == 0
+    frames, expected = video.load("of_in")[0], video.load("of_upright")[0]
+    assert (frames.shape[1] > frames.shape[2]) == (matrix[0] == 0) and np.array_equal(frames, expected)
+
+
+def upright(frames, matrix):
+    """uint8 [f h w 3] as it is shown: a pixel at x, y goes to a x + c y, b x + d y."""
+    a, b, c, d = matrix
+    if not a:
+        frames, a, d = frames.swapaxes(1, 2), c, b
+    return frames[:, ::d, ::a]
 
 
 def test_a_list_may_hold_refine_prompts(run, picture_file):

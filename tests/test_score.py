@@ -1,21 +1,21 @@
-"""scripts/score.py from the user's side: clips with known scores, random networks, error messages.
+"""`i2vgen score` from the user's side: clips with known scores, random networks, error messages.
 
 LPIPS, FVD and open_clip run on tiny random networks, which tests the code path but no published value.
 """
 
 import dataclasses
 import functools
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
+import media_files
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from i2vgen import __main__ as door
 from i2vgen import pipeline
 from i2vgen.files import video
 from i2vgen.scoring import clips, flow, metrics, networks, scores, stats
@@ -110,6 +110,35 @@ def test_pictures_agree_with_scikit_image():
         metrics.ssim(one[:, :8], one[:, :8])
 
 
+@pytest.mark.parametrize(
+    "matrix", [(0, 1, -1, 0), (0, -1, -1, 0), (-1, 0, 0, 1)], ids=["turned", "both", "flip"]
+)
+def test_clips_are_scored_as_a_player_shows_them(run, tmp_path, matrix):
+    """A phone's clip is equal to what a player shows, stored as plain frames; unturned it would not be."""
+    a, b, c, d = matrix
+    for folder in ("phone", "shown"):
+        (tmp_path / folder).mkdir()
+    path = media_files.write_video(tmp_path / "phone/a.mov", moving(frames=3)[:, :, :24])
+    frames = video.load(path)[0]
+    video.save(
+        (frames if a else frames.swapaxes(1, 2))[:, :: d or b, :: a or c], tmp_path / "shown/a", fps=10
+    )
+    media_files.turn(path, *matrix)
+    found, _ = scored(run, "videos=phone", "reference=shown", "metrics=reference_psnr")
+    assert found["scores"]["reference_psnr"]["value"] == metrics.MAX_PSNR
+
+
+def test_transparent_clips_are_scored_over_white(run, tmp_path):
+    layers = np.zeros((2, 16, 16, 4), np.uint8)
+    layers[:, 4:8, 4:8] = (200, 30, 30, 255)
+    for folder, shown in (("seen", layers), ("white", np.where(layers[..., 3:] == 0, 255, layers)[..., :3])):
+        (tmp_path / folder / "a").mkdir(parents=True)
+        for number, frame in enumerate(shown):
+            Image.fromarray(frame).save(tmp_path / folder / f"a/frame_{number:04}.png")
+    found, _ = scored(run, "videos=seen", "reference=white", "metrics=reference_psnr")
+    assert found["scores"]["reference_psnr"]["value"] == metrics.MAX_PSNR
+
+
 def test_flicker_ignores_uniform_change():
     even = np.stack([np.full((8, 8, 3), 10 * k, np.uint8) for k in range(5)])
     blinking = np.stack([np.full((8, 8, 3), 40 * (k % 2), np.uint8) for k in range(5)])
@@ -174,21 +203,17 @@ def test_warping_a_linear_ramp_is_exact():
     assert inner.sum() == 28 * 19 and not flow.visible(shift, shift).any()  # the way back is wrong
 
 
-# --- the script
+# --- the command
 
 
 def test_generated_clips_are_scored_without_further_arguments(run, tmp_path, monkeypatch, capsys):
-    spec = importlib.util.spec_from_file_location("generate_script", ROOT / "scripts" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
     star = ROOT / "i2vgen" / "assets" / "star.png"
     rows = [
         {"image": str(star), "prompt": f"a star moves {way}", "output": f"made/{way}.mp4"}
         for way in ("up", "down")
     ]
     Path("list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    monkeypatch.setattr(sys, "argv", ["generate.py", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"])
-    assert generate.cli.run(generate.main) == 0
+    assert door.main(["generate", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"]) == 0
     capsys.readouterr()
     found, out = scored(run, "videos=made", f"clip_weights={SHIPPED}", "device=cpu")
     assert [clip["prompt"] for clip in found["clips"]] == ["a star moves down", "a star moves up"]

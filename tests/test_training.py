@@ -13,6 +13,7 @@ import media_files
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from i2vgen import pipeline
@@ -558,6 +559,18 @@ def test_a_folder_reads_every_format_as_it_is_shown(tmp_path):
     assert levels[:, 8:24].min() > 200 and levels[:, 40:56].max() < 90
 
 
+@pytest.mark.parametrize(("alpha", "level"), [("white", 255), ("drop", 30)])
+def test_transparent_parts_are_shown_as_for_pictures(tmp_path, alpha, level):
+    layers = np.full((24, 24, 4), (30, 30, 30, 0), np.uint8)
+    (tmp_path / "a").mkdir()
+    for number in range(4):
+        Image.fromarray(layers).save(tmp_path / f"a/frame_{number:04}.png")
+    (tmp_path / "captions.csv").write_text("file,caption\na,nothing\n")
+    words = ("train.frame_lengths=4", "train.sample_fps=8", f"preprocess.alpha={alpha}")
+    batch = data.open_source(*folder_settings(tmp_path, *words))(Bucket(4, 8, 1), [0])
+    assert ((batch.pixels + 1) * 127.5).round().unique().tolist() == [level]
+
+
 def test_a_draw_reads_only_the_frames_it_shows(tmp_path, monkeypatch):
     frames = np.zeros((60, 24, 24, 3), np.uint8)
     media_files.write_video(tmp_path / "a.mp4", frames)
@@ -692,7 +705,7 @@ def test_curves_and_strips_reach_tensorboard(stages):
 
 def test_script_help_and_rerunning_a_finished_run(root, stages, capsys, tmp_path):
     run(root, "tiny_vae.yaml", "--help")
-    assert "python scripts/train.py configs/train/tiny_vae.yaml" in capsys.readouterr().out
+    assert "i2vgen train configs/train/tiny_vae.yaml" in capsys.readouterr().out
     run(root, "tiny_vae.yaml", "--print-config", "train.steps=77")
     printed = capsys.readouterr().out
     (tmp_path / "again.yaml").write_text(printed)

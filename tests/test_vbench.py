@@ -1,4 +1,4 @@
-"""scripts/vbench.py on an invented list of two prompts: names, pictures, seeds, resuming."""
+"""`i2vgen vbench` on an invented list of two prompts: names, pictures, seeds, resuming."""
 
 import json
 from pathlib import Path

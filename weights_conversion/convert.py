@@ -154,6 +154,7 @@ def read(
         states[part], line = STATES[part](held, cfg, partial, report)
         report.parts[part] = line
     report.missing = [part for part in checkpoint.PARTS if part not in states]
+    _refuse_other_numbers(states)
     return cfg, states
 
 
@@ -443,6 +444,16 @@ def _check_shapes(source: PartSource, state: Mapping, wanted: Mapping[str, Tenso
             wrong.append(f"{name} has shape {have}, the settings say {want}")
     if wrong:
         raise ValueError(f"{source.files[0]}: {len(wrong)} tensors have wrong shapes: {_some(wrong, '; ')}")
+
+
+def _refuse_other_numbers(states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for part, state in states.items():
+        kinds = {name: state[name].dtype for name in state}
+        if wrong := [name for name, kind in kinds.items() if not kind.is_floating_point]:
+            raise ValueError(
+                f"{part}: {len(wrong)} tensors are no floats: {wrong[0]} is {str(kinds[wrong[0]])[6:]}; "
+                "quantised weights are not read, give those that they were made from"
+            )
 
 
 def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: OnBytes | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -95,11 +95,27 @@ def recognise_below(tensors: Mapping[str, Tensor]) -> tuple[list[Found], str]:
         if len(names) < len(tensors):
             raise ValueError(f"the file holds tensors twice, with and without {COMPILED} in their names")
     found = recognise(Renamed(tensors, names))
-    while not found and (this := next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "")):
+    while not found and (this := _prefix(names)):
         names = {n.removeprefix(this): held for n, held in names.items() if n.startswith(this)}
         prefix += this
         found = recognise(Renamed(tensors, names))
     return found, prefix
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """One of PREFIXES, or whatever word stands before every name; empty if there is none."""
+    words = {name[: name.find(".") + 1] for name in names}
+    return next((p for p in PREFIXES if any(n.startswith(p) for n in names)), "") or (
+        words.pop() if len(words) == 1 else ""
+    )
+
+
+def bare(name: str) -> str:
+    """A name without the prefixes that programs put before it."""
+    name = name.replace(COMPILED, "")
+    while prefix := next((p for p in PREFIXES if name.startswith(p)), ""):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def summary(tensors: Mapping[str, Tensor]) -> str | None:

@@ -17,11 +17,10 @@ from i2vgen.settings.config import FORMAT, SETTINGS_FILE
 from i2vgen.settings.merge import first_line, read_stored_settings
 from weights_conversion import adapters, diffusers_layout, readers
 from weights_conversion.inspect_file import INDEX_ENDING, WEIGHT_ENDINGS
-from weights_conversion.recognise import COMPILED, WORDS, Renamed, recognise, recognise_below
+from weights_conversion.recognise import COMPILED, WORDS, Renamed, bare, recognise, recognise_below
 
 SHARD = re.compile(r".+-\d{5}-of-(?P<count>\d{5})\.\w+")
 TOOK_AVERAGED = "the averaged weights were taken"
-LIGHTNING_EMA = "model_ema."  # before names without their dots, in the same dict as the weights themselves
 RECORD = "i2vgen"  # what an exported file says about the folder that it came from, as JSON text
 HUB = re.compile(r"hf:(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(#(?P<inside>.+))?")
 
@@ -164,11 +163,16 @@ def _chosen(file: readers.TensorFile, ema: bool) -> tuple[Mapping[str, Tensor], 
     tensors, path = file.tensors, file.extra.get(readers.WRAPPER, "")
     other = file.extra.get(readers.AVERAGED, "")
     took = any(readers.EMA.fullmatch(key.lower()) for key in path.split("."))
-    if any(name.startswith(LIGHTNING_EMA) for name in tensors):
-        names = [name for name in tensors if not name.startswith(LIGHTNING_EMA)]
-        flat = {name: LIGHTNING_EMA + name.removeprefix("model.").replace(".", "") for name in names}
-        took, path, other = ema, LIGHTNING_EMA, LIGHTNING_EMA
-        tensors = Renamed(tensors, {n: flat[n] if ema and flat[n] in tensors else n for n in names})
+    words = {name: name.partition(".")[0] for name in tensors}
+    averaged = {name: word for name, word in words.items() if readers.EMA.fullmatch(word.lower())}
+    where = ", ".join(f"{word}." for word in sorted(set(averaged.values())))
+    twins = {bare(name.partition(".")[2]): name for name in averaged}
+    pairs = {n: twins.get(bare(n)) or twins.get(_without_dots(n)) for n in tensors if n not in averaged}
+    if averaged and not pairs:
+        took, path = True, where
+    elif any(pairs.values()):
+        took, path, other = ema, where, where
+        tensors = Renamed(tensors, {n: (twin if ema else None) or n for n, twin in pairs.items()})
     if took:
         return tensors, [f"{file.path.name}: {TOOK_AVERAGED} ({path})"]
     if other:
@@ -176,6 +180,11 @@ def _chosen(file: readers.TensorFile, ema: bool) -> tuple[Mapping[str, Tensor], 
             f"{file.path.name} also holds averaged weights ({other}), which were left out; --ema takes them"
         ]
     return tensors, []
+
+
+def _without_dots(name: str) -> str:
+    """What Lightning's LitEma calls the averaged weight of this name, after `model_ema.`."""
+    return name.removeprefix("model.").replace(".", "")
 
 
 def _without(prefix: str, tensors: Mapping[str, Tensor]) -> str:

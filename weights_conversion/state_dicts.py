@@ -23,7 +23,8 @@ from weights_conversion.read_pickle import Inert
 
 # Keys under which a training program puts the state dict, beside its step counter and the like.
 WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "params")
-EMA = re.compile(r"(?:.*_)?ema(?:_.*)?")  # the same for weights averaged over the training
+# The same for weights averaged over the training.
+EMA = re.compile(r"(?:.*_)?(?:ema|swa|avg|averaged?|shadow)(?:_.*)?")
 MAX_WRAPPERS = 3  # inside each other
 
 

@@ -5,8 +5,8 @@
     lora.load(unet, "outputs/mine", scale=0.8).merge()                 # or .remove(): the weights as before
 
 Everything that reads a weight W sees W + scale * alpha / rank * B A, so nothing else in a network has to
-know. To combine adapters, load and merge one after the other. `scripts/train.py` trains them with
-`train.lora_rank`, and `generate.py adapter=FOLDER` samples with them; `lora_files` reads and writes them.
+know. To combine adapters, load and merge one after the other. `i2vgen train` trains them with
+`train.lora_rank`, and `i2vgen generate adapter=FOLDER` samples with them; `lora_files` reads and writes them.
 
 Axes: r rank, i inputs of a weight (times its kernel), o outputs.
 """
@@ -129,7 +129,7 @@ def load(network: nn.Module, source: str | Path, *, scale: float = 1.0) -> Adapt
         raise ValueError(
             f"{source} is an adapter for another architecture: this network has no {foreign[0]} "
             f"({len(foreign)} of its {len(matrices)} modules are missing); names of diffusers or of the "
-            "official code are translated by `python -m weights_conversion convert ADAPTER OUT`"
+            "official code are translated by `i2vgen convert ADAPTER OUT`"
         )
     for path, held in fitting.items():
         weight = getattr(known[path], "weight", None)

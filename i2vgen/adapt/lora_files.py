@@ -80,7 +80,8 @@ def read(source: str | Path) -> dict[str, Matrices]:
             raise ValueError(
                 f"{source} is peft's: give its folder, with the {SETTINGS_FILE} that it came with"
             )
-        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
+        whole = match["ending"] == "alpha" and not tensor.is_complex()  # kohya's may be a whole number
+        if not (tensor.is_floating_point() or whole) or not tensor.float().isfinite().all():
             raise ValueError(f"{source} holds {name}, which is not made of finite numbers")
         held.setdefault(match["path"], {})[ENDINGS[match["ending"]]] = tensor
     return {path: _matrices(source, path, parts, settings) for path, parts in sorted(held.items())}

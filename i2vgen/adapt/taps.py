@@ -10,7 +10,7 @@
     with attention_maps(model.unet, {"*.cross_attention": function}):           # its probabilities
     with controlled(model.unet, adapter):                                       # residuals of an adapter
 
-Paths are those of `named_modules` (`python scripts/summary.py` prints them), patterns as in fnmatch. Nothing
+Paths are those of `named_modules` (`i2vgen summary` prints them), patterns as in fnmatch. Nothing
 is left behind after the `with`. While a module is tapped, the savings around it step aside for the plain
 forward, compiled and recorded code included.
 """

@@ -15,7 +15,7 @@ MODES = ("infer", "train", "savings")
 
 @dataclass(frozen=True)
 class Peer:
-    """diffusers, handed in by the script: nothing in this package imports it."""
+    """diffusers, handed in by the command: nothing in this room imports it."""
 
     network: type[nn.Module]  # diffusers.I2VGenXLUNet
     convert: Callable[[config.UNet, Mapping[str, Tensor]], Mapping[str, Tensor]]  # our state dict as theirs

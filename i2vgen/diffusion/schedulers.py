@@ -28,6 +28,11 @@ from i2vgen.diffusion.sampler import (
 from i2vgen.diffusion.schedule import Schedule
 
 PREDICTIONS = {"v": "v_prediction", "eps": "epsilon", "x0": "sample"}
+NEEDED = ("config", "set_timesteps", "scale_model_input", "step", "init_noise_sigma", "alphas_cumprod")
+OTHER_KIND = (
+    "it is no scheduler of diffusers for networks that learn eps, v or x0 under a table of noise levels; "
+    "take one that is, such as UniPCMultistepScheduler"
+)
 CLOSE = 1e-4  # schedulers keep float32 tables, and lift an abar of 0 a little to divide by it
 
 
@@ -39,6 +44,10 @@ class FromDiffusers:
     """
 
     def __init__(self, scheduler: Any, *, eta: float = 0.0):
+        if isinstance(scheduler, type):
+            raise ValueError(f"{scheduler.__name__} is a class; give an object of it, made with its options")
+        if lacking := [part for part in NEEDED if getattr(scheduler, part, None) is None]:
+            raise ValueError(f"{type(scheduler).__name__} has no {lacking[0]}: {OTHER_KIND}")
         self.scheduler, self.eta = scheduler, eta
         known = inspect.signature(scheduler.step).parameters
         if eta and not {"eta", "variance_noise"} <= set(known):
@@ -110,12 +119,18 @@ def randomness(scheduler: Any, x: Tensor, noise: Noise) -> dict[str, Any]:
 
 def check(scheduler: Any, schedule: Schedule) -> None:
     """ValueError unless the scheduler was made for these noise levels, this prediction and plain steps."""
+    name = type(scheduler).__name__
     needed = [p.name for p in inspect.signature(scheduler.step).parameters.values() if p.default is p.empty]
     if len(needed) > 3:
-        raise ValueError(
-            f"{type(scheduler).__name__} has steps of another kind: they need {', '.join(needed)}"
-        )
+        raise ValueError(f"{name} has steps of another kind: they need {', '.join(needed)}")
     wanted, got = PREDICTIONS.get(schedule.prediction), scheduler.config.get("prediction_type")
+    if "prediction_type" not in scheduler.config:
+        raise ValueError(f"{name} has no prediction_type: {OTHER_KIND}")
+    if scheduler.config.get("use_flow_sigmas"):
+        raise ValueError(
+            "the scheduler was made with use_flow_sigmas=True, which are the noise levels of another kind of "
+            "network: make it with use_flow_sigmas=False"
+        )
     if wanted is None or got != wanted:
         raise ValueError(
             f"the scheduler's prediction_type is {got}, the network predicts {schedule.prediction}; make the "

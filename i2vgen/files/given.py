@@ -64,7 +64,12 @@ def picture(
     if isinstance(given, np.ndarray | Tensor):
         given = from_array(given)
     if isinstance(given, Image.Image):
-        return images.to_rgb(given, alpha=alpha)
+        try:  # of a file, PIL may have read no more than its first bytes
+            return images.to_rgb(given, alpha=alpha, exif=exif)
+        except images.UserMistake:
+            raise
+        except images.DAMAGED as error:
+            raise ValueError(f"the picture is damaged or cut short ({error}); save it again") from error
     raise ValueError(
         f"the picture is {kind(given)}; give a path, a PIL picture or an array [h w 3], or a list of them"
     )

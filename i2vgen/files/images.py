@@ -7,6 +7,7 @@ Sizes are always width, height; tensors are `c h w`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -66,6 +67,9 @@ DESCRIBED = {  # what a profile of each mode may be applied to
     "RGB": (*GREY_MODES, "P", "PA", "RGB", "RGBX", "RGBA", "RGBa", "YCbCr"),
     "CMYK": ("CMYK",),
 }
+INTEROP = 0xA005  # EXIF 2.3: the tags about interoperability
+# PNG's gAMA, and cHRM: x and y of the white point and of red, green and blue.
+SRGB_GAMMA, SRGB_POINTS = 0.45455, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
@@ -99,6 +103,10 @@ def open_picture(
     try:
         with Image.open(path) as image:
             _refuse_bomb(image, path)
+            if image.format == "EPS":
+                raise UserMistake(
+                    f"picture {path} is PostScript, a program that is not run; export it as PNG"
+                )
             image.load()
             picture = to_rgb(image, alpha=alpha, exif=exif, name=f"picture {path}")
             if _has_second_frame(image):
@@ -149,6 +157,11 @@ def to_rgb(
         image = to_eight_bits(image)
     if profile:
         image = to_srgb(image, profile, name)
+    elif space := other_space(image):
+        warnings.warn(
+            f"{name} says that {space}, but has no colour profile; its colours are taken as sRGB",
+            stacklevel=3,
+        )
     if not image.has_transparency_data:
         return image.convert("RGB")
     image = image.convert("RGBA")
@@ -183,6 +196,21 @@ def to_srgb(image: Image.Image, profile: bytes, name: str) -> Image.Image:
     return converted
 
 
+def other_space(image: Image.Image) -> str:
+    """What a PIL image without an ICC profile says of colours that are not sRGB's; empty if nothing."""
+    with contextlib.suppress(*DAMAGED):
+        if image.getexif().get_ifd(INTEROP).get(1) == "R03":  # DCF 2.0
+            return "it is in Adobe RGB"
+    gamma, points = image.info.get("gamma"), image.info.get("chromaticity")
+    if "srgb" in image.info:
+        return ""
+    if isinstance(gamma, float) and abs(gamma / SRGB_GAMMA - 1) > 0.05:  # texts of PNG files lie there too
+        return f"its gamma is {1 / gamma:.3g}" if gamma else "its gamma is 0"
+    if isinstance(points, tuple) and not np.allclose(points, SRGB_POINTS, rtol=0, atol=0.01):
+        return "its primaries are not those of sRGB"
+    return ""
+
+
 @functools.lru_cache(maxsize=8)
 def _srgb_transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform] | None:
     """ICC profile -> (PIL mode it describes, its transform to sRGB RGB); None if it is sRGB itself.
@@ -212,6 +240,8 @@ def disguise(path: Path) -> str:
         return "it is a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<head")):
         return "it is a web page: the download gave an error or a login page; download the file itself"
+    if start.startswith(b"%PDF"):
+        return "it is a PDF; export its picture as PNG"
     if b"<svg" in start:
         return "it is a drawing (SVG); export it as PNG"
     if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS:

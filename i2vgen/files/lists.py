@@ -11,10 +11,12 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
+NONE: Mapping[str, str] = MappingProxyType({})
 MAX_LINE = 2**24  # bytes
 BOM, UTF_16 = b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 AS_UTF_8 = 'save the file as UTF-8 (spreadsheets call it "CSV UTF-8")'
@@ -49,8 +51,12 @@ def json_rows(path: str | Path, *, expected: str, setting: str = "") -> Iterator
         yield Row(number, values)
 
 
-def csv_rows(path: str | Path, columns: Sequence[str], *, setting: str = "") -> Iterator[Row]:
+def csv_rows(
+    path: str | Path, columns: Sequence[str], *, setting: str = "", renamed: Mapping[str, str] = NONE
+) -> Iterator[Row]:
     """The rows of a CSV file whose first line names its columns, of which `columns` must be there.
+
+    `renamed` holds other names of columns, and what they become.
 
     A row may end early; the columns that it lacks are missing from its values. ValueError for one that is too
     long: a text with a comma must stand in quotes, or its rest would be lost.
@@ -68,7 +74,7 @@ def csv_rows(path: str | Path, columns: Sequence[str], *, setting: str = "") -> 
         if row is None:
             break
         if header is None and row:
-            header = _header(path, row, columns)
+            header = _header(path, [renamed.get(name, name) for name in row], columns)
         elif row:
             if len(row) > len(header):
                 raise ValueError(
@@ -93,9 +99,11 @@ def _header(path: str | Path, row: list[str], columns: Sequence[str]) -> list[st
         return row
     separator = next((s for s in ";\t|" if len(row) == 1 and s in row[0]), None)
     remedy = f"; it looks separated by {separator!r}, but commas are needed" if separator else ""
+    if set(columns) <= {name.strip().lower() for name in row}:
+        remedy = "; write them in lower case, without spaces around them"
     raise ValueError(
         f"{path}: its first line names the columns {', '.join(repr(name[:80]) for name in row[:12])}; it "
-        f"must name {' and '.join(columns)}, separated by a comma{remedy}"
+        f"must name {' and '.join(columns)}{', separated by a comma' if len(columns) > 1 else ''}{remedy}"
     )
 
 
@@ -128,6 +136,8 @@ def _decoded(held: bytes, number: int) -> str:
         raise _Unreadable(f"line {number} is longer than {MAX_LINE >> 20} MiB")
     if number == 1 and held.startswith(UTF_16):
         raise _Unreadable(f"it is UTF-16 text; {AS_UTF_8}")
+    if b"\0" in held:  # also in UTF-16 without a byte order mark
+        raise _Unreadable(f"line {number} holds a NUL byte, so it is no UTF-8 text; {AS_UTF_8}")
     try:
         return (held.removeprefix(BOM) if number == 1 else held).decode("utf-8")
     except UnicodeDecodeError as error:

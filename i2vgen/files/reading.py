@@ -38,6 +38,7 @@ MAX_BYTES = 10**9  # of one clip: 11 seconds of 1280 x 720 at 30 frames per seco
 WORKING_BYTES = 16  # per pixel of the frame that is being decoded, beside those that are kept
 MAX_FRAMES = 1_000_000  # 9 hours at 30 frames per second
 MAX_HOLD = 10.0  # seconds that a frame may stand still; longer pauses are shortened to it
+TS_PACKETS = (188, 192, 204)  # bytes; an MPEG transport stream names no length
 SHORTEST = 10  # milliseconds; players do not show frames of GIF and WebP for a shorter time than this
 HDR = {16: "PQ", 18: "HLG"}  # transfer functions by their number in ITU-T H.273
 
@@ -405,6 +406,10 @@ def _video_timing(path: Path) -> Timing:
             notes.append(
                 f"is HDR ({name}), read as if it were not: its colours look flat; convert it to SDR first"
             )
+        tags = {name.lower(): value for name, value in stream.metadata.items()}
+        # VP8 and VP9 keep transparency beside the picture, where their decoders skip it.
+        if tags.get("alpha_mode") == "1":
+            notes.append("is transparent, which is not read: hidden colours show; convert it to a PNG folder")
         ratio = stream.sample_aspect_ratio or 1
         if not 0.1 <= ratio <= 10:
             notes.append(f"claims pixels of shape {ratio}; they are taken as square")
@@ -453,6 +458,8 @@ def _stamps(container, stream, path: Path) -> tuple[list[int] | None, list[str]]
         notes.append(f"is cut short: {missing} and used")
     elif end < 0.95 * lasts - 0.1:
         notes.append(f"is cut short: it ends after {end:.4g} of {lasts:.4g} seconds; what is there is used")
+    elif container.format.name == "mpegts" and all(path.stat().st_size % size for size in TS_PACKETS):
+        notes.append("is cut short: its last packet is incomplete; what is there is used")
     elif damaged:
         notes.append("is damaged or cut short: some of its frames are broken")
     return stamps, notes

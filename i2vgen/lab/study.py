@@ -36,7 +36,7 @@ MEASURES = ("cost", "untrained", "trained")
 class Budget:
     """How much work to do. None means what the weights or the study say."""
 
-    clips: int  # as in `evaluate.py`, which makes three clips of each
+    clips: int  # as in `i2vgen evaluate`, which makes three clips of each
     train_steps: int | None
     seeds: int  # trainings per variant
     rounds: int  # timed calls per variant
@@ -89,7 +89,7 @@ def read(file: str | Path) -> Study:
     """Read and check a study; ValueError says what is wrong with the file."""
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"study {file} does not exist; studies are in configs/ablations")
+        raise ValueError(f"study {file} does not exist; `i2vgen examples` lists those in configs/ablations")
     text = yaml_text.read_text(path)
     first = text.split("\n", 1)[0]
     if not re.fullmatch(r"#\s*\S.*\?\s*", first):
@@ -209,7 +209,7 @@ def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Conf
     if train.first_stage:
         raise ValueError(
             f"train.first_stage = {train.first_stage} trains a refiner, which a study cannot score; use "
-            "scripts/train.py and scripts/refine_gain.py"
+            "`i2vgen train` and `i2vgen refine-gain`"
         )
     if budget.batch and train.cache:  # so few steps see only a handful of clips
         train = dataclasses.replace(train, cache=False)
@@ -257,9 +257,10 @@ def identity(study: Study, run: Run, budget: Budget) -> str:
 
 
 def code() -> dict[str, str]:
-    """Hashes of the package's source files: results that other code made are stale."""
+    """Hashes of the package's source files: results that other code made are stale. Commands make none."""
     package = Path(__file__).parents[1]
     return {
         str(path.relative_to(package.parent)): hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] not in ("commands", "examples", "__main__.py")
     }

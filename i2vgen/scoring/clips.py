@@ -6,7 +6,7 @@ JSON that generation writes next to it, or from a list with one line per clip:
     {"file": "a.mp4", "image": "a.png", "prompt": "a boat sails", "reference": "true/a.mp4"}     .jsonl
     file,image,prompt                                                                            .csv
 
-Only `file` is required; `output`, the name that lists for generate.py use, works too. Paths are relative to
+Only `file` is required; `output`, the name in lists for `i2vgen generate`, works too. Paths are relative to
 the working folder or to the list's folder. `name` pairs the clips of two models; the default is the file name
 without folder and suffix.
 
@@ -94,12 +94,12 @@ def is_video(path: Path) -> bool:
 def read_list(setting: str, path: Path) -> Iterator[Clip]:
     """Read the clips of a .jsonl or .csv list; ValueError names the line that is wrong."""
     if path.suffix.lower() == ".csv":
-        filled = lists.csv_rows(path, (), setting=f"{setting}=")
+        filled = lists.csv_rows(path, ("file",), setting=f"{setting}=", renamed={"output": "file"})
         rows = ((number, {k: v for k, v in row.items() if v}) for number, row in filled)
     else:
         rows = lists.json_rows(path, expected="file, image and prompt", setting=f"{setting}=")
     for number, row in rows:
-        # lists for generate.py say "output"
+        # lists for `i2vgen generate` say "output"
         row = {"file" if name == "output" else name: value for name, value in row.items()}
         if "file" not in row:
             raise ValueError(
@@ -146,7 +146,8 @@ def frames(clip: Clip, count: int = 0) -> np.ndarray:
     total = reading.measure(clip.file)[0] if count else 0
     if total < count:
         raise ValueError(f"{clip.file} has {total} frames, but frames={count} asks for more")
-    found = reading.load(clip.file, only=range(count) if count else None)[0]
+    alpha = clip.preprocess.alpha
+    found = reading.load(clip.file, alpha=alpha, only=range(count) if count else None)[0]
     n, (_, height, width, _) = clip.enlarge, found.shape
     if n == 1 or height % n or width % n:
         return found

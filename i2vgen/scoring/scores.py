@@ -27,8 +27,8 @@ from i2vgen.scoring.stats import Mean
 from i2vgen.settings.config import Runtime
 
 NEEDS = {
-    "picture": "the picture that each clip was made from: generate.py's JSON next to the clip, or a list",
-    "prompt": "the prompt of each clip: generate.py's JSON next to the clip, or a list",
+    "picture": "the picture that each clip was made from: its record, the JSON next to the clip, or a list",
+    "prompt": "the prompt of each clip: its record, the JSON next to the clip, or a list",
     "reference": "true videos: reference=FOLDER, or a list with the field reference",
     "opencv": "OpenCV, which is not installed: python -m pip install opencv-python-headless",
     "clip": "a CLIP: clip_weights=FOLDER, or clip_model=NAME clip_checkpoint=FILE",
@@ -313,7 +313,7 @@ def true_frames(clip: Clip, frames: np.ndarray, job: Job) -> np.ndarray:
             f"{clip.file} has {count} frames and its true clip {clip.reference} has {total}; give clips "
             f"of equal length, or frames={min(count, total)} to compare the first frames"
         )
-    truth, _ = video.load(clip.reference, only=range(count))
+    truth, _ = video.load(clip.reference, alpha=clip.preprocess.alpha, only=range(count))
     if truth.shape != frames.shape and job.plan.fit == "refuse":
         raise ValueError(
             f"{clip.file} has {width} x {height} pixels and its true clip {clip.reference} has "

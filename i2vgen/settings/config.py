@@ -765,7 +765,7 @@ class Config:
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
-# Literal text on any command line, including scripts with other settings.
+# Literal text on any command line, including commands with other settings.
 TEXTS = (*LITERALS, "json")
 LISTS = ("image", "prompt")  # literals that may be given several times
 # Literals that are paths, where ~ is the home folder.

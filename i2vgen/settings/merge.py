@@ -45,6 +45,8 @@ from i2vgen.settings.config import (
     Schedule,
 )
 
+MOST_NAMED = 30  # names that a message can list
+
 
 def load_config(
     file: str | Path | None = None,
@@ -65,7 +67,7 @@ def load_config(
     cli_settings, cli_literals = parse_overrides(overrides)
     if foreign := [name for name in cli_literals if name not in LITERALS]:
         raise ValueError(
-            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another script takes it"
+            f"{foreign[0]}={cli_literals[foreign[0]]} is no setting here; another command takes it"
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     texts = {name: _expanded(name, value) for name, value in texts.items()}
@@ -355,7 +357,7 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             known = [*SECTIONS, *LITERALS, *SHORT]
             if f"runtime.{section}" in REMOVED:
                 return _replaced(f"runtime.{section}")
-            return f"there is no setting {section!r}{_nearest(section, known)}"
+            return f"there is no setting {shortened(section)}{_nearest(section, known)}"
         if not isinstance(values, dict):
             return f"{section} is a group of settings; write {section}.NAME={values}"
         known = {f.name: f.type for f in dataclasses.fields(getattr(DEFAULTS, section))}
@@ -363,7 +365,8 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             if f"{section}.{name}" in REMOVED:
                 return _replaced(f"{section}.{name}")
             if name not in known:
-                return f"there is no setting {section}.{name}{_nearest(str(name), [*known], section + '.')}"
+                near = _nearest(str(name), [*known], section + ".")
+                return f"there is no setting {section}.{str(name)[:200]}{near}"
             try:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
@@ -378,9 +381,11 @@ def _replaced(name: str) -> str:
 def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     if name in FOREIGN:
         return f"; that is diffusers' name, here it is {FOREIGN[name]}="
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    names = near or known
-    return f"; {'did you mean' if near else 'known are'} {', '.join(prefix + n for n in names)}?"
+    if near := difflib.get_close_matches(name, known, n=3, cutoff=0.5):
+        return f"; did you mean {', '.join(prefix + n for n in near)}?"
+    if len(known) > MOST_NAMED:
+        return "; i2vgen/settings/config.py lists them all"
+    return f"; known are {', '.join(prefix + n for n in known)}"
 
 
 def shortened(value: Any, most: int = 200) -> str:

@@ -6,6 +6,7 @@ An alias may repeat what its anchor holds, and a few lines of aliases of aliases
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 2**20  # of a file
-MAX_NODES = 2**16  # values and names, with every alias written out
+MAX_NODES = 2**16  # values and names, with every alias written out; a long text counts as several
+TEXT_NODE = 256  # characters
 MAX_DEPTH = 64  # of lists and groups inside each other
+# Whole numbers that YAML 1.1 reads as nobody means them: octal ones such as 010, and 1:30 as base 60.
+SURPRISING = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+)")
 # What PyYAML raises on scalars that it cannot turn into values, such as `!!int ""`.
 UNREADABLE = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError)
 
@@ -28,6 +32,20 @@ class _Open:
     nodes: int = 1
     depth: int = 0
     parts: int = 0  # of a group: names and values by turns
+
+
+class Loader(yaml.SafeLoader):
+    """YAML's own reading of values, but for whole numbers that would surprise."""
+
+
+def _whole_number(loader: Loader, node: yaml.ScalarNode) -> int:
+    number = loader.construct_yaml_int(node)
+    if SURPRISING.fullmatch(node.value):
+        raise ValueError(f"{node.value} means {number} in YAML; write {number}, or '{node.value}' for a text")
+    return number
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def read_text(file: str | Path) -> str:
@@ -47,7 +65,7 @@ def read_text(file: str | Path) -> str:
 
 def parse(text: str) -> Any:
     """The value of a YAML text. ValueError in one line, for the caller to add where the text comes from."""
-    return _load(text, yaml.SafeLoader)
+    return _load(text, Loader)
 
 
 def parse_plain(text: str) -> Any:
@@ -77,7 +95,7 @@ def _check(text: str) -> None:
                 raise ValueError(f"it nests deeper than {MAX_DEPTH} levels")
             continue
         if isinstance(event, yaml.ScalarEvent):
-            sizes[event.anchor] = nodes, depth = 1, 0
+            sizes[event.anchor] = nodes, depth = 1 + len(event.value) // TEXT_NODE, 0
         elif isinstance(event, yaml.CollectionEndEvent):
             ended = inside.pop()
             sizes[ended.anchor] = nodes, depth = ended.nodes, ended.depth + 1

@@ -52,7 +52,7 @@ def generator(*keys: int) -> torch.Generator:
 
 
 def derived_seed(*keys: int) -> int:
-    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0]) >> 1
 
 
 def open_source(config: Config, train: Train) -> Source:
@@ -153,10 +153,11 @@ class Folder:
         if (name, None) in self.skipped or (name, kind) in self.skipped:
             return None
         path, seed = self.folder / name, (self.train.seed, position)
+        alpha = self.config.preprocess.alpha
         try:
             total, rate = reading.measure(path)
             chosen = frame_numbers(total, rate or bucket.fps, bucket, generator(*seed))
-            frames = None if chosen is None else reading.load(path, only=chosen)[0]
+            frames = None if chosen is None else reading.load(path, alpha=alpha, only=chosen)[0]
         except ValueError as error:
             self._skip(name, None, str(error))
             return None

@@ -6,7 +6,7 @@
 
 `attached(clips)` returns a context manager that attaches the module for these clips, such as
 `taps.controlled` or `extra_tokens`. Only the three settings above and those of the loss are used. For long
-runs with checkpoints, use `scripts/train.py`.
+runs with checkpoints, use `i2vgen train`.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Train:
     seed: int = 0
     data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
     # Kinds of the world's clips (basic, single, pair, camera), used in rotation; empty: the world's default
-    # mixture, which `scripts/evaluate.py` uses too.
+    # mixture, which `i2vgen evaluate` uses too.
     kinds: tuple[str, ...] = ()
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
@@ -179,7 +179,7 @@ class Train:
             raise ValueError(
                 f"train.sample_every = {self.sample_every} samples from pure noise, but a refiner "
                 f"(train.first_stage = {self.first_stage}) refines clips; leave it at 0 and use "
-                "scripts/refine_gain.py"
+                "`i2vgen refine-gain`"
             )
 
 

@@ -171,6 +171,34 @@ def test_a_scheduler_of_other_noise_levels_is_refused(made):
     assert math.isfinite(run(diffusers.DDIMScheduler(**settings, clip_sample=False)).sum())
 
 
+KINDS = ["FlowMatchEulerDiscrete", "EDMEuler", "IPNDM", "ScoreSdeVe", "CMStochasticIterative"]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_schedulers_for_networks_of_other_kinds_are_refused(name):
+    import diffusers
+
+    with pytest.raises(ValueError, match=f"{name}Scheduler has no .*: it is no scheduler of diffusers for"):
+        from_diffusers(getattr(diffusers, f"{name}Scheduler")())
+
+
+def test_what_is_no_scheduler_is_refused():
+    import diffusers
+
+    with pytest.raises(ValueError, match="DDIMScheduler is a class; give an object of it"):
+        from_diffusers(diffusers.DDIMScheduler)
+    with pytest.raises(ValueError, match="str has no config: it is no scheduler of diffusers"):
+        from_diffusers("ddim")
+
+
+def test_noise_levels_of_flow_matching_are_refused(made):
+    import diffusers
+
+    scheduler = diffusers.UniPCMultistepScheduler(**arguments(made), use_flow_sigmas=True)
+    with pytest.raises(ValueError, match="use_flow_sigmas=False"):
+        from_diffusers(scheduler)(network(made), start(), made, steps=5)
+
+
 @pytest.mark.parametrize("limit", ["clip_sample", "thresholding"])
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
 def test_a_scheduler_that_limits_x0_is_refused_by_the_options_name(made, name, limit):

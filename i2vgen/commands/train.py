@@ -1,0 +1,107 @@
+"""Train one part of the model: the autoencoder, CLIP, or the video UNet.
+
+    i2vgen train configs/train/NAME.yaml output=FOLDER [setting=value ...] [--resume]
+
+    i2vgen train configs/train/tiny_vae.yaml
+    i2vgen train configs/train/tiny_clip.yaml
+    i2vgen train configs/train/tiny_diffusion.yaml train.steps=200 output=outputs/longer
+    i2vgen train configs/train/tiny_diffusion.yaml train.data=FOLDER_OF_VIDEOS output=outputs/mine
+    torchrun --nproc-per-node 2 -m i2vgen train configs/train/tiny_diffusion.yaml
+
+    train.NAME=         training settings; names and defaults are in i2vgen/training/settings.py
+    weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
+    output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
+    --print-config      print the merged settings as YAML and stop
+    --resume            require a checkpoint, and allow changed training settings (never another model)
+
+A run whose output folder already holds its checkpoints continues from the newest one automatically.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from i2vgen import cli
+from i2vgen.fast import runtime
+from i2vgen.files import whole
+from i2vgen.training import clip, data, diffusion, loop, vae
+from i2vgen.training.settings import SECTION, load_settings
+
+FLAGS = ("--print-config", "--resume")
+PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
+
+
+def main(argv: list[str]) -> int:
+    file, overrides, flags = cli.split(argv, FLAGS)
+    config, train = load_settings(file, overrides)
+    if "--print-config" in flags:
+        own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}
+        print(yaml.safe_dump(own, sort_keys=False) + config.to_yaml(), end="")
+        return 0
+    if not config.output:
+        raise ValueError("no output given; name a folder with output=")
+    whole.check_folder("output=", config.output)
+    loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
+    rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    config, device = place(config, ranks, local)
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
+    runtime.apply(config.runtime)
+
+    if ranks > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        source = data.open_source(config, train)
+        part = PARTS[train.part](config, train, source, device)
+        count = sum(p.numel() for p in part.model.parameters())
+        with (
+            logging_redirect_tqdm(),  # log lines beside the bar, not in it
+            tqdm(total=train.steps, unit="step", disable=rank > 0, mininterval=0.5) as bar,
+        ):
+            if rank == 0:
+                bar.write(
+                    f"{train.part}: {count:,} parameters on {device}, {ranks} process(es)", file=sys.stdout
+                )
+            weights = loop.fit(
+                part,
+                config,
+                train,
+                source,
+                config.output,
+                device=device,
+                rank=rank,
+                ranks=ranks,
+                resume="--resume" in flags,
+                on_step=lambda step, figures: advance(bar, step, figures),
+            )
+    finally:
+        if ranks > 1:
+            torch.distributed.destroy_process_group()
+    if rank == 0:
+        print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
+    return 0
+
+
+def place(config, ranks: int, local: int):
+    """-> settings with this process's device, and the device"""
+    device = runtime.device(config.runtime)
+    if ranks > 1 and device.type == "cuda":
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+        config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=str(device)))
+    return config, device
+
+
+def advance(bar: tqdm, step: int, figures: dict[str, float]) -> None:
+    bar.n = step
+    bar.set_postfix(loss=f"{figures['loss']:.4f}", refresh=False)
+    bar.update(0)

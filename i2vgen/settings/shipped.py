@@ -1,0 +1,35 @@
+"""Where the files that come with the package lie: configurations, examples and their pictures.
+
+In an installation they are inside the package, in a clone configs/ and examples/ are beside it.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1]
+STAR = PACKAGE / "assets" / "star.png"
+
+
+def folder(name: str) -> Path:
+    """`configs` or `examples`"""
+    inside = PACKAGE / name
+    return inside if inside.is_dir() else PACKAGE.parent / name
+
+
+def config(name: str) -> str:
+    """A configuration file that a command line names -> its path.
+
+    One that does not exist is looked for among the shipped ones, with or without `configs/` before it, and a
+    note names the file that is used.
+    """
+    path = Path(name)
+    if not os.path.lexists(path) and not path.is_absolute() and path.suffix == ".yaml":
+        parts = path.parts[1:] if path.parts[0] == "configs" else path.parts
+        found = folder("configs").joinpath(*parts)
+        if ".." not in parts and found.is_file():
+            warnings.warn(f"{name} is the shipped file {found}", stacklevel=2)
+            return str(found)
+    return name
