@@ -355,7 +355,7 @@ def references(
             again = pipeline.decode(model, rearrange(latents, "f c h w -> 1 c f h w"))[0].cpu().numpy()
             found["vae_psnr"].append(psnr(again, truth))
             if world is not drawing and item.facts.things:
-                kept = matching.kept(matching.shapes(again, item.facts, world, speed=rate))
+                kept = matching.kept(matching.shapes(again, truth[0], item.facts, world, speed=rate))
                 found["vae_shape_kept"].append(kept.mean)
             found["still_psnr"].append(psnr(np.broadcast_to(truth[:1], truth.shape), truth))
     return found

@@ -90,7 +90,9 @@ def sweep_table(evaluation: Evaluation) -> Table:
         for name, scores in rows
     ]
     title = f"Sweep over {evaluation.settings['sweep']}"
-    return Table(title, (evaluation.settings["sweep"], *(SHORT[name] for name in shown), "time"), tuple(cells))
+    return Table(
+        title, (evaluation.settings["sweep"], *(SHORT[name] for name in shown), "time"), tuple(cells)
+    )
 
 
 def drift_table(evaluation: Evaluation, rows: list[tuple[str, Scores]]) -> Table:

@@ -97,7 +97,7 @@ def compare(
     facts, kept, whole = item.facts, None, None
     if isinstance(world, PictureWorld):
         found = matching.read(frames, facts, world, speed=rate)
-        shapes = matching.shapes(frames, facts, world, speed=rate)
+        shapes = matching.shapes(frames, truth[0], facts, world, speed=rate)
         right, kept = matching.score(facts, found, shapes), matching.kept(shapes)
     else:
         found = reading.read(frames, facts_objects=facts.things, speed=rate)

@@ -377,10 +377,16 @@ def open_folder(
     for what, there in facts.get("contents", {}).items():
         if not resume and contents and contents.get(what) != there:
             raise ValueError(
-                f"train.data={train.data} holds other {what} than when {found[-1]} was saved; choose another "
+                f"{_home(train, what)} holds other {what} than when {found[-1]} was saved; choose another "
                 "output, or resume anyway with --resume"
             )
     return found[-1]
+
+
+def _home(train: Train, what: str) -> str:
+    """The setting that names the place of some contents."""
+    name = what if what in ("things", "backgrounds") else "data"
+    return f"train.{name}={getattr(train, name)}"
 
 
 def settings_record(config: Config, train: Train) -> dict[str, object]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from i2vgen.world import drawing, reading, things
 from i2vgen.world.drawing import Facts
-from i2vgen.world.pictures import Placed, PictureWorld
+from i2vgen.world.pictures import PictureWorld
 from i2vgen.world.reading import Reading, ThingReading
 from i2vgen.world.things import Cutout
 
@@ -129,7 +129,11 @@ def _camera(
 
 
 def _tracked(
-    pictures: Tensor, cutouts: list[Cutout], starts: list[Tensor], behind: Tensor, camera: tuple[np.ndarray, ...]
+    pictures: Tensor,
+    cutouts: list[Cutout],
+    starts: list[Tensor],
+    behind: Tensor,
+    camera: tuple[np.ndarray, ...],
 ) -> list[Tensor]:
     """Track all things -> their states [f 4]: x, y, log radius, angle in radians."""
     smooth = _smooth(pictures)
@@ -154,7 +158,9 @@ def _shown(behind: Tensor, pan_x: float, pan_y: float, log_zoom: float) -> Tenso
     half, zoom = min(height, width) / 2.0, math.exp(log_zoom)
     x = (torch.arange(width) + 0.5 - width / 2.0) / half / zoom + pan_x
     y = (torch.arange(height) + 0.5 - height / 2.0) / half / zoom + pan_y
-    grid = torch.stack(torch.meshgrid(y * half * 2.0 / height, x * half * 2.0 / width, indexing="ij")[::-1], -1)
+    grid = torch.stack(
+        torch.meshgrid(y * half * 2.0 / height, x * half * 2.0 / width, indexing="ij")[::-1], -1
+    )
     return F.grid_sample(behind, grid[None], padding_mode="border", align_corners=False)
 
 
@@ -232,27 +238,30 @@ def _thing_reading(track: np.ndarray, camera: tuple[np.ndarray, ...], speed: flo
 # Shape
 
 
-def shapes(frames: np.ndarray, facts: Facts, world: PictureWorld, *, speed: float = 1.0) -> list[np.ndarray]:
+def shapes(
+    frames: np.ndarray, picture: np.ndarray, facts: Facts, world: PictureWorld, *, speed: float = 1.0
+) -> list[np.ndarray]:
     """Whether each thing keeps its shape: per thing, one correlation for every frame, 0..1 -> [f].
 
-    The captioned motion is undone: the thing is looked for where the caption puts it, within SLACK, so it does
-    not score where it stays. Its colours are correlated with those it has in the first frame. NaN where
-    too little of it should be inside the picture.
+    Frames are uint8 [f h w 3], `picture` [h w 3] is the true first one. The captioned motion is undone: a
+    thing is looked for where the caption puts it, within SLACK, so one that stays put does not score. Its
+    colours there are correlated with those in the picture. NaN where too little of it should be in view.
     """
+    first = torch.from_numpy(picture).permute(2, 0, 1)[None] / 255.0
     pictures = torch.from_numpy(frames).permute(0, 3, 1, 2) / 255.0
     time = speed * np.linspace(0.0, 1.0, len(frames))
     found = []
     for thing, move in zip(facts.things, facts.moves, strict=True):
         path = drawing.track(thing, move, facts.camera, time)
-        found.append(_kept(pictures, thing, path, world.things[thing.name]))
+        found.append(_kept(first, pictures, path, world.things[thing.name]))
     return found
 
 
-def _kept(pictures: Tensor, thing: Placed, path: tuple[np.ndarray, ...], cutout: Cutout) -> np.ndarray:
+def _kept(picture: Tensor, pictures: Tensor, path: tuple[np.ndarray, ...], cutout: Cutout) -> np.ndarray:
     alpha = cutout.at(0.0, SHAPE_SIDE)[0, 3]
     steps = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]) * SLACK
     shifts = torch.cartesian_prod(steps, steps)
-    first, _ = _undone(pictures[:1], tuple(values[:1] for values in path), torch.zeros(1, 2))
+    first, _ = _undone(picture, tuple(values[:1] for values in path), torch.zeros(1, 2))
     views, inside = _undone(pictures, path, shifts)  # f n 3 s s, f s s
     weight = alpha.square() * inside  # f s s
     visible = (weight.sum((1, 2)) / alpha.square().sum()).numpy()
@@ -268,7 +277,7 @@ def _disc() -> Tensor:
 
 
 def _undone(pictures: Tensor, path: tuple[np.ndarray, ...], shifts: Tensor) -> tuple[Tensor, Tensor]:
-    """The square around a thing, turned and scaled back, for every shift [n 2] -> [f n 3 s s], inside [f s s]."""
+    """The square around a thing, turned and scaled back -> per shift [n 2], [f n 3 s s]; inside [f s s]."""
     height, width = pictures.shape[2:]
     half, fine = min(height, width) / 2.0, 3
     line = (torch.arange(SHAPE_SIDE * fine) + 0.5) * 2.0 / (SHAPE_SIDE * fine) - 1.0
@@ -295,9 +304,7 @@ def _correlated(first: Tensor, views: Tensor, weight: Tensor, around: Tensor) ->
     a, b = first[None, None].expand_as(views), views
     inner, outer = weight[:, :, None] * (1.0 - SURROUND), SURROUND
     ring_a, ring_b = ((around[:, :, None] * part).sum((3, 4)) for part in (a, b))  # f n 3
-    mean_a, mean_b = (
-        (inner * part).sum((3, 4)) + outer * ring for part, ring in ((a, ring_a), (b, ring_b))
-    )
+    mean_a, mean_b = ((inner * part).sum((3, 4)) + outer * ring for part, ring in ((a, ring_a), (b, ring_b)))
     a, b = a - mean_a[..., None, None], b - mean_b[..., None, None]
     ring_a, ring_b = ring_a - mean_a, ring_b - mean_b
 

@@ -79,7 +79,9 @@ class Photograph:
 def open_world(place: str, backgrounds: str = "", part: Part = "all", *, section: str = "") -> PictureWorld:
     """The world of a folder's or font's things; `section` stands before the settings' names in errors."""
     found = things.load_things(place, part, setting=f"{section}things=")
-    photographs = things.load_photographs(backgrounds, setting=f"{section}backgrounds=") if backgrounds else []
+    photographs = (
+        things.load_photographs(backgrounds, setting=f"{section}backgrounds=") if backgrounds else []
+    )
     return PictureWorld(found, photographs, (str(place), str(backgrounds), part))
 
 
@@ -114,7 +116,7 @@ class PictureWorld:
 
     def vocabulary(self) -> list[str]:
         """Every word of every caption, for `clip.words`."""
-        own = " ".join((*IT, *SCENES, *GROUNDS.values(), "while the camera zooms in out")).split()
+        own = " ".join((*IT, *SCENES, *GROUNDS.values(), *JOINTS, "the camera zooms in out")).split()
         return sorted({*drawing.VOCABULARY, *own, *things.vocabulary(self.names)})
 
     # -----------------------------------------------------------------------------------------------
@@ -237,9 +239,7 @@ class PictureWorld:
     # -----------------------------------------------------------------------------------------------
     # Pictures
 
-    def render(
-        self, facts: Facts, *, width: int, height: int, frames: int, speed: float = 1.0
-    ) -> np.ndarray:
+    def render(self, facts: Facts, *, width: int, height: int, frames: int, speed: float = 1.0) -> np.ndarray:
         """Draw the clip -> uint8 [f h w 3]; `speed` as in `drawing.render`."""
         drawing.check_size(width, height, frames, speed)
         refuse_size(width, height)
@@ -272,7 +272,9 @@ class PictureWorld:
             rows = slice(max(top[i], 0), max(min(top[i] + side, height), 0))
             columns = slice(max(left[i], 0), max(min(left[i] + side, width), 0))
             part = canvas[i, rows, columns]
-            seen = drawn[i, rows.start - top[i] :, columns.start - left[i] :][: part.shape[0], : part.shape[1]]
+            seen = drawn[i, rows.start - top[i] :, columns.start - left[i] :][
+                : part.shape[0], : part.shape[1]
+            ]
             part *= 1.0 - seen[..., 3:]
             part += seen[..., :3]
 
@@ -292,7 +294,9 @@ class PictureWorld:
         first, second = (np.array(c, np.float32) for c in (ground.first, ground.second))
         return first + level[..., None] * (second - first)
 
-    def _photographed(self, ground: Photograph, u: np.ndarray, v: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    def _photographed(
+        self, ground: Photograph, u: np.ndarray, v: np.ndarray, scale: np.ndarray
+    ) -> np.ndarray:
         photo = self.photographs[ground.number]
         high, wide = photo.finest.shape[:2]
         short = min(high, wide)
@@ -300,7 +304,9 @@ class PictureWorld:
         q = _mirrored((v - np.float32(ground.y)) / np.float32(ground.half * high / short))
         reduction = short / (2.0 * ground.half * scale)
         frames = [
-            photo.sample(*torch.broadcast_tensors(torch.from_numpy(a[None]), torch.from_numpy(b[None])), r, border=True)
+            photo.sample(
+                *torch.broadcast_tensors(torch.from_numpy(a[None]), torch.from_numpy(b[None])), r, border=True
+            )
             for a, b, r in zip(p, q, reduction, strict=True)
         ]
         return torch.cat(frames).permute(0, 2, 3, 1).numpy()
@@ -399,7 +405,9 @@ def _level(ground: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
         return np.clip(np.hypot(u - np.float32(x), v - np.float32(y)) / np.float32(1.8), 0.0, 1.0)
     if ground.kind != "noise":
         return drawing.texture(ground, u, v)
-    lattice = np.random.Generator(np.random.PCG64(ground.seed)).random((drawing.LATTICE,) * 2).astype(np.float32)
+    lattice = (
+        np.random.Generator(np.random.PCG64(ground.seed)).random((drawing.LATTICE,) * 2).astype(np.float32)
+    )
     level = 0.0
     for cell, weight in ((0.8, 0.5), (0.37, 0.3), (0.16, 0.2)):
         cell = np.float32(cell)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import sys
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,7 +48,8 @@ NO_THINGS = (
     "small square", "no ", "input", "not ", "arrowhead", "ballot", "suit", "cinema", "minus", "equals",
     "aries", "taurus", "gemini", "cancer", "leo", "virgo", "libra", "scorpius", "sagittarius", "capricorn",
     "aquarius", "pisces", "ophiuchus", "wheel of dharma", "om", "hundred", "end with", "back with", "on with",
-    "soon with", "top with", "exclamation", "question", "sos", "middle finger", "dollar", "yin", "biohazard", "radioactive",
+    "soon with", "top with", "exclamation", "question", "sos", "middle finger", "dollar", "yin",
+    "biohazard", "radioactive",
 )  # fmt: skip
 OLD_WORDS = ("heavy ", "black ", "white ")  # of outlines in the oldest names; they say nothing of the colour
 
@@ -104,7 +104,9 @@ class Cutout:
     def turns(self) -> bool:
         """Whether one sees the thing turn: a ball does not."""
         still = self.at(0.0)
-        gaps = [(self.at(angle) - still).abs().mean() / still[:, 3:].mean() for angle in (25.0, 45.0, 75.0, 110.0)]
+        gaps = [
+            (self.at(angle) - still).abs().mean() / still[:, 3:].mean() for angle in (25.0, 45.0, 75.0, 110.0)
+        ]
         return float(min(gaps)) > 0.22
 
     @functools.cached_property
@@ -195,16 +197,16 @@ def load_things(place: str | Path, part: Part = "all", *, setting: str = "things
 def _of_folder(folder: Path, setting: str) -> dict[str, Cutout]:
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() == ".png" and path.is_file())
     if not files:
-        raise ValueError(f"{setting}{folder} holds no PNG files; give cut-outs with alpha, named as they show")
+        raise ValueError(
+            f"{setting}{folder} holds no PNG files; give cut-outs with alpha, named as they show"
+        )
     found, sources = {}, {}
     for path in files:
         name = plain_name(path.stem)
         if not any(letter.isalpha() for letter in name):
             raise ValueError(f"{path}: the name says nothing; name the file by what it shows: red_apple.png")
         if name in found:
-            raise ValueError(
-                f"{path} and {sources[name]} would both be called {name!r}; rename one of them"
-            )
+            raise ValueError(f"{path} and {sources[name]} would both be called {name!r}; rename one of them")
         found[name], sources[name] = Cutout(name, _square(_opened(path), str(path))), path.name
     return found
 
@@ -236,7 +238,9 @@ def _square(picture: Image.Image, where: str) -> np.ndarray:
     half = MARGIN * float(np.hypot(columns + 0.5 - x, rows + 0.5 - y).max() + 0.5)
     left, top, size = math.floor(x - half), math.floor(y - half), math.ceil(2.0 * half) + 2
     premultiplied = np.asarray(picture, np.float32)
-    premultiplied = np.concatenate([premultiplied[..., :3] * alpha[..., None], premultiplied[..., 3:]], axis=-1)
+    premultiplied = np.concatenate(
+        [premultiplied[..., :3] * alpha[..., None], premultiplied[..., 3:]], axis=-1
+    )
     box = (x - half - left, y - half - top, x + half - left, y + half - top)
     bands = []
     for band in np.moveaxis(premultiplied, -1, 0):
@@ -255,7 +259,7 @@ def _of_font(path: Path, setting: str) -> dict[str, Cutout]:
             f"(Debian: fonts-noto-color-emoji): {error}"
         ) from error
     found: dict[str, Cutout] = {}
-    for code in range(0x2000, sys.maxunicode + 1 if sys.maxunicode < 0x20000 else 0x20000):
+    for code in range(0x2000, 0x20000):
         letter = chr(code)
         name = unicodedata.name(letter, "").lower()
         if unicodedata.category(letter) not in ("So", "Sm", "Sk", "Po") or not _is_thing(name):
@@ -268,8 +272,8 @@ def _of_font(path: Path, setting: str) -> dict[str, Cutout]:
             found[name] = Cutout(name, _square(picture, f"{path}, {name}"))
     if not found:
         raise ValueError(
-            f"{setting}{path} holds no coloured pictures that Pillow can draw: it reads bitmaps as in Debian's "
-            "NotoColorEmoji.ttf, but no drawn colours (COLRv1) and no plain text fonts"
+            f"{setting}{path} holds no coloured pictures that Pillow can draw: it reads bitmaps as in "
+            "Debian's NotoColorEmoji.ttf, but no drawn colours (COLRv1) and no plain text fonts"
         )
     return found
 
