@@ -34,7 +34,8 @@ NOISE = 0.5  # weight of the prior: a lost thing keeps its course
 OUTLIER = 0.12  # colour differences above it count less
 
 SHAPE_SIDE = 16  # shapes are compared on so many points across
-SURROUND = 0.15  # weight of what is around a thing, as one colour: it shows that of a flat thing
+SURROUND = 0.15  # weight of the colour around a thing, for a thing of one colour
+FLAT = 0.02  # variance of colours at which that weight is half
 SLACK = 0.06  # a thing may be so far from where the captioned motion leads
 VISIBLE = 0.4  # share of a thing that must be inside the picture for its shape to count
 KEPT = 0.7  # correlation above which a shape counts as kept
@@ -265,8 +266,7 @@ def _kept(picture: Tensor, pictures: Tensor, path: tuple[np.ndarray, ...], cutou
     views, inside = _undone(pictures, path, shifts)  # f n 3 s s, f s s
     weight = alpha.square() * inside  # f s s
     visible = (weight.sum((1, 2)) / alpha.square().sum()).numpy()
-    around = (alpha < 0.02).float() * _disc() * inside
-    found = _correlated(first[0, 0], views, weight[:, None], around[:, None])
+    found = _correlated(first[0, 0], views, weight[:, None], (alpha < 0.02).float() * _disc())
     best = found.amax(1).clamp(0.0, 1.0).double().numpy()
     return np.where(visible >= VISIBLE, best, np.nan)
 
@@ -295,21 +295,24 @@ def _undone(pictures: Tensor, path: tuple[np.ndarray, ...], shifts: Tensor) -> t
 
 
 def _correlated(first: Tensor, views: Tensor, weight: Tensor, around: Tensor) -> Tensor:
-    """Correlation of colours [3 s s] with those of views [f n 3 s s], weighted -> [f n].
+    """Correlation of colours [3 s s] with those of views [f n 3 s s], weights [f 1 s s] -> [f n].
 
-    What is around enters as one colour per view: the mean of all, since a thing must differ from it.
+    The colour around the thing in the picture, the mean over `around` [s s], enters on both sides as one more
+    pixel, whose weight is that of a few of a flat thing's: its own colours vary too little to correlate.
     """
-    weight = weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-6)
-    around = around / around.sum((2, 3), keepdim=True).clamp(min=1e-6)
-    a, b = first[None, None].expand_as(views), views
-    inner, outer = weight[:, :, None] * (1.0 - SURROUND), SURROUND
-    ring_a, ring_b = ((around[:, :, None] * part).sum((3, 4)) for part in (a, b))  # f n 3
-    mean_a, mean_b = ((inner * part).sum((3, 4)) + outer * ring for part, ring in ((a, ring_a), (b, ring_b)))
+    weight = (weight / weight.sum((2, 3), keepdim=True).clamp(min=1e-6))[:, :, None]
+    ring = (first * around).sum((1, 2)) / around.sum().clamp(min=1e-6)
+    a, b, ring = first[None, None].expand_as(views), views, ring.expand(*views.shape[:3])
+    own = (weight * a).sum((3, 4))
+    variance = (weight * (a - own[..., None, None]).square()).sum((2, 3, 4))
+    outer = (SURROUND * FLAT / (FLAT + variance))[..., None]
+    inner = (1.0 - outer)[..., None, None] * weight
+    mean_a, mean_b = ((inner * part).sum((3, 4)) + outer * ring for part in (a, b))
     a, b = a - mean_a[..., None, None], b - mean_b[..., None, None]
-    ring_a, ring_b = ring_a - mean_a, ring_b - mean_b
+    ring_a, ring_b = ring - mean_a, ring - mean_b
 
     def product(p: Tensor, q: Tensor, ring_p: Tensor, ring_q: Tensor) -> Tensor:
-        return (inner * p * q).sum((2, 3, 4)) + outer * (ring_p * ring_q).sum(2)
+        return (inner * p * q).sum((2, 3, 4)) + (outer * ring_p * ring_q).sum(2)
 
     both = product(a, b, ring_a, ring_b)
     return both / (product(a, a, ring_a, ring_a) * product(b, b, ring_b, ring_b)).sqrt().clamp(min=1e-6)
