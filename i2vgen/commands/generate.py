@@ -36,7 +36,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
-from i2vgen.fast import runtime
+from i2vgen.fast import machine, runtime
 from i2vgen.files import given, records, video
 from i2vgen.refiner import refine
 from i2vgen.settings import shipped
@@ -163,7 +163,8 @@ def describe(config, model) -> str:
     steps = f"{made} steps" + ("" if made == sample.steps else f" (for steps={sample.steps}, by its spacing)")
     return (
         f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {steps}, "
-        f"guidance {sample.guidance:g}, on {model.device} in {str(model.unet.conv_in.weight.dtype)[6:]}"
+        f"guidance {sample.guidance:g}, on {model.device} in "
+        f"{machine.precision(model.unet.conv_in.weight.dtype, model.device)}"
     )
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from i2vgen import cli
-from i2vgen.fast import runtime
+from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.settings import SECTION, load_settings
@@ -69,7 +69,9 @@ def main(argv: list[str]) -> int:
         ):
             if rank == 0:
                 bar.write(
-                    f"{train.part}: {count:,} parameters on {device}, {ranks} process(es)", file=sys.stdout
+                    f"{train.part}: {count:,} parameters on {device}, {ranks} process(es), in "
+                    f"{machine.precision(loop.precision(train, device), device)}",
+                    file=sys.stdout,
                 )
             weights = loop.fit(
                 part,
