@@ -369,7 +369,8 @@ def open_folder(
             raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
-    for name, here, there in _differences(settings_record(config, train), facts["settings"]):
+    before = {"train.things": "", "train.backgrounds": "", **facts["settings"]}  # older runs lack these
+    for name, here, there in _differences(settings_record(config, train), before):
         if resume and not _architectural(name):
             continue
         advice = "" if _architectural(name) else ", or resume anyway with --resume"
