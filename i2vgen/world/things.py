@@ -44,7 +44,7 @@ KEY = (255, 0, 255)  # glyphs without colours of their own come out in this
 NO_THINGS = (
     "sign", "symbol", "symbols", "squared", "ideograph", "ideograph-", "regional", "modifier", "component",
     "arrow", "arrows", "letter", "letters", "clock face", "triangle", "square", "circle", "diamond suit",
-    "keycap", "flag", "mark", "multiplication", "asterisk", "loop", "button", "hair", "vertical bar",
+    "keycap", "flag", "flags", "mark", "multiplication", "asterisk", "loop", "button", "hair", "vertical bar",
     "small square", "no ", "input", "not ", "arrowhead", "ballot", "suit", "cinema", "minus", "equals",
     "aries", "taurus", "gemini", "cancer", "leo", "virgo", "libra", "scorpius", "sagittarius", "capricorn",
     "aquarius", "pisces", "ophiuchus", "wheel of dharma", "om", "hundred", "end with", "back with", "on with",
