@@ -7,6 +7,7 @@
     i2vgen evaluate weights=outputs/mine/weights steps=20 guidance=3 output=outputs/mine/scores
     i2vgen evaluate sweep=conditions output=outputs/conditions
     i2vgen evaluate clips=8 sweep=quality output=outputs/quality
+    i2vgen evaluate weights=FOLDER things=i2vgen/assets/things clips=64 output=outputs/pictures
 
     weights=        native weights folder (default: the shipped small model); it determines the sizes
     clips=          number of seeds, default 64; each gives three clips, see docs/evaluation.md
@@ -15,6 +16,10 @@
     output=         folder for index.html (one page with the clips), scores.json, table.md
     sweep=          guidance, steps, eta: also score other values; conditions: remove one at a time;
                     quality, samplers: presets, or solvers x network calls, against a 200-step reference
+    things=         pictures of things instead of flat shapes: a folder of PNG cut-outs with alpha, named
+                    as they show (i2vgen/assets/things), or a colour-emoji font, of which it takes those
+                    that training never shows
+    backgrounds=    with things=: also put them on the photographs of this folder
     batch=          batch size, default 8; affects memory and speed only
 
 All settings and their defaults are in i2vgen/settings/config.py.
@@ -35,13 +40,13 @@ from i2vgen.settings.config import SHIPPED, Config
 from i2vgen.settings.merge import load_config
 
 BATCH = 8
-NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json")
+NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json", "things", "backgrounds")
 
 
 def main(argv: list[str]) -> int:
     file, overrides, _ = cli.split(argv)
     own, overrides = take(overrides)
-    plan = Plan(**{name: own[name] for name in ("clips", "first_seed", "sweep") if name in own})
+    plan = Plan(**{name: own[name] for name in own if name != "json"})
     config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
@@ -54,6 +59,8 @@ def main(argv: list[str]) -> int:
     with tqdm(total=rows * 3 * plan.clips, unit="clip", mininterval=0.5) as bar:
         found = evaluate.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
     print(pages.summary(found))
+    if note := evaluate.seen_in_training(plan):
+        print(f"note: {note}")
     for table in pages.tables(found):
         print(f"\n{table}")
     if json_path is not None:

@@ -9,6 +9,8 @@
     torchrun --nproc-per-node 2 -m i2vgen train configs/train/tiny_diffusion.yaml
 
     train.NAME=         training settings; names and defaults are in i2vgen/training/settings.py
+    train.things=       pictures of things instead of flat shapes: a colour-emoji font, or a folder of PNG
+                        cut-outs with alpha; train.backgrounds=FOLDER puts them on photographs, too
     weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
     output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
     --print-config      print the merged settings as YAML and stop

@@ -1,4 +1,4 @@
-"""Scores a model on clips of the procedural world that training never draws.
+"""Scores a model on clips of the procedural world, or of a world of pictures, that training never draws.
 
 Three sets, each with one clip per seed: "basic" (one object, the eight basic motions), "all" (the whole
 world) and "other" (pictures and noise of "basic" with another motion in the caption, which separates
@@ -31,7 +31,7 @@ from i2vgen.adapt.context import tokens_of, with_tokens
 from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
-from i2vgen.evaluation.scores import Item, Made, Scores, comparable, compare, summarise
+from i2vgen.evaluation.scores import Item, Made, Scores, World, comparable, compare, summarise
 from i2vgen.files import records
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Prepared
@@ -42,7 +42,7 @@ from i2vgen.settings.config import RANDOM, Config
 from i2vgen.settings.merge import load_config
 from i2vgen.training.data import FIRST_TRAINING_SEED
 from i2vgen.training.settings import MAX_WORLD_SPEED, Bucket, world_speed
-from i2vgen.world import drawing
+from i2vgen.world import drawing, matching, pictures, things
 from i2vgen.world.drawing import Facts
 
 SWEEPS = {"guidance": (1, 2, 3, 5, 7, 9), "steps": (10, 15, 20, 30, 50), "eta": (0, 0.25, 0.5, 1)}
@@ -60,6 +60,8 @@ class Plan:
     clips: int = 64
     first_seed: int = 0
     sweep: Literal["", "guidance", "steps", "conditions", "eta", "quality", "samplers"] = ""
+    things: str = ""  # folder of cut-outs or colour-emoji font; empty: the flat shapes of `drawing`
+    backgrounds: str = ""  # folder of photographs to put the things on, beside the drawn backgrounds
 
     def __post_init__(self):
         if self.clips < 1:
@@ -73,6 +75,13 @@ class Plan:
             )
         if self.sweep not in ("", *ALL_SWEEPS):
             raise ValueError(f"sweep={self.sweep} is unknown; use one of {', '.join(ALL_SWEEPS)}")
+        if self.backgrounds and not self.things:
+            raise ValueError(f"backgrounds={self.backgrounds} are for pictures of things; give things= too")
+
+    @property
+    def world(self) -> World:
+        """The world of the clips; ValueError without usable pictures."""
+        return pictures.open_for_scoring(self.things, self.backgrounds) if self.things else drawing
 
 
 @dataclass(frozen=True)
@@ -111,12 +120,12 @@ class Variant(NamedTuple):
 
 def items(plan: Plan) -> list[Item]:
     """The clips to generate, three per seed: one of each set."""
-    found = []
+    found, world = [], plan.world
     for seed in range(plan.first_seed, plan.first_seed + plan.clips):
-        basic, whole = drawing.sample_facts(seed, kind="basic"), drawing.sample_facts(seed)
-        other = drawing.another_motion(basic, seed)
+        basic, whole = world.sample_facts(seed, kind="basic"), world.sample_facts(seed)
+        other = world.another_motion(basic, seed)
         found += [
-            Item(name, seed, drawing.caption(facts, seed), facts)
+            Item(name, seed, world.caption(facts, seed), facts)
             for name, facts in (("basic", basic), ("other", other), ("all", whole))
         ]
     return found
@@ -156,7 +165,22 @@ def variants(config: Config, sweep: str) -> list[Variant]:
 def check(config: Config, plan: Plan) -> int:
     """-> number of settings that will be sampled; ValueError if they cannot be scored."""
     speed(config)
+    if plan.things:
+        pictures.refuse_size(config.sample.width, config.sample.height)
+        _ = plan.world  # opened once
     return 1 + sum(not as_set(variant, config) for variant in variants(config, plan.sweep))
+
+
+def seen_in_training(plan: Plan) -> str:
+    """A note on things whose names training takes, too; "" without any."""
+    names = plan.world.names if plan.things else ()
+    seen = [name for name in names if things.part_of(name) == "training"]
+    if not seen:
+        return ""
+    return (
+        f"{len(seen)} of {len(names)} things have names that training shows where it has them, such as "
+        f"{seen[0]!r}; a model may know these pictures"
+    )
 
 
 def as_set(variant: Variant, config: Config) -> bool:
@@ -237,10 +261,16 @@ def evaluate(
     tick = on_clips or (lambda row, count: None)
     start = time.perf_counter()
     settings = record(model, plan, rate)  # hashes the weights first, in case the files change meanwhile
-    known = references(model, todo, rate)
+    known = references(model, todo, rate, plan.world)
     compared = plan.sweep in COMPARED
     made, sampled = make(
-        model, todo, rate, keep=True, keep_all=compared, on_clips=lambda count: tick("as set", count)
+        model,
+        todo,
+        rate,
+        plan.world,
+        keep=True,
+        keep_all=compared,
+        on_clips=lambda count: tick("as set", count),
     )
     scores = summarise(made, known, time.perf_counter() - start)
     rows, of_rows = [], {"as set": sampled}
@@ -254,6 +284,7 @@ def evaluate(
             model_for(model, variant),
             todo,
             rate,
+            plan.world,
             keep_all=compared,
             on_clips=lambda count, name=name: tick(name, count),
         )
@@ -270,6 +301,7 @@ def make(
     model: I2VGenXL,
     todo: Sequence[Item],
     rate: float,
+    world: World = drawing,
     *,
     keep: bool = False,
     keep_all: bool = False,
@@ -283,7 +315,7 @@ def make(
     made, size, left, sampled = [], model.config.runtime.batch, dict(SHOWN), Sampled()
     for start in range(0, len(todo), size):
         batch = todo[start : start + size]
-        truths = [render(item.facts, model.config, rate) for item in batch]
+        truths = [render(item.facts, model.config, rate, world) for item in batch]
         pictures = [Image.fromarray(truth[0]) for truth in truths]
         with counting(model.unet, sampled):
             clips = pipeline.generate(model, pictures, [i.caption for i in batch], [i.seed for i in batch])
@@ -291,29 +323,40 @@ def make(
             if keep_all:
                 sampled.clips.append(frames)
             left[item.set] -= 1
-            made.append(compare(item, truth, frames, rate, keep=keep and left[item.set] >= 0))
+            keeps = keep and left[item.set] >= 0
+            made.append(compare(item, truth, frames, rate, keep=keeps, world=world))
         if on_clips is not None:
             on_clips(len(batch))
     return made, sampled
 
 
-def render(facts: Facts, config: Config, rate: float) -> np.ndarray:
+def render(facts: Facts, config: Config, rate: float, world: World = drawing) -> np.ndarray:
     """The true clip at the size of the settings -> uint8 [f H W 3]."""
     sample = config.sample
-    return drawing.render(facts, width=sample.width, height=sample.height, frames=sample.frames, speed=rate)
+    return world.render(facts, width=sample.width, height=sample.height, frames=sample.frames, speed=rate)
 
 
 @torch.no_grad()
-def references(model: I2VGenXL, todo: Sequence[Item], rate: float) -> dict[str, list[float]]:
-    """PSNR of two baselines on the clips of `clip_psnr`: repeated first frame, and autoencoder alone."""
+def references(
+    model: I2VGenXL, todo: Sequence[Item], rate: float, world: World = drawing
+) -> dict[str, list[float]]:
+    """PSNR of two baselines on the clips of `clip_psnr`: repeated first frame, and autoencoder alone.
+
+    In a world of pictures also how well the autoencoder alone keeps the things' shapes.
+    """
     found: dict[str, list[float]] = {"still_psnr": [], "vae_psnr": []}
+    if world is not drawing:
+        found["vae_shape_kept"] = []
     for item in todo:
         if item.set != "other" and comparable(item.facts):
-            truth = render(item.facts, model.config, rate)
+            truth = render(item.facts, model.config, rate, world)
             pixels = rearrange(torch.from_numpy(truth).to(model.device), "f h w c -> f c h w") / 127.5 - 1
             latents = model.vae.encode(pixels, None, chunk=model.config.runtime.vae_chunk)
             again = pipeline.decode(model, rearrange(latents, "f c h w -> 1 c f h w"))[0].cpu().numpy()
             found["vae_psnr"].append(psnr(again, truth))
+            if world is not drawing and item.facts.things:
+                kept = matching.kept(matching.shapes(again, truth[0], item.facts, world, speed=rate))
+                found["vae_shape_kept"].append(kept.mean)
             found["still_psnr"].append(psnr(np.broadcast_to(truth[:1], truth.shape), truth))
     return found
 

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from i2vgen.evaluation.evaluate import Evaluation
-from i2vgen.evaluation.scores import ACCURACIES, SCORES, Made, Scores, asked
+from i2vgen.evaluation.scores import ACCURACIES, MEANS, SCORES, SHAPES, Made, Scores, asked
 from i2vgen.files import pages, whole
 from i2vgen.files.tables import NONE, Table
 
@@ -24,8 +24,27 @@ LABELS = {
     "clip_psnr": "clip, PSNR",
     "still_psnr": "picture repeated, PSNR",
     "vae_psnr": "autoencoder alone, PSNR",
+    "shape_kept": "shape kept, frames and objects",
+    "shape_kept_last": "shape kept in the last frame",
+    "motion_and_shape": "motion right and shape kept",
+    "vae_shape_kept": "autoencoder alone, shape kept",
 }
-SHORT = ("basic", "all", "other", "objects", "camera", "identity", "first", "clip", "still", "vae")
+SHORT = {
+    "motion_accuracy_basic": "basic",
+    "motion_accuracy_all": "all",
+    "other_motion_accuracy": "other",
+    "object_accuracy": "objects",
+    "camera_accuracy": "camera",
+    "identity": "identity",
+    "first_frame_psnr": "first",
+    "clip_psnr": "clip",
+    "still_psnr": "still",
+    "vae_psnr": "vae",
+    "shape_kept": "shape",
+    "shape_kept_last": "last",
+    "motion_and_shape": "both",
+    "vae_shape_kept": "vae shape",
+}
 BRIEF = {  # of a sweep over ways of sampling
     "motion_accuracy_basic": "basic",
     "other_motion_accuracy": "other",
@@ -45,9 +64,16 @@ def tables(evaluation: Evaluation) -> list[Table]:
     return [*found, motion_table(evaluation.scores)]
 
 
+def names(scores: Scores) -> list[str]:
+    """The scores to show: those of pictures where things are pictures, in place of `identity`."""
+    if "shape_kept" not in scores.values:
+        return [*SCORES]
+    return [name for name in (*ACCURACIES, *SHAPES, *MEANS) if name != "identity" and name in scores.values]
+
+
 def score_table(scores: Scores) -> Table:
     rows = []
-    for name in SCORES:
+    for name in names(scores):
         low_high = scores.intervals[name]
         interval = NONE if low_high is None else " to ".join(figure(name, end) for end in low_high)
         rows.append((LABELS[name], figure(name, scores.values[name]), interval, str(scores.counts[name])))
@@ -58,12 +84,15 @@ def sweep_table(evaluation: Evaluation) -> Table:
     rows = [("as set", evaluation.scores), *evaluation.sweep]
     if evaluation.drifts:
         return drift_table(evaluation, rows)
+    shown = names(evaluation.scores)
     cells = [
-        (name, *(figure(score, scores.values[score]) for score in SCORES), f"{scores.seconds:.0f} s")
+        (name, *(figure(score, scores.values[score]) for score in shown), f"{scores.seconds:.0f} s")
         for name, scores in rows
     ]
     title = f"Sweep over {evaluation.settings['sweep']}"
-    return Table(title, (evaluation.settings["sweep"], *SHORT, "time"), tuple(cells))
+    return Table(
+        title, (evaluation.settings["sweep"], *(SHORT[name] for name in shown), "time"), tuple(cells)
+    )
 
 
 def drift_table(evaluation: Evaluation, rows: list[tuple[str, Scores]]) -> Table:

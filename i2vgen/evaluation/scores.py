@@ -9,14 +9,19 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from i2vgen.scoring import stats
 from i2vgen.scoring.metrics import psnr
-from i2vgen.world import drawing, reading
+from i2vgen.world import drawing, matching, reading
 from i2vgen.world.drawing import Facts
+from i2vgen.world.matching import Kept
+from i2vgen.world.pictures import PictureWorld
+
+World = ModuleType | PictureWorld  # `drawing` or a world of pictures; both have the same functions
 
 ACCURACIES = (
     "motion_accuracy_basic",
@@ -27,6 +32,8 @@ ACCURACIES = (
 )
 MEANS = ("identity", "first_frame_psnr", "clip_psnr", "still_psnr", "vae_psnr")
 SCORES = (*ACCURACIES, *MEANS)
+# Of the world of pictures, in place of `identity`: docs/evaluation.md
+SHAPES = ("shape_kept", "shape_kept_last", "motion_and_shape", "vae_shape_kept")
 TWO_OBJECTS = "two objects"  # the row of `per_motion` for clips of two objects
 GROUPS = (*drawing.MOTIONS, TWO_OBJECTS, *drawing.CAMERA_MOVES)
 
@@ -55,6 +62,7 @@ class Made(NamedTuple):
     clip_psnr: float | None
     truth: np.ndarray | None  # uint8 [f H W 3]; kept for the page only
     frames: np.ndarray | None
+    shape: Kept | None = None  # of a world of pictures, with things
 
     @property
     def motion_right(self) -> bool:
@@ -65,7 +73,7 @@ class Made(NamedTuple):
 
 @dataclass(frozen=True)
 class Scores:
-    """All scores under one setting, named as in SCORES; None where no clip has the score."""
+    """All scores under one setting, named as in SCORES, and SHAPES; None where no clip has the score."""
 
     values: dict[str, float | None]
     intervals: dict[str, tuple[float, float] | None]  # 95 %
@@ -82,19 +90,28 @@ class Scores:
 # One clip
 
 
-def compare(item: Item, truth: np.ndarray, frames: np.ndarray, rate: float, *, keep: bool) -> Made:
+def compare(
+    item: Item, truth: np.ndarray, frames: np.ndarray, rate: float, *, keep: bool, world: World = drawing
+) -> Made:
     """True clip and generated frames, both uint8 [f H W 3] -> scores; `keep` keeps the frames with them."""
-    facts = item.facts
-    found = reading.read(frames, facts_objects=facts.things, speed=rate)
+    facts, kept, whole = item.facts, None, None
+    if isinstance(world, PictureWorld):
+        found = matching.read(frames, facts, world, speed=rate)
+        shapes = matching.shapes(frames, truth[0], facts, world, speed=rate)
+        right, kept = matching.score(facts, found, shapes), matching.kept(shapes)
+    else:
+        found = reading.read(frames, facts_objects=facts.things, speed=rate)
+        right, whole = reading.score(frames, facts, speed=rate), identity(found, facts, truth, rate)
     return Made(
         item,
-        right=reading.score(frames, facts, speed=rate),
+        right=right,
         read=in_words([thing.motion for thing in found.things], found.camera),
-        identity=identity(found, facts, truth, rate),
+        identity=whole,
         first_frame_psnr=psnr(frames[0], truth[0]),
         clip_psnr=psnr(frames, truth) if comparable(facts) else None,
         truth=truth if keep else None,
         frames=frames if keep else None,
+        shape=kept,
     )
 
 
@@ -175,12 +192,20 @@ def summarise(made: Sequence[Made], known: dict[str, list[float]], seconds: floa
         "clip_psnr": [one.clip_psnr for one in both if one.clip_psnr is not None],
         **known,
     }
+    if shaped := [one for one in both if one.shape is not None]:
+        verdicts["shape_kept_last"] = [last for one in shaped for last in one.shape.last]
+        verdicts["motion_and_shape"] = [one.motion_right and one.shape.whole for one in shaped]
+        figures["shape_kept"] = [one.shape.mean for one in shaped]
     return Scores(
         values={name: _rounded(_mean(v)) for name, v in (verdicts | figures).items()},
         intervals={
             **{name: _rounded(wilson(sum(v), len(v))) for name, v in verdicts.items()},
             **{name: _rounded(mean_interval(v)) for name, v in figures.items()},
-            "identity": _rounded(share_interval(figures["identity"])),
+            **{
+                name: _rounded(share_interval(figures[name]))
+                for name in ("identity", "shape_kept", "vae_shape_kept")
+                if name in figures
+            },
         },
         counts={name: len(v) for name, v in (verdicts | figures).items()},
         per_motion=per_motion(both),

@@ -27,7 +27,7 @@ from torch import Tensor
 from i2vgen.files import fingerprint, images, lists, reading
 from i2vgen.settings.config import Config
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, world_speed
-from i2vgen.world import drawing
+from i2vgen.world import drawing, pictures
 
 LOGGER = logging.getLogger(__name__)
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
@@ -70,14 +70,18 @@ class World:
     """Clips of the procedural world; a bucket's length and rate decide how much motion it shows."""
 
     def __init__(self, config: Config, train: Train):
-        self.config, self.train = config, train
+        self.config, self.train, self.world = config, train, None
+        if train.things:
+            pictures.refuse_size(config.sample.width, config.sample.height)
+            self.world = pictures.open_world(train.things, train.backgrounds, "training", section="train.")
+            tell_unknown_names(self.world, config)
 
     def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
         sample, train = self.config.sample, self.train
         first = FIRST_TRAINING_SEED + (train.seed << 48)
         numbers = [p % train.num_clips if train.num_clips else p for p in positions]
         kinds = train.kinds
-        batch = drawing.batch(
+        batch = (self.world or drawing).batch(
             [first + n for n in numbers],
             kind=[kinds[n % len(kinds)] for n in numbers] if kinds else None,
             width=sample.width,
@@ -86,6 +90,20 @@ class World:
             speed=world_speed(self.config, bucket),
         )
         return Clips(batch.clips, batch.captions, bucket.fps)
+
+
+def tell_unknown_names(world: pictures.PictureWorld, config: Config) -> None:
+    """A note on things whose names a vocabulary of one's own (`clip.words`) lacks: they are spelt."""
+    words = set(config.clip.words)
+    unknown = [name for name in world.names if words and not words.issuperset(name.split())]
+    if unknown:
+        LOGGER.warning(
+            "clip.words lacks words of the names of %d of %d things, such as %r; they are spelt, which takes "
+            "more tokens",
+            len(unknown),
+            len(world.names),
+            unknown[0],
+        )
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -271,7 +289,9 @@ def read_captions(folder: Path) -> dict[str, str]:
 
 
 def contents(source: Source) -> dict[str, str]:
-    """Fingerprints of a folder's clips and captions, by which a resumed run knows whether they changed."""
+    """Fingerprints of what is not in the settings: clips, captions, pictures. A resumed run compares them."""
+    if isinstance(source, World) and source.world is not None:
+        return source.world.contents()
     if not isinstance(source, Folder):
         return {}
     captions = json.dumps([(name, source.captions[name]) for name in source.files])

@@ -369,7 +369,8 @@ def open_folder(
             raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
-    for name, here, there in _differences(settings_record(config, train), facts["settings"]):
+    before = {"train.things": "", "train.backgrounds": "", **facts["settings"]}  # older runs lack these
+    for name, here, there in _differences(settings_record(config, train), before):
         if resume and not _architectural(name):
             continue
         advice = "" if _architectural(name) else ", or resume anyway with --resume"
@@ -377,10 +378,16 @@ def open_folder(
     for what, there in facts.get("contents", {}).items():
         if not resume and contents and contents.get(what) != there:
             raise ValueError(
-                f"train.data={train.data} holds other {what} than when {found[-1]} was saved; choose another "
+                f"{_home(train, what)} holds other {what} than when {found[-1]} was saved; choose another "
                 "output, or resume anyway with --resume"
             )
     return found[-1]
+
+
+def _home(train: Train, what: str) -> str:
+    """The setting that names the place of some contents."""
+    name = what if what in ("things", "backgrounds") else "data"
+    return f"train.{name}={getattr(train, name)}"
 
 
 def settings_record(config: Config, train: Train) -> dict[str, object]:

@@ -101,6 +101,10 @@ class Train:
     # Kinds of the world's clips (basic, single, pair, camera), used in rotation; empty: the world's default
     # mixture, which `i2vgen evaluate` uses too.
     kinds: tuple[str, ...] = ()
+    # data=world: pictures of things in place of its flat shapes, from a folder of PNG cut-outs with alpha or
+    # a colour-emoji font; those kept for evaluation are left out, by name.
+    things: str = ""
+    backgrounds: str = ""  # with `things`: a folder of photographs, used beside the drawn backgrounds
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
     workers: int = 0  # processes that prefetch the world's clips; 0: draw them in the main process
@@ -139,6 +143,15 @@ class Train:
         if self.data != WORLD and self.kinds:
             raise ValueError(
                 f"train.kinds needs train.data={WORLD}, but train.data is {self.data}; leave it out"
+            )
+        for name in ("things", "backgrounds"):
+            if self.data != WORLD and getattr(self, name):
+                raise ValueError(
+                    f"train.{name} needs train.data={WORLD}, but train.data is {self.data}; leave it out"
+                )
+        if self.backgrounds and not self.things:
+            raise ValueError(
+                f"train.backgrounds = {self.backgrounds} are for pictures of things; give train.things too"
             )
         if self.data != WORLD and (self.num_clips or self.workers):
             raise ValueError(

@@ -18,7 +18,7 @@ CPU core at 64 x 64 and 16 frames: 450 clips/s (camera moves alone 280).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -189,10 +189,11 @@ def batch(
     frames: int = 16,
     kind: Kind | Sequence[Kind] | None = None,
     speed: float = 1.0,
+    clip: Callable[..., Clip] = clip,
 ) -> Batch:
     """The clips of several seeds, stacked: float32 [b c f h w] in [-1, 1], captions, facts.
 
-    `kind` is one kind for all clips, or a list with one for each.
+    `kind` is one kind for all clips, or a list with one for each; `clip` may be another world's.
     """
     seeds = list(seeds)
     kinds = [kind] * len(seeds) if kind is None or isinstance(kind, str) else list(kind)
@@ -214,9 +215,9 @@ def another_motion(facts: Facts, seed: int) -> Facts:
             f"another motion needs one object under a still camera, not {len(facts.things)} object(s) and "
             f"the camera move {facts.camera.kind!r}"
         )
-    rng = _stream(seed, 2)
+    rng = stream(seed, 2)
     move, thing = facts.moves[0], facts.things[0]
-    kind = _pick(rng, [m for m in _motions_of(thing.shape, BASIC_MOTIONS) if m != move.kind])
+    kind = pick(rng, [m for m in _motions_of(thing.shape, BASIC_MOTIONS) if m != move.kind])
     # A still object has no speed word, and its place may only leave room for slow motions.
     speed = "" if kind == "still" else ("slowly" if move.kind == "still" else move.speed)
     return replace(facts, moves=(Move(kind, speed),))
@@ -234,28 +235,28 @@ def sample_facts(seed: int, *, kind: Kind | None = None) -> Facts:
     """
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind {kind!r} of a clip is unknown; use None or one of {', '.join(KINDS)}")
-    rng = _stream(seed, 0)
+    rng = stream(seed, 0)
     if kind is None:
-        kind = _weighted_pick(rng, SHARES)
+        kind = weighted_pick(rng, SHARES)
     if kind == "camera":
         return _sample_camera(rng)
     if kind == "pair":
         things, moves = _sample_pair(rng, STILL)
     else:
         move, shape = _sample_move(rng, BASIC_MOTIONS if kind == "basic" else MOTIONS)
-        size = _pick(rng, tuple(SIZES))
-        pace = move.speed if move.kind != "still" else _pick(rng, SPEEDS)
-        things, moves = (_place(rng, shape, size, _pick(rng, tuple(COLOURS)), pace),), (move,)
+        size = pick(rng, tuple(SIZES))
+        pace = move.speed if move.kind != "still" else pick(rng, SPEEDS)
+        things, moves = (_place(rng, shape, size, pick(rng, tuple(COLOURS)), pace),), (move,)
     return Facts(_sample_backdrop(rng, tuple(BACKDROPS), things), things, moves, STILL)
 
 
 def _sample_camera(rng: np.random.Generator) -> Facts:
-    camera = Move(_pick(rng, CAMERA_MOVES), _pick(rng, SPEEDS))
-    count = _weighted_pick(rng, {0: 0.2, 1: 0.6, 2: 0.2})
+    camera = Move(pick(rng, CAMERA_MOVES), pick(rng, SPEEDS))
+    count = weighted_pick(rng, {0: 0.2, 1: 0.6, 2: 0.2})
     things, moves = (), ()
     if count == 1:
-        size, shape = _pick(rng, tuple(SIZES)), _pick(rng, SHAPES)
-        things, moves = (_place(rng, shape, size, _pick(rng, tuple(COLOURS)), camera.speed),), (STILL,)
+        size, shape = pick(rng, tuple(SIZES)), pick(rng, SHAPES)
+        things, moves = (_place(rng, shape, size, pick(rng, tuple(COLOURS)), camera.speed),), (STILL,)
     elif count == 2:
         things, moves = _sample_pair(rng, camera)
     # Camera moves over a plain backdrop would be invisible.
@@ -266,9 +267,9 @@ def _sample_camera(rng: np.random.Generator) -> Facts:
 
 def _sample_move(rng: np.random.Generator, motions: Sequence[str]) -> tuple[Move, str]:
     """A motion and a shape that can show it."""
-    kind = _pick(rng, motions)
-    speed = "" if kind == "still" else _pick(rng, SPEEDS)
-    shape = _pick(rng, [s for s in SHAPES if kind in _motions_of(s, motions)])
+    kind = pick(rng, motions)
+    speed = "" if kind == "still" else pick(rng, SPEEDS)
+    shape = pick(rng, [s for s in SHAPES if kind in _motions_of(s, motions)])
     return Move(kind, speed), shape
 
 
@@ -278,26 +279,26 @@ def _motions_of(shape: str, motions: Sequence[str]) -> tuple[str, ...]:
 
 def _place(rng: np.random.Generator, shape: str, size: str, colour: str, pace: str) -> Thing:
     """An object near the centre, so that any motion or camera move at this pace keeps most of it visible."""
-    radius = SIZES[size] * _uniform(rng, 0.94, 1.06)
+    radius = SIZES[size] * uniform(rng, 0.94, 1.06)
     room = max(0.04, min(1.0 - TRAVEL[pace], 1.0 / ZOOM[pace]) - 0.6 * radius)
-    x, y = _uniform(rng, -room, room), _uniform(rng, -room, room)
-    return Thing(shape, colour, size, x, y, radius, _uniform(rng, -12.0, 12.0))
+    x, y = uniform(rng, -room, room), uniform(rng, -room, room)
+    return Thing(shape, colour, size, x, y, radius, uniform(rng, -12.0, 12.0))
 
 
 def _sample_pair(rng: np.random.Generator, camera: Move) -> tuple[tuple[Thing, ...], tuple[Move, ...]]:
     """Two objects of different colours that stay inside the picture and never touch."""
-    first = _pick(rng, tuple(COLOURS))
-    second = _pick(rng, [name for name in COLOURS if _gap(_rgb(name), _rgb(first)) >= MIN_COLOUR_GAP])
+    first = pick(rng, tuple(COLOURS))
+    second = pick(rng, [name for name in COLOURS if _gap(_rgb(name), _rgb(first)) >= MIN_COLOUR_GAP])
     both_move = rng.random() < 0.5
     while True:  # rejection sampling: accepts one in five, or one in twenty under a camera move
         moves, things = [], []
         for colour, moving in ((first, True), (second, both_move)):
             motions = ("still",) if camera != STILL or not moving else [m for m in MOTIONS if m != "still"]
             move, shape = _sample_move(rng, motions)
-            size = _pick(rng, ("small", "medium"))
-            x, y = _uniform(rng, -0.8, 0.8), _uniform(rng, -0.8, 0.8)
-            radius = SIZES[size] * _uniform(rng, 0.94, 1.06)
-            things.append(Thing(shape, colour, size, x, y, radius, _uniform(rng, -12.0, 12.0)))
+            size = pick(rng, ("small", "medium"))
+            x, y = uniform(rng, -0.8, 0.8), uniform(rng, -0.8, 0.8)
+            radius = SIZES[size] * uniform(rng, 0.94, 1.06)
+            things.append(Thing(shape, colour, size, x, y, radius, uniform(rng, -12.0, 12.0)))
             moves.append(move)
         if _fits(things, moves, camera):
             return tuple(things), tuple(moves)
@@ -316,7 +317,7 @@ def _fits(things: Sequence[Thing], moves: Sequence[Move], camera: Move) -> bool:
 
 def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Sequence[Thing]) -> Backdrop:
     """A backdrop in muted colours of moderate contrast that differ from the colours of all objects."""
-    kind = _pick(rng, kinds)
+    kind = pick(rng, kinds)
     best, pair = -1.0, None
     for _ in range(40):
         drawn = _muted_pair(rng)
@@ -329,38 +330,38 @@ def _sample_backdrop(rng: np.random.Generator, kinds: Sequence[str], things: Seq
         kind=kind,
         first=pair[0],
         second=pair[1],
-        angle=_uniform(rng, 0.0, 2.0 * math.pi),
-        period=_uniform(rng, 0.5, 0.9),
-        x=_uniform(rng, 0.0, 100.0),
-        y=_uniform(rng, 0.0, 100.0),
+        angle=uniform(rng, 0.0, 2.0 * math.pi),
+        period=uniform(rng, 0.5, 0.9),
+        x=uniform(rng, 0.0, 100.0),
+        y=uniform(rng, 0.0, 100.0),
         seed=int(rng.random() * 2**31),
     )
 
 
 def _muted_pair(rng: np.random.Generator) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    grey = np.full(3, _uniform(rng, 0.32, 0.72)) + _tint(rng, 0.13)
-    step = np.full(3, _uniform(rng, 0.11, 0.19) * (1.0 if rng.random() < 0.5 else -1.0)) + _tint(rng, 0.08)
+    grey = np.full(3, uniform(rng, 0.32, 0.72)) + tint(rng, 0.13)
+    step = np.full(3, uniform(rng, 0.11, 0.19) * (1.0 if rng.random() < 0.5 else -1.0)) + tint(rng, 0.08)
     first, second = np.clip(grey - step / 2, 0.08, 0.92), np.clip(grey + step / 2, 0.08, 0.92)
     return tuple(first.tolist()), tuple(second.tolist())
 
 
-def _tint(rng: np.random.Generator, most: float) -> np.ndarray:
+def tint(rng: np.random.Generator, most: float) -> np.ndarray:
     """A random RGB offset of any hue that does not change the brightness."""
     hue = 2.0 * math.pi * rng.random() + np.array([0.0, 2.0, 4.0]) * math.pi / 3.0
     return most * rng.random() * np.cos(hue)
 
 
-def _stream(seed: int, branch: int) -> np.random.Generator:
+def stream(seed: int, branch: int) -> np.random.Generator:
     if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)) or seed < 0:
         raise ValueError(f"seed {seed!r} of a clip must be an integer, zero or above")
     return np.random.Generator(np.random.PCG64([int(seed), branch]))
 
 
-def _pick(rng: np.random.Generator, options: Sequence):
+def pick(rng: np.random.Generator, options: Sequence):
     return options[int(rng.random() * len(options))]
 
 
-def _weighted_pick(rng: np.random.Generator, shares: dict):
+def weighted_pick(rng: np.random.Generator, shares: dict):
     drawn = rng.random() * sum(shares.values())
     for name, share in shares.items():
         drawn -= share
@@ -369,7 +370,7 @@ def _weighted_pick(rng: np.random.Generator, shares: dict):
     return next(reversed(shares))
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float) -> float:
+def uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return low + (high - low) * rng.random()
 
 
@@ -398,7 +399,7 @@ def render(facts: Facts, *, width: int, height: int, frames: int, speed: float =
     Above 1, objects may leave the picture; 0 freezes it. Growth and zoom are powers (factor ** speed). If the
     picture is not square, its longer side shows more backdrop.
     """
-    _check_size(width, height, frames, speed)
+    check_size(width, height, frames, speed)
     time = speed * np.linspace(0.0, 1.0, frames)
     half = min(width, height) / 2.0
     x = (np.arange(width) + 0.5 - width / 2.0) / half
@@ -410,7 +411,7 @@ def render(facts: Facts, *, width: int, height: int, frames: int, speed: float =
     return np.rint(canvas * 255.0).astype(np.uint8)
 
 
-def _check_size(width: int, height: int, frames: int, speed: float) -> None:
+def check_size(width: int, height: int, frames: int, speed: float) -> None:
     for name, value, least in (("width", width, SHORTEST_SIDE), ("height", height, SHORTEST_SIDE)):
         if value < least or value != int(value):
             raise ValueError(f"{name} {value} of a clip is too small; use a whole number of {least} or more")
@@ -539,21 +540,21 @@ def _paint_backdrop(facts: Facts, x: np.ndarray, y: np.ndarray, time: np.ndarray
     look_x, look_y, zoom = camera_path(facts.camera, time[:1] if facts.camera.kind == "still" else time)
     u = (x / zoom[:, None] + look_x[:, None])[:, None, :]  # f 1 w
     v = (y / zoom[:, None] + look_y[:, None])[:, :, None]  # f h 1
-    level = _texture(backdrop, u.astype(np.float32), v.astype(np.float32))
+    level = texture(backdrop, u.astype(np.float32), v.astype(np.float32))
     first, second = (np.array(c, np.float32) for c in (backdrop.first, backdrop.second))
     return first + level[..., None] * (second - first)
 
 
-def _texture(backdrop: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def texture(backdrop: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Texture level at the world coordinates u [f 1 w], v [f h 1] -> float32 [f h w] in 0..1."""
     cos, sin = np.float32(math.cos(backdrop.angle)), np.float32(math.sin(backdrop.angle))
     if backdrop.kind == "plain":
         return np.clip(0.5 + 0.38 * (cos * u + sin * v), 0.0, 1.0)
     u, v = u + np.float32(backdrop.x), v + np.float32(backdrop.y)
     noise = np.random.Generator(np.random.PCG64(backdrop.seed)).random((LATTICE, LATTICE)).astype(np.float32)
-    coarse = _value_noise(noise, u / np.float32(0.6), v / np.float32(0.6))
+    coarse = value_noise(noise, u / np.float32(0.6), v / np.float32(0.6))
     if backdrop.kind == "clouds":
-        fine = _value_noise(noise.T, u / np.float32(0.27), v / np.float32(0.27))
+        fine = value_noise(noise.T, u / np.float32(0.27), v / np.float32(0.27))
         return np.clip(1.5 * (0.68 * coarse + 0.32 * fine) - 0.25, 0.0, 1.0)
     wave = np.float32(2.0 * math.pi / backdrop.period)
     along, across = wave * (cos * u + sin * v), wave * (cos * v - sin * u)
@@ -567,7 +568,7 @@ def _texture(backdrop: Backdrop, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     return 0.62 * pattern + 0.38 * coarse
 
 
-def _value_noise(noise: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+def value_noise(noise: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Periodic value noise with one lattice value per unit: u [f 1 w], v [f h 1] -> [f h w]."""
     column, row = np.floor(u), np.floor(v)
     p, q = u - column, v - row
@@ -635,7 +636,7 @@ def caption(facts: Facts, seed: int) -> str:
     Every object is named with its colour, shape, size (optional if medium) and motion; no speed word means
     the middle speed. One caption in four names the backdrop.
     """
-    rng = _stream(seed, 1)
+    rng = stream(seed, 1)
     if facts.camera.kind != "still":
         return _say_camera(rng, facts)
     if len(facts.things) == 1:
@@ -651,31 +652,31 @@ def _say_one(rng: np.random.Generator, facts: Facts) -> str:
     noun, move = _noun(rng, facts.things[0]), facts.moves[0]
     drawn = rng.random()
     if drawn < 0.60:
-        return f"{noun} {_verb(rng, move, 0)}"
+        return f"{noun} {say_motion(rng, move, 0)}"
     if drawn < 0.75:
-        return f"{noun} {_verb(rng, move, 1)}"
+        return f"{noun} {say_motion(rng, move, 1)}"
     if drawn < 0.90 or not move.speed:
-        return f"{noun} is {_verb(rng, move, 1)}"
-    return f"{_pick(rng, SPEED_WORDS[move.speed])}, {noun} {_verb(rng, Move(move.kind), 0)}"
+        return f"{noun} is {say_motion(rng, move, 1)}"
+    return f"{pick(rng, SPEED_WORDS[move.speed])}, {noun} {say_motion(rng, Move(move.kind), 0)}"
 
 
 def _say_two(rng: np.random.Generator, facts: Facts) -> str:
     order = (0, 1) if rng.random() < 0.5 else (1, 0)
     form = 0 if rng.random() < 0.75 else 1
-    first, second = (f"{_noun(rng, facts.things[i])} {_verb(rng, facts.moves[i], form)}" for i in order)
-    return f"{first} {_pick(rng, ('while', 'and'))} {second}"
+    first, second = (f"{_noun(rng, facts.things[i])} {say_motion(rng, facts.moves[i], form)}" for i in order)
+    return f"{first} {pick(rng, ('while', 'and'))} {second}"
 
 
 def _say_camera(rng: np.random.Generator, facts: Facts) -> str:
     camera = facts.camera
     ground = f"a {BACKDROPS[facts.backdrop.kind]} background"
     what = " and ".join(_noun(rng, thing) for thing in facts.things) or ground
-    speed = _pick(rng, SPEED_WORDS[camera.speed])
+    speed = pick(rng, SPEED_WORDS[camera.speed])
     if camera.kind in ZOOM_PHRASES:
-        move = f"{_pick(rng, ZOOM_PHRASES[camera.kind])} {what}"
+        move = f"{pick(rng, ZOOM_PHRASES[camera.kind])} {what}"
     else:
-        direction = _pick(rng, DIRECTION_PHRASES[camera.kind.removeprefix("pan ")])
-        move = f"{_pick(rng, PAN_VERBS)} {direction} {_pick(rng, PAN_LINKS)} {what}"
+        direction = pick(rng, DIRECTION_PHRASES[camera.kind.removeprefix("pan ")])
+        move = f"{pick(rng, PAN_VERBS)} {direction} {pick(rng, PAN_LINKS)} {what}"
     if facts.things and rng.random() < 0.25:
         move = f"{move} on {ground}"
     if speed and rng.random() < 0.3:
@@ -684,14 +685,14 @@ def _say_camera(rng: np.random.Generator, facts: Facts) -> str:
 
 
 def _noun(rng: np.random.Generator, thing: Thing) -> str:
-    words = [w for w in (_pick(rng, SIZE_WORDS[thing.size]), thing.colour, thing.shape) if w]
+    words = [w for w in (pick(rng, SIZE_WORDS[thing.size]), thing.colour, thing.shape) if w]
     return " ".join(["an" if words[0][0] in "aeiou" else "a", *words])
 
 
-def _verb(rng: np.random.Generator, move: Move, form: int) -> str:
+def say_motion(rng: np.random.Generator, move: Move, form: int) -> str:
     """The motion in words, with its speed word before or after it; form 0 third person, 1 -ing."""
-    phrase = _pick(rng, MOTION_PHRASES[move.kind])[form]
-    speed = _pick(rng, SPEED_WORDS[move.speed])
+    phrase = pick(rng, MOTION_PHRASES[move.kind])[form]
+    speed = pick(rng, SPEED_WORDS[move.speed])
     if not speed:
         return phrase
     return f"{speed} {phrase}" if rng.random() < 0.5 else f"{phrase} {speed}"

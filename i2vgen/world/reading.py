@@ -78,10 +78,10 @@ def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, sp
     of the backdrop by half its period is ambiguous, so clips of fewer than about six frames need slow motion.
     ValueError for invalid frames, or if an object covers less than a pixel of the first frame.
     """
-    _check(frames, speed)
+    check(frames, speed)
     things = tuple(facts_objects or ())
     pictures = frames.astype(np.float32) / 255.0
-    x, y = _axes(frames)
+    x, y = axes(frames)
     pixel = float(x[0, 1] - x[0, 0])
     first_cover = [_first_cover(thing, x, y) for thing in things]
     for thing, cover in zip(things, first_cover, strict=True):
@@ -96,12 +96,12 @@ def read(frames: np.ndarray, *, facts_objects: Sequence[Thing] | None = None, sp
     backdrop = ~sum(
         (_region_around(thing, x, y, 3.0 * pixel) for thing in things), np.zeros(frames.shape[1:3], bool)
     )
-    line = _colour_line(pictures[0], backdrop)
+    line = colour_line(pictures[0], backdrop)
     shares = _shares(pictures, colours, line)
-    camera_track = _camera_track(pictures, shares, line, x, y, speed)
-    travel_x, travel_y, growth = (_slope(values) for values in camera_track)
-    camera = _camera_motion(travel_x, travel_y, growth, speed)
-    camera_track = _keep_only(camera, camera_track)
+    camera_track = track_camera(pictures, shares, line, x, y, speed)
+    travel_x, travel_y, growth = (slope(values) for values in camera_track)
+    camera = camera_motion(travel_x, travel_y, growth, speed)
+    camera_track = keep_only(camera, camera_track)
     readings = []
     for thing, cover, share in zip(things, first_cover, shares, strict=True):
         tracked = _track_thing(thing, share, float(cover.sum()), x, y, speed)
@@ -141,11 +141,11 @@ def _keeps_size_and_shape(reading: ThingReading, expected: np.ndarray) -> bool:
 
 def _area_along(thing: Thing, path: tuple[np.ndarray, ...], frames: np.ndarray) -> np.ndarray:
     """Area inside the picture along this path -> [f], relative to the first frame."""
-    area = _covers(thing, path, *_axes(frames)).sum((1, 2))
+    area = _covers(thing, path, *axes(frames)).sum((1, 2))
     return area / max(float(area[0]), 1.0)
 
 
-def _check(frames: np.ndarray, speed: float) -> None:
+def check(frames: np.ndarray, speed: float) -> None:
     if not isinstance(frames, np.ndarray) or frames.dtype != np.uint8:
         kind = frames.dtype if isinstance(frames, np.ndarray) else type(frames).__name__
         raise ValueError(f"frames are {kind}; give a numpy array of uint8, f h w 3")
@@ -157,7 +157,7 @@ def _check(frames: np.ndarray, speed: float) -> None:
         raise ValueError(f"speed {speed} of a clip to read; use a positive number")
 
 
-def _axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def axes(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """World coordinates of the pixels in the first frame -> x [1 w], y [h 1]."""
     height, width = frames.shape[1:3]
     half = min(height, width) / 2.0
@@ -196,7 +196,7 @@ def _colour_of(thing: Thing, cover: np.ndarray, picture: np.ndarray) -> np.ndarr
     return seen if np.linalg.norm(seen - named) <= COLOUR_SHIFT else named
 
 
-def _colour_line(picture: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def colour_line(picture: np.ndarray, backdrop: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Segment of colours that the backdrop (mask [h w]) spans -> centre, unit direction, half length."""
     colours = picture[backdrop] if backdrop.sum() >= 8 else picture.reshape(-1, 3)
     middle = np.median(colours, axis=0)
@@ -280,16 +280,16 @@ def _thing_reading(
     pan_x, pan_y, log_zoom = camera
     x, y, area, gyration, real, imaginary = tracked.T
     zoom = np.exp(log_zoom)
-    travel_x, travel_y = _slope(x / zoom + pan_x), _slope(y / zoom + pan_y)
+    travel_x, travel_y = slope(x / zoom + pan_x), slope(y / zoom + pan_y)
     # The mean of two measures of size, because blur reduces the area and increases the radius of gyration.
     size = 0.5 * np.log(np.maximum(area, 1e-3)) + np.log(np.maximum(gyration, 1e-2))
-    growth = _slope(0.5 * size - log_zoom)
+    growth = slope(0.5 * size - log_zoom)
     turn = 0.0
     if thing.shape in FOLDS:
-        turn = math.degrees(_slope(np.unwrap(np.arctan2(imaginary, real)))) / FOLDS[thing.shape]
+        turn = math.degrees(slope(np.unwrap(np.arctan2(imaginary, real)))) / FOLDS[thing.shape]
     width = gyration / np.sqrt(np.maximum(area, 1e-3))
     return ThingReading(
-        motion=_thing_motion(travel_x, travel_y, growth, turn, speed),
+        motion=thing_motion(travel_x, travel_y, growth, turn, speed),
         x=travel_x,
         y=travel_y,
         growth=math.exp(growth),
@@ -299,7 +299,7 @@ def _thing_reading(
     )
 
 
-def _thing_motion(x: float, y: float, growth: float, turn: float, speed: float) -> str:
+def thing_motion(x: float, y: float, growth: float, turn: float, speed: float) -> str:
     amounts = {
         "travel": math.hypot(x, y) / (LEAST_TRAVEL * speed),
         "growth": abs(growth) / (LEAST_GROWTH * speed),
@@ -319,7 +319,7 @@ def _nearest_direction(x: float, y: float, names: Sequence[str]) -> str:
     return max(names, key=lambda name: x * drawing.DIRECTIONS[name][0] + y * drawing.DIRECTIONS[name][1])
 
 
-def _slope(values: np.ndarray) -> float:
+def slope(values: np.ndarray) -> float:
     """Change of a track [f] from the first to the last frame, by a least-squares line."""
     time = np.linspace(-0.5, 0.5, len(values))
     return float(time @ (values - values.mean()) / (time @ time))
@@ -329,7 +329,7 @@ def _slope(values: np.ndarray) -> float:
 # Camera
 
 
-def _camera_track(
+def track_camera(
     pictures: np.ndarray,
     shares: list[np.ndarray],
     line: tuple[np.ndarray, np.ndarray, float],
@@ -478,7 +478,7 @@ def _coarse_axis(places: np.ndarray, cell: int) -> np.ndarray:
     return line.reshape((1, -1) if places.shape[0] == 1 else (-1, 1))
 
 
-def _camera_motion(x: float, y: float, growth: float, speed: float) -> str:
+def camera_motion(x: float, y: float, growth: float, speed: float) -> str:
     pan = math.hypot(x, y) / (LEAST_TRAVEL * speed)
     zoom = abs(growth) / (LEAST_ZOOM * speed)
     if max(pan, zoom) < 1.0:
@@ -488,7 +488,7 @@ def _camera_motion(x: float, y: float, growth: float, speed: float) -> str:
     return "pan " + _nearest_direction(x, y, ("left", "right", "up", "down"))
 
 
-def _keep_only(camera: str, track: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
+def keep_only(camera: str, track: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple[np.ndarray, ...]:
     """The components of a measured track that the named camera motion has; the others are noise, set to 0."""
     pan_x, pan_y, log_zoom = track
     zero = np.zeros_like(pan_x)
