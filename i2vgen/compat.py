@@ -119,7 +119,11 @@ class I2VGenXLPipeline:
         overrides = ["device=cpu", f"dtype={NUMBERS[torch_dtype or torch.float32]}"]
         source = str(name)
         if not Path(source).exists():
-            if local_files_only or sources.HUB.fullmatch(f"hf:{source}") is None:
+            if local_files_only:
+                raise ValueError(
+                    f"{source} does not exist here, and local_files_only=True allows no download"
+                )
+            if sources.HUB.fullmatch(f"hf:{source}") is None:
                 raise ValueError(f"{source} does not exist; give a folder, or OWNER/NAME of the hub")
             source = f"hf:{source}" + (f"@{revision}" if revision else "")
         elif (Path(source) / settings.SETTINGS_FILE).is_file():
@@ -268,7 +272,7 @@ class I2VGenXLPipeline:
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         clip_skip: int | None = 1,
     ) -> I2VGenXLPipelineOutput | tuple:
-        """Their call. Sizes default to those of the weights: 704 x 1280 and 16 frames for the released model.
+        """Their call. Sizes default to theirs, 704 x 1280 and 16 frames; for a native folder, to its own.
 
         As there, the first-frame latent is drawn from PyTorch's global generator, and `generator` gives the
         noise. ValueError, before any computation, for what cannot work.
@@ -519,6 +523,10 @@ def normal(shape: Sequence[int], generator: Generators) -> Tensor:
         if len(generator) != shape[0]:
             raise ValueError(f"got {len(generator)} generators for {shape[0]} clips; give as many")
         return torch.cat([normal((1, *shape[1:]), one) for one in generator])
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise ValueError(
+            f"the generator is {given.kind(generator)}; give a torch.Generator, or a list of them"
+        )
     device = "cpu" if generator is None else generator.device
     return torch.randn(tuple(shape), generator=generator, device=device)
 

@@ -651,12 +651,13 @@ def load(
     weights: str | Path = "",
     config: str | Path | None = None,
     overrides: Sequence[str] = (),
+    **settings: object,
 ) -> I2VGenXL:
     """Settings and weights -> a model ready to be called.
 
     `weights` is a native weights folder or "random", by default the shipped small model; `config` a YAML
-    file; `overrides` are what a command line takes, e.g. `["steps=20", "device=cuda"]`. ValueError for
-    settings, weights or memory that cannot work.
+    file; `overrides` are what a command line takes, e.g. `["steps=20", "vae.scale=1"]`, and `settings` the
+    same by keyword, `device="cuda"`. ValueError for settings, weights or memory that cannot work.
     """
     if isinstance(weights, Config) or isinstance(config, Config):
         raise ValueError(
@@ -666,6 +667,8 @@ def load(
         raise ValueError(f"the config is {given.kind(config)}; give the path of a YAML file")
     config = None if config is None else os.path.expanduser(config)
     literal = {"weights": str(weights)} if weights else {}
+    overrides = [overrides] if isinstance(overrides, str) else list(overrides or ())
+    overrides += [f"{name}={given.setting(value)}" for name, value in settings.items()]
     return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
 
 

@@ -424,3 +424,38 @@ def test_the_guide_runs(model, monkeypatch, tmp_path):
     weights, tokens = names["heavy"] / names["first"].cond.text, model.clip.tokenize([PROMPT])[0]
     assert model.clip.tokenizer.decode(tokens[2:3].tolist()).strip() == "yellow"  # the token that it names
     assert torch.allclose(weights[:, 2], torch.tensor(1.3)) and names["both"].shape[1] == 64
+
+
+# --- loading
+
+
+def test_settings_by_keyword():
+    model = i2vgen.load(
+        device="cpu", steps=2, guidance_interval=[0.5, 1], check_memory=False, dtype=torch.float64
+    )
+    assert model.config == i2vgen.load(overrides=[*FEW, "guidance_interval=[0.5,1]", "check_memory=false",
+                                                  "dtype=float64"]).config  # fmt: skip
+    for given, message in (
+        ({"num_inference_steps": 2}, "that is diffusers' name, here it is steps="),
+        ({"seed": "abc"}, r"sample\.seed is \['abc'\], expected int, or a list of them"),
+        ({"sampler": "DDIM"}, "'DDIM', expected ddim or ancestral or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            i2vgen.load(**given)
+
+
+def test_weights_that_must_be_converted_are_told_how(tmp_path):
+    with pytest.raises(ValueError, match="i2vgen convert hf:ali-vilab/i2vgen-xl FOLDER"):
+        i2vgen.load("ali-vilab/i2vgen-xl")
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ValueError, match="a folder of diffusers: i2vgen convert"):
+        i2vgen.load(tmp_path)
+
+
+def test_a_clip_is_one_line_in_a_terminal(model):
+    assert repr(model(STAR, "a star", seed=3)) == "Video(8 frames of 32 x 32, prompt='a star', seed=3)"
+
+
+def test_weighting_syntax_is_told(model):
+    with pytest.warns(UserWarning, match=r"'\(yellow:1\.3\)' is read as plain text"):
+        model(STAR, "a (yellow:1.3) star", seed=3)

@@ -321,7 +321,7 @@ def test_other_files_and_folders(network, tmp_path):
         lora.read(tmp_path / "adapter_model.bin")
     with pytest.raises(ValueError, match=r"lacks adapter_config.json.*its subfolders peft are adapters"):
         lora.read(tmp_path)
-    with pytest.raises(ValueError, match="is no adapter"):
+    with pytest.raises(ValueError, match="does not exist"):
         lora.read(tmp_path / "nothing.safetensors")
 
 

@@ -309,9 +309,9 @@ def test_what_it_was_made_with_stands_beside_the_video(road, with_config, pictur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["quality=best"], r"'best', expected Literal\['exact', 'fast', 'draft'\]"),
+        (["quality=best"], "'best', expected exact or fast or draft"),
         (["quality=[fast]"], "sample.quality"),
-        (["sampler=dpm"], "expected Literal.*dpmpp_2m"),
+        (["sampler=dpm"], "expected ddim or .*dpmpp_2m"),
         (["sampler=unipc", "eta=0.5"], r"sample\.eta is 0\.5, but sample\.sampler=unipc"),
         (["quality=fast", "eps_form=recovered"], r"sample\.eps_form is recovered, but sample\.sampler="),
         (["guidance_interval=[0.5,0.5]"], "two increasing numbers"),

@@ -90,6 +90,8 @@ def read(source: str | Path) -> dict[str, Matrices]:
 def _find(source: Path) -> tuple[Path, dict[str, Any] | None]:
     """-> the file with the matrices, and peft's settings if they stand beside it."""
     file = source
+    if not source.exists():
+        raise ValueError(f"adapter {source} does not exist; give its folder or .safetensors file")
     if source.is_dir():
         file = source / DIFFUSERS_FILE if (source / DIFFUSERS_FILE).is_file() else source / WEIGHTS_FILE
     elif source.is_file() and source.suffix != ".safetensors":

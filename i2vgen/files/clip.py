@@ -34,6 +34,10 @@ class Video:
     fps: float | None = None  # of the file; None: as the settings say
     facts: dict = field(default_factory=dict)  # entries of the record that the settings do not hold
 
+    def __repr__(self) -> str:
+        f, height, width, _ = self.frames.shape
+        return f"Video({f} frames of {width} x {height}, prompt={self.prompt!r}, seed={self.seed})"
+
     @property
     def rate(self) -> float:
         """Frames per second of the file."""

@@ -8,10 +8,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
+import json
 import math
 import operator
 import os
+import re
 import types
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +31,7 @@ from i2vgen.settings.config import Config
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # of `runtime.dtype`
+WEIGHTED = re.compile(r"\([^()]*:\s*\d+(\.\d+)?\)")  # (yellow:1.3), as other programs weight words
 UNNAMED = "<picture>"  # in a record, a picture that came from memory
 
 
@@ -99,6 +103,12 @@ def from_array(given: np.ndarray | Tensor) -> Image.Image:
 def prompt(given: Any) -> str:
     if not isinstance(given, str):
         raise ValueError(f"the prompt is {kind(given)}; give a text ('' for none), or a list of them")
+    if WEIGHTED.search(given):
+        warnings.warn(
+            f"{WEIGHTED.search(given)[0]!r} is read as plain text: prompts know no weighting syntax "
+            "(docs/python.md shows how to weight tokens)",
+            stacklevel=3,
+        )
     try:
         given.encode()
     except UnicodeEncodeError:
@@ -170,6 +180,13 @@ def sampler(given: Any) -> Callable | None:
     except ValueError:  # a function without a signature to look at
         pass
     return given
+
+
+def setting(given: Any) -> str:
+    """A value as a command line would have it"""
+    if given is None or isinstance(given, bool | list | tuple | dict):
+        return json.dumps(given)
+    return dtype(given) if isinstance(given, torch.dtype) else str(given)
 
 
 def dtype(given: Any) -> str:

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import struct
 import warnings
 import zlib
@@ -252,7 +253,8 @@ def disguise(path: Path) -> str:
 def _refuse_what_is_no_file(path: Path) -> None:
     if not os.path.exists(path):  # Path.exists raises for names that are too long
         if str(path).startswith(("http:/", "https:/")):
-            raise ValueError(f"picture {path} is a web address; download the picture and give its path")
+            address = re.sub(r"^(https?:)/+", r"\1//", str(path))  # a Path keeps one slash
+            raise ValueError(f"picture {address} is a web address; download the picture and give its path")
         raise ValueError(f"picture {path} does not exist; give the path of a picture file")
     if path.is_dir():
         raise ValueError(f"picture {path} is a folder, not a file; give the path of one picture")

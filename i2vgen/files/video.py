@@ -91,7 +91,7 @@ def check_output(path: str | Path, *, fps: float | None = None, size: tuple[int,
     """
     path = Path(path)
     ending = path.suffix.lower()
-    if ending not in ENDINGS or path.name.lower() in ENDINGS:
+    if ending not in ENDINGS or {path.name.lower(), f".{path.name.lower()}"} & {*ENDINGS}:
         raise ValueError(
             f"output {str(path)!r}: known endings are .mp4, .gif and .webp, .png for a strip of all "
             "frames, or none for a folder of PNG pictures; give a name with one of these"

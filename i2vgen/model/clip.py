@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from i2vgen.settings import config
 
+LONGEST = 200  # characters of a lost end that a warning shows
+
 
 class ClipEncoders(nn.Module):
     """Both towers of one open_clip model under open_clip's own parameter names."""
@@ -58,6 +60,7 @@ class ClipEncoders(nn.Module):
             room = self.settings.text_length - 2  # start and end of text
             if len(ids) > room:
                 lost = self.tokenizer.decode(ids[room:]).strip()
+                lost = lost if len(lost) <= LONGEST else f"{lost[:LONGEST]}..."
                 warnings.warn(
                     f"the prompt has {len(ids)} tokens and CLIP reads {room}; this is lost: {lost!r}",
                     stacklevel=2,

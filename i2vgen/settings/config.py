@@ -797,7 +797,7 @@ IN_A_CALL = {
     "num_videos_per_prompt": "give a list of seeds, seed=[1, 2, 3]",
     "generator": "a seed names its own: seed=7",
     "decode_chunk_size": 'frames decoded at once are set when loading: overrides=["vae_chunk=1"]',
-    "latents": "the initial noise is noise=, [b c f h w]",
+    "latents": "the initial noise is noise=, [c f h w]",
     "output_type": 'here it is output="video", "frames", "pil", "tensor" or "latents"',
     "prompt_embeds": "embeddings are given as conditions=, see model.encode",
     "negative_prompt_embeds": "embeddings are given as conditions=, see model.encode",

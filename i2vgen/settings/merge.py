@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -159,9 +160,11 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
     folder = Path(weights)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
+        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)) and not folder.is_file()
+        more = f"; if it is on the hub: i2vgen convert hf:{weights} FOLDER" if hub else ""
         raise ValueError(
             f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
-            "weights=random to try the program with seeded random weights"
+            f"weights=random to try the program with seeded random weights{more}"
         )
     path = folder / SETTINGS_FILE
     try:
@@ -173,8 +176,10 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
         return stored
     except FileNotFoundError:
+        theirs = "; it is a folder of diffusers: i2vgen convert makes it one"
+        more = theirs if (folder / "model_index.json").is_file() else ""
         raise ValueError(
-            f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder"
+            f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder{more}"
         ) from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); convert the weights again") from error
@@ -370,8 +375,17 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             try:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
-                return f"{section}.{name} is {shortened(value)}, expected {known[name]}"
+                return f"{section}.{name} is {shortened(value)}, expected {_kind(known[name])}"
     return first_line(error)
+
+
+def _kind(annotation: str) -> str:
+    """A field's type in words: Literal['a', 'b'] -> a or b, tuple[int, ...] -> int, or a list of them"""
+    if annotation.startswith("Literal["):
+        return " or ".join(re.findall(r"'([^']*)'", annotation))
+    if found := re.fullmatch(r"tuple\[(\w+), \.\.\.\]", annotation):
+        return f"{found[1]}, or a list of them"
+    return annotation
 
 
 def _replaced(name: str) -> str:

@@ -347,6 +347,7 @@ def test_the_nine_numbers():
         ((PROMPT, picture()), {"output_type": "gif"}, "there is no output_type='gif'; choose pil, np"),
         ((PROMPT, picture()), {"width": 61}, "sample.width is 61"),
         ((PROMPT, [picture()] * 3), {}, "got 3 pictures for 1 prompts"),
+        ((PROMPT, picture()), {"generator": 7}, "the generator is an int; give a torch.Generator"),
         (([PROMPT, PROMPT], picture()), {"generator": [torch.Generator()]}, "got 1 generators for 2 clips"),
         ((PROMPT, picture()), {"latents": torch.zeros(1, 4, 3, 16, 16)}, "noise has shape"),
         ((PROMPT, picture()), {"cross_attention_kwargs": {"scale": 1}}, r"pipe\.model\.lora"),
