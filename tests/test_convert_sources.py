@@ -152,6 +152,15 @@ def test_averaged_weights_are_told_and_can_be_chosen(converted, ours, theirs, tm
     assert same(got, doubled(ours)) and "the averaged weights were taken" in said
 
 
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_averaged_weights_in_a_list_are_told(converted, ours, theirs, tmp_path, wrapped):
+    """`shadow_params` of torch-ema and diffusers: nothing says which is which."""
+    held = {"shadow_params": list(doubled(theirs).values()), "decay": 0.99}
+    torch.save({"model": theirs, **({"ema": held} if wrapped else held)}, tmp_path / "u.pth")
+    got, said = converted(tmp_path / "u.pth")
+    assert same(got, ours) and "also holds averaged weights without names" in said
+
+
 def test_averaged_weights_alone_are_taken_and_told(converted, ours, theirs, tmp_path):
     torch.save({"ema": theirs}, tmp_path / "u.pth")
     got, said = converted(tmp_path / "u.pth")

@@ -27,7 +27,7 @@ DAMAGED = "it is damaged or was not fully downloaded; download it again"
 SAVE_ANEW = "load it where you trust it and save its state dict as safetensors"
 
 # `extra` keeps these under names that no program uses.
-WRAPPER, LEFT_OUT, AVERAGED = "(wrapper)", "(left out)", "(averaged)"
+WRAPPER, LEFT_OUT, AVERAGED, NAMELESS = "(wrapper)", "(left out)", "(averaged)", "(averaged, in a list)"
 
 # What zipfile raises on a damaged archive.
 ZIP_ERRORS = (
@@ -62,8 +62,8 @@ class TensorFile:
     `tensors[name]` takes no memory (unless the file is older than torch's zip format), and its shape and
     dtype are known without reading data. `extra` holds the plain numbers and strings beside the tensors
     (`step`) and, where they apply, the keys that led to the state dict (under WRAPPER), the names of all that
-    was left out (under LEFT_OUT) and of averaged weights among it (under AVERAGED). `parts` are the files of
-    a sharded checkpoint.
+    was left out (under LEFT_OUT) and of averaged weights among it (under AVERAGED; in a list, under
+    NAMELESS). `parts` are the files of a sharded checkpoint.
     """
 
     path: Path

@@ -175,6 +175,11 @@ def _chosen(file: readers.TensorFile, ema: bool) -> tuple[Mapping[str, Tensor], 
         tensors = Renamed(tensors, {n: (twin if ema else None) or n for n, twin in pairs.items()})
     if took:
         return tensors, [f"{file.path.name}: {TOOK_AVERAGED} ({path})"]
+    if nameless := file.extra.get(readers.NAMELESS):
+        return tensors, [
+            f"{file.path.name} also holds averaged weights without names ({nameless}), which were left out: "
+            "nothing says which belongs where; save them by name to convert them"
+        ]
     if other:
         return tensors, [
             f"{file.path.name} also holds averaged weights ({other}), which were left out; --ema takes them"

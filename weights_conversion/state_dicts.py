@@ -14,6 +14,7 @@ from weights_conversion.mapped import (
     DAMAGED,
     LEFT_OUT,
     MAX_AXES,
+    NAMELESS,
     SAVE_ANEW,
     WRAPPER,
     fits,
@@ -88,6 +89,16 @@ def _averaged(content: Mapping[Any, Any]) -> list[str]:
     ]
 
 
+def _averaged_by_number(key: Any, value: Any) -> bool:
+    """Whether these are averaged weights in a list, such as `shadow_params`: nothing says which is which."""
+    if isinstance(value, dict):
+        averaged = isinstance(key, str) and EMA.fullmatch(key.lower())
+        return any(_averaged_by_number(key if averaged else k, v) for k, v in value.items())
+    if not (isinstance(key, str) and EMA.fullmatch(key.lower()) and isinstance(value, list | tuple)):
+        return False
+    return any(isinstance(one, Tensor) for one in value)
+
+
 def _holds_tensors(value: Any) -> bool:
     """Whether it is a dict with a tensor at any depth."""
     if not isinstance(value, dict):
@@ -104,6 +115,8 @@ def _names(keys: Iterable[Any]) -> str:
 def _set_aside(values: Mapping[Any, Any], extra: dict[str, Any], left_out: list[str]) -> None:
     if averaged := _averaged(values):
         extra[AVERAGED] = _names(averaged)
+    if nameless := [key for key, value in values.items() if _averaged_by_number(key, value)]:
+        extra[NAMELESS] = _names(nameless)
     for key, value in values.items():
         if isinstance(key, str) and (value is None or type(value) in (int, float, str, bool)):
             extra[key] = value
