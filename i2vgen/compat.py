@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import StepInfo
 from i2vgen.diffusion.schedulers import from_diffusers
+from i2vgen.fast import runtime
 from i2vgen.files import checkpoint, given
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Encoded, Unconditional
@@ -45,8 +46,7 @@ THEIR_WAY = {
     "preprocess": {"crop": "official"},
     "save": {"rounding": "nearest"},
 }
-NUMBERS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-NUMBERS[torch.float64] = "float64"
+NUMBERS = {dtype: name for name, dtype in runtime.DTYPES.items()}
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
@@ -315,7 +315,7 @@ class I2VGenXLPipeline:
             return rearrange(drawn, "b f c h w -> b c f h w").to(x)
 
         cond, uncond = encoded
-        with plans.on_device(model.offloaded, "unet"), self._watched() as step:
+        with plans.on_device(model.offloaded, "unet"), _Steps(self.bar) as step:
             made = (sampler or pipeline.named_sampler(model.config))(
                 pipeline.network(model, cond, uncond), start.to(model.device), model.schedule,
                 steps=num_inference_steps, noise=noise, on_step=step,
@@ -414,9 +414,6 @@ class I2VGenXLPipeline:
             for one, own in zip(texts, embeds, strict=True)
         ]
         return tuple(_repeated(one, num_videos_per_prompt).to(device or self.device) for one in made)
-
-    def _watched(self) -> _Steps:
-        return _Steps(self.bar)
 
 
 class _Steps:

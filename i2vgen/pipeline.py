@@ -532,10 +532,9 @@ def invert(
             f"the clip has shape {tuple(frames.shape)} of {frames.dtype}; give uint8, and frames, height, "
             f"width = {sample.frames}, {sample.height}, {sample.width} as the settings say"
         )
-    draws = SampleNoise(seed)
-    latent = (model.config.vae.embed_dim, *model.config.latent_size)
+    posterior = posterior_noise(model, [SampleNoise(seed)])
     opened = open_picture(picture, model.config)
-    cond, uncond = encode(model, [opened], [given.prompt(prompt)], draws.draw(latent))
+    cond, uncond = encode(model, [opened], [given.prompt(prompt)], posterior)
     pixels = rearrange(frames.to(model.device), "f h w c -> f c h w") / 127.5 - 1
     with plans.on_device(model.offloaded, "vae"):
         chunk = model.config.runtime.vae_chunk

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from i2vgen.fast import kernels
 from i2vgen.model.attention import Attention, AttentionFunction, FrameAttention, attend
 from i2vgen.model.layers import GroupNorm
 
@@ -55,9 +56,7 @@ def group_norm(norm: nn.GroupNorm, x: Tensor, *, silu: bool = False, shift: Tens
     """SiLU or nothing of the norm of x + shift, in float32: x [n ... c], shift [m c] for n / m neighbours."""
     y = x.float()
     if shift is not None:
-        y = (y.unflatten(0, (len(shift), -1)) + shift.float().view(len(shift), *[1] * (x.ndim - 1), -1)).view(
-            x.shape
-        )
+        y = kernels.shifted(y, shift.float())
     y = rearrange(y.flatten(2, -2), "n h w c -> n c h w")
     weight, bias = (None if one is None else one.float() for one in (norm.weight, norm.bias))
     y = F.group_norm(y, norm.num_groups, weight, bias, norm.eps)

@@ -280,10 +280,10 @@ def conditions(given: Encoded, config: Config, count: int) -> Encoded:
             if one.is_floating_point() and not one.isfinite().all():
                 raise ValueError(f"the conditions {side}: {name} holds values that are not finite")
 
-    def spread(part: Conditions) -> Conditions:
+    def repeated(part: Conditions) -> Conditions:
         return type(part)(*(one if one is None else one.expand(count, *one.shape[1:]) for one in part))
 
-    return Encoded(*map(spread, given))
+    return Encoded(*map(repeated, given))
 
 
 def kind(given: Any) -> str:
