@@ -116,8 +116,8 @@ class PictureWorld:
 
     def vocabulary(self) -> list[str]:
         """Every word of every caption, for `clip.words`."""
-        own = " ".join((*IT, *SCENES, *GROUNDS.values(), *JOINTS, "the camera zooms in out")).split()
-        return sorted({*drawing.VOCABULARY, *own, *things.vocabulary(self.names)})
+        own = (*IT, *SCENES, *GROUNDS.values(), *JOINTS, *ACROSS, *ALONG, "the camera zooms in out")
+        return sorted({*drawing.VOCABULARY, *" ".join(own).split(), *things.vocabulary(self.names)})
 
     # -----------------------------------------------------------------------------------------------
     # Facts
@@ -428,6 +428,7 @@ def _mirrored(places: np.ndarray) -> np.ndarray:
 IT = ("it", "the object", "the thing")
 SCENES = ("the scene", "the picture")
 JOINTS = ("while", "as", "and")
+ACROSS, ALONG = ("on the left", "on the right"), ("at the top", "at the bottom")
 
 
 def _say_one(rng: np.random.Generator, facts: Facts) -> str:
@@ -444,12 +445,24 @@ def _say_one(rng: np.random.Generator, facts: Facts) -> str:
 
 
 def _say_two(rng: np.random.Generator, facts: Facts) -> str:
+    """Place tells which is which, besides the name: that of a thing never seen in training says nothing."""
     order = (0, 1) if rng.random() < 0.5 else (1, 0)
+    places, both = _places(facts.things), rng.random() < 0.5
     said = []
     for i in order:
         noun, many = _noun(rng, facts.things[i], named=True)
-        said.append(f"{noun} {drawing.say_motion(rng, facts.moves[i], int(many or rng.random() < 0.2))}")
+        motion = drawing.say_motion(rng, facts.moves[i], int(many or rng.random() < 0.2))
+        said.append(f"{noun} {places[i]} {motion}" if both or not said else f"{noun} {motion}")
     return f"{said[0]} {pick(rng, JOINTS)} {said[1]}"
+
+
+def _places(pair: Sequence[Placed]) -> tuple[str, str]:
+    """Where the two are at the start, along the axis on which they are further apart."""
+    one, other = pair
+    across = abs(one.x - other.x) >= abs(one.y - other.y)
+    first, last = ACROSS if across else ALONG
+    before = one.x < other.x if across else one.y < other.y
+    return (first, last) if before else (last, first)
 
 
 def _say_camera(rng: np.random.Generator, facts: Facts) -> str:
