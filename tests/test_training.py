@@ -297,8 +297,8 @@ def test_clip_unread_trains_only_what_the_unet_does_not_read(root, stages, tmp_p
 
 
 def test_the_decoder_alone_can_be_trained_after_the_unet(root, stages, tmp_path):
-    words = [f"weights={stages}/diffusion/weights", "train.vae_encoder=false", "train.steps=2"]
-    config, train = settings(root, stages, "vae", *words)
+    words = ["device=cpu", "train.part=vae", "train.vae_encoder=false", "train.steps=2", "train.batch=2"]
+    config, train = load_settings(None, [*words, f"weights={stages}/diffusion/weights"])
     fit(config, train, tmp_path / "run")
     trained = tmp_path / "run" / "weights"
     before, after = (dict(checkpoint.read_part(folder, "vae")) for folder in (config.weights, trained))
