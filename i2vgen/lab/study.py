@@ -27,7 +27,7 @@ from i2vgen.files import checkpoint, fingerprint
 from i2vgen.lab import own_clips
 from i2vgen.scoring.scores import METRICS
 from i2vgen.settings import yaml_text
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import LAB, Config
 from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_stored_settings
 from i2vgen.training.settings import SECTION, WORLD, Train, load_settings
 
@@ -66,7 +66,7 @@ class Study:
     measures: tuple[Measure, ...] = MEASURES
     scores: tuple[str, ...] = ()  # to show; empty: OF_WORLD, or all that are measured on one's own clips
     evaluate: dict = field(default_factory=dict)  # own_clips.SETTINGS; empty: clips of the drawn world
-    weights: str = SHIPPED
+    weights: str = LAB
     settings: tuple[str, ...] = ()  # of every variant; its own settings override them
     train: dict = field(default_factory=dict)  # training settings
     # Train a new UNet or continue from the base's; VAE and CLIP are the base's in both cases.
@@ -111,7 +111,8 @@ def read(file: str | Path) -> Study:
         raise ValueError(f"{file}: variants needs a base and at least one variant of it")
     variants = {str(name): _texts(words, f"{file}: variant {name!r}") for name, words in variants.items()}
     study = Study(path.stem, first.lstrip("# ").strip(), variants, **held)
-    study = dataclasses.replace(study, scores=study.scores or _scores(study, file))
+    weights = LAB if study.weights == "lab" else study.weights
+    study = dataclasses.replace(study, weights=weights, scores=study.scores or _scores(study, file))
     _check(study, file)
     return study
 

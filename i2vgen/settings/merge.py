@@ -28,6 +28,7 @@ from i2vgen.settings.config import (
     FORMAT,
     FREE,
     IN_A_CALL,
+    LAB,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
@@ -288,6 +289,8 @@ def _listed(name: str, value: Any) -> Any:
 
 def _expanded(name: str, value: Any) -> Any:
     """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
+    if name == "weights" and value == "lab":  # a folder of that name is ./lab
+        return LAB
     if name not in PATHS:
         return value
     values = value if name in LISTS else (value,)
