@@ -140,7 +140,7 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
 
 def of_world(study: Study, run: Run, budget: Budget, model: pipeline.I2VGenXL) -> dict:
     """Score the model on the drawn world, as `i2vgen evaluate` does -> part of the run's result."""
-    plan, sampled = Plan(clips=budget.clips), Sampled()
+    plan, sampled = evaluate.suited(Plan(clips=budget.clips), model.config), Sampled()
     with counting(model.unet, sampled):
         found = evaluate.evaluate(model, plan)
     pages.write_report(found, run.folder)
