@@ -37,7 +37,7 @@ from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime
 from i2vgen.files import whole
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 
 BATCH = 8
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
     file, overrides, _ = cli.split(argv)
     own, overrides = take(overrides)
     plan = Plan(**{name: own[name] for name in own if name != "json"})
-    config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
+    config = batched(load_config(file, overrides, sampling=True), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
     plan = evaluate.suited(plan, config)
