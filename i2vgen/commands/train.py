@@ -53,8 +53,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("no output given; name a folder with output=")
     whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
-    rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, ranks, local = processes()
     config, device = place(config, ranks, local)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
@@ -63,6 +62,7 @@ def main(argv: list[str]) -> int:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         source = data.open_source(config, train)
+        data.refuse_few(source, train, ranks)
         part = PARTS[train.part](config, train, source, device)
         count = sum(p.numel() for p in part.model.parameters())
         with (
@@ -93,6 +93,12 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
     return 0
+
+
+def processes() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine, as torchrun says."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
 
 
 def place(config, ranks: int, local: int):

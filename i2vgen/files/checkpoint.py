@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from i2vgen.files import whole
-from i2vgen.files.safefile import Entry, write_safetensors
+from i2vgen.files.safefile import DTYPES, Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.unet import UNet
@@ -226,6 +226,23 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
                     yield name, file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+
+
+def entries(folder: str | Path, part: str) -> dict[str, Entry]:
+    """A part's tensors, of which each is read when it is written elsewhere."""
+    found = {}
+    for path in part_files(Path(folder), part):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                like = file.get_slice(name)
+                shape, dtype = tuple(like.get_shape()), DTYPES[like.get_dtype()]
+                found[name] = Entry(name, shape, dtype, partial(_tensor, path, name))
+    return found
+
+
+def _tensor(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        return file.get_tensor(name)
 
 
 def read_origin(folder: str | Path) -> dict:
