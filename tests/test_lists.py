@@ -58,7 +58,7 @@ def test_only_a_newline_ends_a_line(write, folder, start, end):
     path = write(start + line(file="a.gif", prompt=said).strip() + end + line(file="b.gif"))
     assert [clip.prompt for clip in clips.find("videos", str(path))] == [said, None]
     both = start + line(file="a.gif", caption=said).strip() + end + line(file="b.gif", caption="x")
-    assert folder(both, "captions.jsonl").captions == {"a.gif": said, "b.gif": "x"}
+    assert folder(both, "captions.jsonl").captions == {"a.gif": (said,), "b.gif": ("x",)}
 
 
 @pytest.mark.parametrize("separator", SEPARATORS[:3])
@@ -115,7 +115,7 @@ def test_pictures_are_found_beside_the_list(tmp_path, monkeypatch, write):
 def test_captions_in_csv(folder, start, end):
     rows = ["file,caption", 'a.gif,"a ""red"" star, moving\nleft"', "", "b.gif,blue", "", ""]
     source = folder(start + end.join(rows))
-    assert source.captions == {"a.gif": 'a "red" star, moving\nleft', "b.gif": "blue"}
+    assert source.captions == {"a.gif": ('a "red" star, moving\nleft',), "b.gif": ("blue",)}
 
 
 BAD_CSV = [
@@ -182,8 +182,11 @@ def test_score_lists_keep_quoted_line_breaks(write):
 
 
 def test_empty_captions_are_told(folder, caplog):
-    folder("file,caption\na.gif,\nb.gif,  \n")
+    with pytest.raises(ValueError, match=r"all captions of its 2 clips are empty; write them, or set use"):
+        folder("file,caption\na.gif,\nb.gif,  \n")
     assert "2 of 2 captions are empty, such as that of 'a.gif'" in caplog.text
+    folder("file,caption\na.gif,\nb.gif,x\n")
+    assert "1 of 2 captions are empty" in caplog.text
 
 
 @pytest.mark.parametrize("listed", ["A.gif", "sub\\é.gif", unicodedata.normalize("NFD", "sub/é.gif")])

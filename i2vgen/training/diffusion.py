@@ -123,6 +123,7 @@ class Encoding:
 
     def vector(self, pixels: Tensor) -> Tensor:
         """Clips [b c f H W] -> CLIP vectors of their first frames [b d]"""
+        self.clip.model.visual.eval()  # it is frozen, even where the text tower beside it is in training mode
         return self.clip.image(clip_pixels(pixels[:, :, 0], self.config).to(self.device))
 
     def __call__(
@@ -377,26 +378,24 @@ def hold_out(source: Source, encoding: Encoding) -> validation.HeldOut:
     config, train, device = encoding.config, encoding.train, encoding.device
     encoder, taken = encoding, []
     if encoding.vae is None and not isinstance(source, Prepared):
-        parts = load_vae(config, device), encoding.clip or load_clip(config, train, device)
+        parts = load_vae(config, device), load_clip(config, train, device)
         encoder = Encoding(config, train, *parts, device)
 
+    first, *_ = kinds = buckets(config, train)
+
     def encode(clips: Clips) -> Encoded:
-        if not taken:
+        if (clips.pixels.shape[2], clips.fps) == (first.frames, first.fps):
             taken.append(clips.pixels[:STRIP_CLIPS])
         encoded = encoder.encode(clips)
         if encoded.tokens is None or train.text_encoder:
             return encoded
         return encoded._replace(text=encoder.clip.text(encoded.tokens))
 
-    batches = validation.collect(source, buckets(config, train), train.validate_clips, encode)
-    first = batches[0]
-    shown = first._replace(
-        captions=first.captions[:STRIP_CLIPS],
-        **{n: t[:STRIP_CLIPS] for n, t in first._asdict().items() if isinstance(t, Tensor)},
-    )
-    return validation.HeldOut(
-        batches, encoding.fixed, encoding.num_timesteps, shown, taken[0] if taken else None
-    )
+    batches = validation.collect(source, kinds, train.validate_clips, encode)
+    alike = [one for one in batches if (one.mean.shape[2], one.fps) == (first.frames, first.fps)]
+    shown = validation.first_of(alike, STRIP_CLIPS)
+    pixels = torch.cat(taken)[:STRIP_CLIPS] if taken else None
+    return validation.HeldOut(batches, encoding.fixed, encoding.num_timesteps, shown, pixels)
 
 
 @torch.no_grad()

@@ -179,7 +179,9 @@ class Job:
                         shard.add(*next(decoded))
                         on_clips(done + i + 1)
                     shard.write(self.output / prepared.shard_name(number))
-        return self._finish()
+        summary = self._finish()
+        on_clips(self._done())
+        return summary
 
     def _done(self) -> int:
         there = {path.name for path in (self.output / prepared.SHARDS).iterdir()}

@@ -91,6 +91,13 @@ def collect(
     return batches
 
 
+def first_of(batches: Sequence[Encoded], count: int) -> Encoded:
+    """The first `count` clips of batches of one bucket."""
+    whole = joined(batches)
+    cut = {n: one[:count] for n, one in whole._asdict().items() if isinstance(one, Tensor)}
+    return whole._replace(captions=whole.captions[:count], **cut)
+
+
 def stacked(clips: Sequence[Clips]) -> Clips:
     return Clips(
         torch.cat([one.pixels for one in clips]),
