@@ -123,7 +123,7 @@ def test_the_world_validates_on_clips_of_its_own(run, tmp_path):  # noqa: F811
 
 
 def test_held_out_clips_are_never_trained_on(clips, tmp_path):
-    _, train, source = opened(f"train.data={clips}", "train.validate=0.3")
+    _, _, source = opened(f"train.data={clips}", "train.validate=0.3")
     held = {clip.captions[0] for clip in source.held_out.fixed(Bucket(4, 8, 1))}
     trained = {source(Bucket(4, 8, 1), [k]).captions[0] for k in range(40)}
     assert len(held) == 2 and held.isdisjoint(trained) and len(trained | held) >= 6
