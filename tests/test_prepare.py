@@ -339,10 +339,10 @@ def test_bad_input_is_refused_before_any_work(run, ready, clips, tmp_path, words
 
 def test_fewer_clips_than_processes_are_refused(run, clips, ready, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
-    assert "holds 6 clips for 7 processes" in run.refused("prepare", f"data={clips}", "output=out", *SIZE)
+    assert "gives 6 clips to 7 processes" in run.refused("prepare", f"data={clips}", "output=out", *SIZE)
     config, train = load_settings(None, [f"weights={SHIPPED}", f"train.data={ready}", *SIZE])
-    with pytest.raises(ValueError, match="holds 6 clips for 7 processes"):
-        data.refuse_few(data.open_source(config, train), train, 7)
+    with pytest.raises(ValueError, match="gives 6 clips to 7 processes"):
+        data.refuse_too_few(data.open_source(config, train), train, 7)
 
 
 # --- many clips, and fast

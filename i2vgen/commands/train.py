@@ -62,7 +62,7 @@ def main(argv: list[str]) -> int:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         source = data.open_source(config, train)
-        data.refuse_few(source, train, ranks)
+        data.refuse_too_few(source, train, ranks)
         part = PARTS[train.part](config, train, source, device)
         count = sum(p.numel() for p in part.model.parameters())
         with (

@@ -12,6 +12,7 @@ ever executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from i2vgen.files import whole
-from i2vgen.files.safefile import DTYPES, Entry, write_safetensors
+from i2vgen.files.eight_bits import Widened
+from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.unet import UNet
@@ -219,30 +221,43 @@ def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+    with contextlib.ExitStack() as opened:
+        yield from Widened(_Stored(files, opened)).items()
 
 
-def entries(folder: str | Path, part: str) -> dict[str, Entry]:
-    """A part's tensors, of which each is read when it is written elsewhere."""
-    found = {}
-    for path in part_files(Path(folder), part):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                like = file.get_slice(name)
-                shape, dtype = tuple(like.get_shape()), DTYPES[like.get_dtype()]
-                found[name] = Entry(name, shape, dtype, partial(_tensor, path, name))
-    return found
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a part's files, read on access."""
+
+    def __init__(self, files: list[Path], opened: contextlib.ExitStack):
+        self.home = {}
+        for path in files:
+            with _readable(path):
+                file = opened.enter_context(safe_open(path, "pt"))
+                self.home |= dict.fromkeys(file.keys(), (path, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, file = self.home[name]
+        with _readable(path):
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.home)
+
+    def __len__(self) -> int:
+        return len(self.home)
 
 
-def _tensor(path: Path, name: str) -> Tensor:
-    with safe_open(path, "pt") as file:
-        return file.get_tensor(name)
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+
+
+def stored(folder: str | Path, part: str) -> Mapping[str, Tensor]:
+    """The same, each read whenever it is asked for, for `save` elsewhere."""
+    return Widened(_Stored(part_files(Path(folder), part), contextlib.ExitStack()))
 
 
 def read_origin(folder: str | Path) -> dict:

@@ -115,12 +115,13 @@ def origins(folder: str | Path) -> list[Path]:
     return found
 
 
-def refuse_few(source: Source, train: Train, processes: int) -> None:
-    """ValueError if the processes of a run outnumber its clips."""
-    if not isinstance(source, World) and len(source) < processes:
+def refuse_too_few(source: Source, train: Train, ranks: int) -> None:
+    """ValueError if there are fewer clips than processes, so that some would learn the same."""
+    count = len(source) if isinstance(source, Folder | Prepared) else train.num_clips
+    if 0 < count < ranks:
         raise ValueError(
-            f"train.data={train.data} holds {len(source)} clips for {processes} processes; use fewer "
-            "processes, or more clips"
+            f"train.data={train.data} gives {count} clips to {ranks} processes; give as many clips, or start "
+            "fewer processes"
         )
 
 

@@ -9,6 +9,7 @@ tokens, d width, s side of CLIP's picture; t is the timestep.
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,7 +27,6 @@ from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import runtime
 from i2vgen.fast.checkpointing import set_checkpointing
 from i2vgen.files import checkpoint, video
-from i2vgen.files.safefile import Entry
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Unconditional
 from i2vgen.model.conditioning import Encoded as ConditionPair
@@ -294,10 +294,10 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         )
     if isinstance(source, Prepared):
         vae, clip = None, None
-        others = {part: checkpoint.entries(config.weights, part) for part in ("vae", "clip")}
+        others = {part: checkpoint.stored(config.weights, part) for part in ("vae", "clip")}
         if train.text_encoder:
             clip = load_clip(config, train, device)
-            others["clip"] |= keep_text_tower(clip)
+            others["clip"] = ChainMap(keep_text_tower(clip), others["clip"])
     else:
         vae, clip = load_vae(config, device), load_clip(config, train, device)
         others = {"vae": vae, "clip": clip}
@@ -354,11 +354,10 @@ def clip_dtype(config: Config, train: Train) -> torch.dtype:
     return torch.float32 if train.text_encoder else runtime.DTYPES[config.runtime.encoder_dtype]
 
 
-def keep_text_tower(clip: ClipEncoders) -> dict[str, Entry]:
-    """Drop the image tower, in place -> the weights that are left, as they are when they are saved."""
+def keep_text_tower(clip: ClipEncoders) -> dict[str, Tensor]:
+    """Drop the image tower, in place -> the weights that are left, which training changes."""
     clip.model.visual = None
-    state = checkpoint.inner(clip).state_dict()
-    return {n: Entry(n, tuple(t.shape), t.dtype, functools.partial(state.get, n)) for n, t in state.items()}
+    return checkpoint.inner(clip).state_dict()
 
 
 @torch.no_grad()

@@ -48,11 +48,6 @@ LOGGER = logging.getLogger(__name__)
 STATE, FACTS, LOG = "state.safetensors", "state.json", "log.jsonl"
 CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-# Settings that the checkpoints of older versions lack.
-NEWER = {
-    "train.things": "", "train.backgrounds": "", "train.flip": False, "train.validate": "",
-    "train.validate_clips": 64,
-}  # fmt: skip
 # Keys that make the random streams of a step independent.
 BUCKET_STREAM, INPUT_STREAM, DROPOUT_STREAM = 0, 1, 2
 
@@ -426,7 +421,7 @@ def open_folder(
             raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
-    before = {**NEWER, **facts["settings"]}
+    before = {**training_record(Train()), **facts["settings"]}  # older runs lack newer settings
     for name, here, there in _differences(settings_record(config, train), before):
         if resume and not _architectural(name):
             continue
@@ -452,9 +447,12 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     """All settings that affect what is learned, flattened: `unet.base_width` -> 320."""
     record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
     record["negative_prompt"] = config.negative_prompt
+    return dict(flat(record)) | training_record(train)
+
+
+def training_record(train: Train) -> dict[str, object]:
     own = json.loads(json.dumps(dataclasses.asdict(train)))
-    record["train"] = {name: value for name, value in own.items() if name not in FREE}
-    return dict(flat(record))
+    return dict(flat({"train": {name: value for name, value in own.items() if name not in FREE}}))
 
 
 def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:

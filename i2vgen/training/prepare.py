@@ -87,7 +87,7 @@ class Job:
         self.config, self.train, self.form, self.output, self.device = config, train, form, output, device
         self.source = Folder(config, train, "data")
         self.kinds = buckets(config, train)
-        data.refuse_few(self.source, train, ranks)
+        data.refuse_too_few(self.source, train, ranks)
         self.facts = self._facts()
         self._begin()
         count, per = self.facts["count"], self.facts["per_shard"]
