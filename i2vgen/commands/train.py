@@ -6,13 +6,18 @@
     i2vgen train configs/train/tiny_clip.yaml
     i2vgen train configs/train/tiny_diffusion.yaml train.steps=200 output=outputs/longer
     i2vgen train configs/train/tiny_diffusion.yaml train.data=FOLDER_OF_VIDEOS output=outputs/mine
+    i2vgen train weights=weights/xl train.data=prepared output=outputs/mine train.validate=0.05
+    i2vgen train weights=weights/xl train.data=prepared output=outputs/adapter train.lora_rank=16
     torchrun --nproc-per-node 2 -m i2vgen train configs/train/tiny_diffusion.yaml
 
     train.NAME=         training settings; names and defaults are in i2vgen/training/settings.py
+    train.data=         world, the procedural clips; a folder of videos; or what `i2vgen prepare` made of one
+    train.validate=     a folder, or a fraction of train.data, to measure every train.validate_every steps
     train.things=       pictures of things instead of flat shapes: a colour-emoji font, or a folder of PNG
                         cut-outs with alpha; train.backgrounds=FOLDER puts them on photographs, too
     weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
-    output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
+    output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder; best/ with
+                        train.validate
     --print-config      print the merged settings as YAML and stop
     --resume            require a checkpoint, and allow changed training settings (never another model)
 

@@ -117,10 +117,11 @@ def origins(folder: str | Path) -> list[Path]:
 
 def refuse_too_few(source: Source, train: Train, ranks: int) -> None:
     """ValueError if there are fewer clips than processes, so that some would learn the same."""
-    count = len(source) if isinstance(source, Folder | Prepared) else train.num_clips
+    listed = isinstance(source, Folder | Prepared)
+    setting, count = (source.setting, len(source)) if listed else ("train.data", train.num_clips)
     if 0 < count < ranks:
         raise ValueError(
-            f"train.data={train.data} gives {count} clips to {ranks} processes; give as many clips, or start "
+            f"{setting}={train.data} gives {count} clips to {ranks} processes; give as many clips, or start "
             "fewer processes"
         )
 

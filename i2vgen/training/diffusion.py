@@ -415,11 +415,12 @@ def sampled_and_true(encoding: Encoding, unet: UNet, shown: Encoded, pixels: Ten
     text = negative = None
     if config.use.text:
         text, negative = (encoding.tokens_of(shown, torch.full((b,), drop)) for drop in (False, True))
+    vector = shown.vector if config.use.global_tokens else None
     zeros = None
-    if shown.vector is not None and config.sample.negative_image == "zeros":
-        zeros = torch.zeros_like(shown.vector)
+    if vector is not None and config.sample.negative_image == "zeros":
+        zeros = torch.zeros_like(vector)
     conditions = ConditionPair(
-        Conditions(text, shown.vector, first, fps), Unconditional(negative, zeros, first, fps)
+        Conditions(text, vector, first, fps), Unconditional(negative, zeros, first, fps)
     )
     blank = [""] * b
     sampled = pipeline.decode(model, pipeline.sample(model, blank, blank, range(b), conditions=conditions))

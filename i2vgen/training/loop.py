@@ -569,6 +569,8 @@ def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
     if part.held_out:
         said = "".join(f"{caption}\n" for caption in part.held_out.shown.captions)
         whole.write_text(folder / "samples" / "prompts.txt", said)
+        if log.board is not None:
+            log.board.add_text("prompts", said, state.step)
     path = folder / "samples" / f"{state.step:08d}.png"
     with whole.replacing(path) as temporary:
         picture.save(temporary, "PNG")

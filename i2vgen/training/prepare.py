@@ -128,8 +128,9 @@ class Job:
     def _begin(self) -> None:
         """Write prepared.json, or compare it with that of the run that is to be continued."""
         if not prepared.is_prepared(self.output):
-            there = [path.name for path in self.output.iterdir() if not path.name.startswith(".")]
-            if there:
+            ours = (prepared.FACTS, prepared.SHARDS)  # of a process that has just begun
+            names = [path.name for path in self.output.iterdir() if not path.name.startswith(".")]
+            if there := [name for name in names if name not in ours]:
                 raise ValueError(
                     f"output={self.output} holds other files, such as {there[0]}; choose another"
                 )
