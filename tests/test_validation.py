@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -217,3 +221,29 @@ def test_another_validation_folder_needs_resume(run, clips, tmp_path):  # noqa: 
     assert "train.validate=held holds other validation clips than when" in said
     run("train", *words, "train.steps=5", "--resume")
     assert "best_step" in log(tmp_path / "out")[-1]
+
+
+def test_two_processes_validate_as_one(run, clips, tmp_path, monkeypatch, root):  # noqa: F811
+    """On prepared data: two batches in two processes are two accumulated ones in one."""
+    run("prepare", f"data={clips}", "output=prepared", *SIZE)
+    words = (*WORDS, "train.steps=2", "train.validate_every=2", "train.data=prepared", "train.validate=0.5")
+    run("train", *words, "output=one", "train.accumulate=2", "train.batch=1", "train.precision=float32")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}.items():
+        monkeypatch.setenv(name, str(value))
+    words = (*words, "output=two", "train.batch=1", "train.precision=float32")
+    env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    script = [sys.executable, str(root / "scripts/train.py"), *words]
+    other = subprocess.Popen(script, env=env, stderr=subprocess.PIPE, text=True)
+    try:
+        run("train", *words)
+        assert other.wait(60) == 0, other.stderr.read()
+    finally:
+        other.kill()
+        other.communicate()
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
