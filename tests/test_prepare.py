@@ -216,7 +216,15 @@ def test_a_killed_run_goes_on_and_processes_share_the_shards(run, clips, tmp_pat
     (tmp_path / "cut/shards/000000.safetensors").write_bytes(b"cut short")  # what a crash can leave behind
     run("prepare", *words, "output=cut")
     assert tree(tmp_path / "cut") == whole
+    for name in ("index.safetensors", "shards/000002.safetensors", "prepared.json"):  # as a message advises
+        (tmp_path / "cut" / name).write_bytes(b"damaged")
+    (tmp_path / "cut/prepared.json").unlink()
+    run("prepare", *words, "output=cut")
+    assert tree(tmp_path / "cut") == whole
     assert "holds 6 clips" in run("prepare", *words, "output=cut")  # nothing is left to do
+    (tmp_path / "cut/prepared.json").unlink()
+    run("prepare", *words, "output=cut", "seed=1")  # makes all anew: the files are of another job
+    assert [name for name, held in tree(tmp_path / "cut").items() if whole[name] == held] == []
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, said in ((0, "1 of 3 shards are still being made"), (1, "holds 6 clips")):
@@ -307,7 +315,8 @@ def test_damaged_data_is_named(run, ready, tmp_path):
         shutil.copytree(ready, tmp_path / "copy")
         harm(tmp_path / "copy" / name)
         said = run.refused("train", f"weights={SHIPPED}", "train.data=copy", "output=out", *SIZE)
-        assert name in said and "prepare" in said and "Traceback" not in said
+        assert name in said and ("run `i2vgen prepare` again with the same words" in said or "format" in said)
+        assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -361,7 +370,7 @@ def test_many_clips_start_quickly_in_little_memory(ready, tmp_path):
     index |= {"name": torch.randint(0, 2**32, (count,)), "shard_bytes": torch.full((count // per,), 8)}
     index["negative"] = RowFile(ready / prepared.INDEX, "").read("negative")
     entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in index.items()]
-    write_safetensors(tmp_path / prepared.INDEX, entries)
+    write_safetensors(tmp_path / prepared.INDEX, entries, metadata={"plan": prepared.plan(facts)})
     config, train = load_settings(
         None, [f"weights={SHIPPED}", f"train.data={tmp_path}", *SIZE, "train.validate=0.1"]
     )

@@ -38,7 +38,6 @@ from i2vgen.training.settings import Train, buckets
 
 SHARD_BYTES = 2**28
 MOST_SHARDS = 64  # into which few clips are cut, so that several processes have work
-PATHS = ("source", "weights")  # facts that may change: a folder that was moved is the same one
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class Job:
         self._begin()
         count, per = self.facts["count"], self.facts["per_shard"]
         self.shards = [range(first, min(first + per, count)) for first in range(0, count, per)]
-        self.mine = [number for number in range(rank, len(self.shards), ranks) if not self._is_there(number)]
+        self.mine = [number for number in range(rank, len(self.shards), ranks) if not self._is_shard(number)]
 
     def _facts(self) -> dict:
         config, train, source = self.config, self.train, self.source
@@ -128,7 +127,7 @@ class Job:
     def _begin(self) -> None:
         """Write prepared.json, or compare it with that of the run that is to be continued."""
         if not prepared.is_prepared(self.output):
-            ours = (prepared.FACTS, prepared.SHARDS)  # of a process that has just begun
+            ours = (prepared.FACTS, prepared.SHARDS, prepared.INDEX, prepared.SKIPPED)
             names = [path.name for path in self.output.iterdir() if not path.name.startswith(".")]
             if there := [name for name in names if name not in ours]:
                 raise ValueError(
@@ -142,18 +141,29 @@ class Job:
             if name == "identity" and there:
                 name = next((one for one in here if here[one] != there.get(one)), name)
                 here, there = here.get(name, here), there.get(name, there)
-            if here != there and name not in PATHS:
+            if here != there and name not in prepared.PATHS:
+                is_here = f"{name} is {here} here but {there} there"
+                if name in prepared.PARTS or name in ("clips", "captions"):
+                    is_here = f"{prepared.PARTS.get(name, name)} differ"
                 raise ValueError(
-                    f"output={self.output} was begun with other settings: {name} is {here} here but {there} "
-                    "there; choose another output"
+                    f"output={self.output} was begun with other settings: {is_here}; choose another output"
                 )
 
-    def _is_there(self, number: int) -> bool:
-        path = self.output / prepared.shard_name(number)
-        with contextlib.suppress(ValueError):  # a damaged one is made again
+    @functools.cached_property
+    def plan(self) -> str:
+        return prepared.plan(self.facts)
+
+    def _is_shard(self, number: int) -> bool:
+        return self._is_there(prepared.shard_name(number))
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a file is there and of this job; others and damaged ones are made again."""
+        path = self.output / name
+        with contextlib.suppress(ValueError):
             if path.is_file():
-                RowFile(path, "").close()
-                return True
+                file = RowFile(path, "")
+                file.close()
+                return file.metadata.get("plan") == self.plan
         return False
 
     @functools.cached_property
@@ -215,7 +225,7 @@ class Job:
 
     def _finish(self) -> Summary:
         """Write index.safetensors and skipped.jsonl if all shards are there."""
-        missing = sum(not self._is_there(number) for number in range(len(self.shards)))
+        missing = sum(not self._is_shard(number) for number in range(len(self.shards)))
         if missing:
             return Summary(len(self.source), 0, 0, missing)
         kinds = range(len(self.kinds))
@@ -232,14 +242,14 @@ class Job:
         index = {name: torch.cat(parts) for name, parts in held.items()}
         empty = int((sum(index[f"rows.{kind}"] for kind in kinds) == 0).sum())
         rows = sum(int(index[f"rows.{kind}"].sum()) for kind in kinds)
-        if not (self.output / prepared.INDEX).is_file():
+        if not self._is_there(prepared.INDEX):
             index["name"] = torch.from_numpy(self.source.name_hashes())
             index["shard_bytes"] = torch.tensor(sizes)
             index["negative"] = texts(self.clip, [self.config.negative_prompt], self.train.batch)[1]
             if skipped:
                 lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in skipped)
                 whole.write_text(self.output / prepared.SKIPPED, lines)
-            write(self.output / prepared.INDEX, index)
+            write(self.output / prepared.INDEX, index, {"plan": self.plan})
         return Summary(len(self.source), empty, rows, 0)
 
 
@@ -314,7 +324,7 @@ class Shard:
         for kind in range(len(self.rows)):
             held[f"rows.{kind}"] = torch.tensor(self.rows[kind], dtype=torch.int32)
             held[f"start.{kind}"] = torch.tensor(self.starts[kind], dtype=torch.int32)
-        write(path, held, {"skipped": json.dumps(self.skipped)})
+        write(path, held, {"plan": self.job.plan, "skipped": json.dumps(self.skipped)})
 
 
 def decode(source: Folder, number: int, crops: int) -> tuple[str, list[Crop], list[str]]:
@@ -359,6 +369,6 @@ def packed(name: str, strings: Sequence[str]) -> dict[str, Tensor]:
     return {f"{name}_ends": ends, f"{name}_bytes": joined}
 
 
-def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+def write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
     write_safetensors(path, entries, metadata=metadata)

@@ -33,6 +33,7 @@ from i2vgen.training.settings import Bucket, Train, buckets
 FACTS, INDEX, SHARDS, SKIPPED = "prepared.json", "index.safetensors", "shards", "skipped.jsonl"
 FORMAT = 1
 REMEDY = "run `i2vgen prepare` again with the same words, which makes what is missing"
+PATHS = ("source", "weights")  # facts that may change: a folder that was moved is the same one
 # The parts that decide the numbers, by their names in `identity`.
 PARTS = {"vae": "VAE", "clip.image": "CLIP image tower", "clip.text": "CLIP text tower"}
 # Tensors of CLIP by which tower they belong to; the others do not change what the encoders give.
@@ -50,10 +51,18 @@ def read_facts(folder: Path) -> dict[str, Any]:
         facts = json.loads(path.read_text(encoding="utf-8"))
         version = facts["format"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); prepare the clips again") from error
+        raise ValueError(
+            f"{path} is damaged ({error!r}); remove it, then run `i2vgen prepare` again with the same words"
+        ) from error
     if version != FORMAT:
         raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
     return facts
+
+
+def plan(facts: dict[str, Any]) -> str:
+    """A hash of all that decides the numbers; every file holds it, so that none of another job is used."""
+    decisive = {name: value for name, value in facts.items() if name not in PATHS}
+    return fingerprint.of_text(json.dumps(decisive, sort_keys=True))
 
 
 def shard_name(number: int) -> str:
@@ -165,6 +174,8 @@ class Prepared:
 
     def _read_index(self) -> None:
         file = RowFile(self.folder / INDEX, REMEDY)
+        if file.metadata.get("plan") != plan(self.facts):
+            raise ValueError(f"{self.folder / INDEX} does not belong to {FACTS} beside it; {REMEDY}")
         held = {name: file.read(name).numpy() for name in file.places if name != "negative"}
         self.negative = file.read("negative")
         file.close()
@@ -174,7 +185,7 @@ class Prepared:
         for number, size in enumerate(held["shard_bytes"].tolist()):
             path = self.folder / shard_name(number)
             if not path.is_file() or path.stat().st_size != size:
-                raise ValueError(f"{path} is missing or damaged; remove {self.folder / INDEX}, then {REMEDY}")
+                raise ValueError(f"{path} is missing or damaged; {REMEDY}")
         starts = np.arange(count) // per * per
         self.first_row = [_offsets(rows, starts) for rows in self.rows]
         self.first_caption = _offsets(self.num_captions, starts)
@@ -193,8 +204,7 @@ class Prepared:
 
     def fingerprint(self) -> str:
         names = hashlib.sha256(self.name_hashes().tobytes()).hexdigest()
-        facts = {name: value for name, value in self.facts.items() if name not in ("source", "weights")}
-        return fingerprint.of_text(json.dumps([facts, names], sort_keys=True))
+        return fingerprint.of_text(plan(self.facts) + names)
 
     def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Encoded:
         kind = self._kind(bucket)
