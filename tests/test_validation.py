@@ -83,14 +83,20 @@ def test_held_out_clips_are_measured_shown_and_the_best_is_kept(run, clips, tmp_
 
 
 def test_raw_and_prepared_measure_the_same(run, clips, tmp_path):  # noqa: F811
-    run("prepare", f"data={clips}", "output=prepared", *SIZE, "batch=2", "encode_chunk=4")
+    """In two buckets, which share the clips that are measured."""
+    kinds = ("frame_lengths=[2,4]", "sample_fps=[8,8]")
+    run("prepare", f"data={clips}", "output=prepared", *SIZE, "batch=2", "encode_chunk=2", *kinds)
+    words = ("train.data=world", "train.encode_chunk=2", "train.batch=2", "train.validate_clips=7")
     found = []
     for held in (clips, "prepared"):
-        config, train, source = opened(
-            "train.data=world", f"train.validate={held}", "train.encode_chunk=4", "train.batch=2"
-        )
+        config, train, source = opened(*words, *(f"train.{kind}" for kind in kinds), f"train.validate={held}")
         part = diffusion.make(config, train, source, CPU)
-        found.append(part.held_out.measure(part.step.eval(), device=CPU))
+        sizes = [(len(batch.mean), batch.mean.shape[2]) for batch in part.held_out.batches]
+        assert sizes == [(2, 2), (2, 2), (2, 4), (1, 4)]
+        part.step.eval()
+        assert list(part.held_out.measure(part.step, device=CPU)) == ["validation_loss", *BANDS]
+        same = dataclasses.replace(part.held_out, batches=part.held_out.batches[2:])  # a single start each
+        found.append(same.measure(part.step, device=CPU))
     assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
