@@ -4,7 +4,7 @@
 
     COUNT        kills that meet each command at work (default 10), in turn by SIGKILL, SIGTERM and SIGINT;
                  four times as many are tried at most
-    --commands   only these: generate, convert, export, train, evaluate, score, ablate
+    --commands   only these: generate, convert, export, train, prepare, evaluate, score, ablate
 
 After each kill, a file under its final name must be the one that an undisturbed run writes, and no process
 may be left. At last the command runs to its end: the result must be that of the undisturbed run, and no
@@ -74,6 +74,12 @@ COMMANDS = {
             "train.save_every=1", "train.keep=9", "train.batch=2", "device=cpu",
         )
     ),
+    "prepare": Command(
+        lambda out: python(
+            SCRIPTS / "prepare.py", f"data={out.parent / 'clips'}", f"output={out}", "batch=1", "crops=8",
+            "frames=4", "device=cpu",
+        )
+    ),
     "evaluate": Command(
         lambda out: python(SCRIPTS / "evaluate.py", "clips=1", "steps=1", "guidance=1", f"output={out}")
     ),
@@ -95,6 +101,12 @@ def prepared(work: Path) -> Path:
     """A folder with the inputs of the commands -> where they write."""
     work.mkdir()
     (work / "study.yaml").write_text(STUDY, encoding="utf-8")
+    (work / "clips").mkdir()
+    names = [f"{number}.gif" for number in range(6)]
+    for name in names:
+        shutil.copy(ROOT / "docs/images/grow.gif", work / "clips" / name)
+    rows = "".join(f"{name},it grows\n" for name in names)
+    (work / "clips/captions.csv").write_text(f"file,caption\n{rows}", encoding="utf-8")
     out = work / "out"
     names = ("a.gif", "b.webp", "c.png", "d")
     lines = [

@@ -58,7 +58,7 @@ def test_only_a_newline_ends_a_line(write, folder, start, end):
     path = write(start + line(file="a.gif", prompt=said).strip() + end + line(file="b.gif"))
     assert [clip.prompt for clip in clips.find("videos", str(path))] == [said, None]
     both = start + line(file="a.gif", caption=said).strip() + end + line(file="b.gif", caption="x")
-    assert folder(both, "captions.jsonl").captions == {"a.gif": said, "b.gif": "x"}
+    assert folder(both, "captions.jsonl").captions == {"a.gif": (said,), "b.gif": ("x",)}
 
 
 @pytest.mark.parametrize("separator", SEPARATORS[:3])
@@ -115,7 +115,7 @@ def test_pictures_are_found_beside_the_list(tmp_path, monkeypatch, write):
 def test_captions_in_csv(folder, start, end):
     rows = ["file,caption", 'a.gif,"a ""red"" star, moving\nleft"', "", "b.gif,blue", "", ""]
     source = folder(start + end.join(rows))
-    assert source.captions == {"a.gif": 'a "red" star, moving\nleft', "b.gif": "blue"}
+    assert source.captions == {"a.gif": ('a "red" star, moving\nleft',), "b.gif": ("blue",)}
 
 
 BAD_CSV = [
@@ -134,7 +134,6 @@ BAD_CSV = [
     ("a.gif,x\n", "columns 'a.gif', 'x'"),
     ("file,caption,caption\na.gif,x,y\n", "names the column 'caption' twice"),
     ("", "is empty; its first line names the columns file,caption"),
-    ("file,caption\na.gif,x\nb.gif,y\na.gif,z\n", "line 4: 'a.gif' has another caption in line 2"),
     ("file,caption\na.gif,\xe9toile\n".encode("latin-1"), "line 2 is not UTF-8, with its byte 0xe9"),
     ("file,caption\na.gif,x\n".encode("utf-16-le"), "line 1 holds a NUL byte, so it is no UTF-8 text; save"),
     (b"file,caption\na.gif,x\0y\n", "line 2 holds a NUL byte"),
@@ -150,8 +149,17 @@ def test_a_wrong_row_is_named(folder, content, words, tmp_path):
     assert words in str(caught.value) and str(tmp_path / "captions.csv") in str(caught.value)
 
 
-def test_equal_rows_are_one(folder):
-    assert folder("file,caption\na.gif,x\n./a.gif,x \nb.gif,y\n").captions == {"a.gif": "x", "b.gif": "y"}
+def test_equal_rows_are_one_and_others_are_further_captions(folder, caplog):
+    found = folder("file,caption\na.gif,x\n./a.gif,x \nb.gif,y\n").captions
+    assert found == {"a.gif": ("x",), "b.gif": ("y",)} and not caplog.text
+    several = {"a.gif": ("x", "z"), "b.gif": ("y",)}
+    assert folder("file,caption\na.gif,x\nb.gif,y\na.gif,z\n").captions == several
+    assert "1 of 2 clips have several captions, such as 'a.gif'" in caplog.text
+
+
+def test_json_lines_may_list_captions(folder):
+    rows = line(file="a.gif", caption=["x", " z"]) + line(file="b.gif", caption="y")
+    assert folder(rows, "captions.jsonl").captions == {"a.gif": ("x", "z"), "b.gif": ("y",)}
 
 
 def test_score_lists_keep_quoted_line_breaks(write):
@@ -174,8 +182,11 @@ def test_score_lists_keep_quoted_line_breaks(write):
 
 
 def test_empty_captions_are_told(folder, caplog):
-    folder("file,caption\na.gif,\nb.gif,  \n")
+    with pytest.raises(ValueError, match=r"all captions of its 2 clips are empty; write them, or set use"):
+        folder("file,caption\na.gif,\nb.gif,  \n")
     assert "2 of 2 captions are empty, such as that of 'a.gif'" in caplog.text
+    folder("file,caption\na.gif,\nb.gif,x\n")
+    assert "1 of 2 captions are empty" in caplog.text
 
 
 @pytest.mark.parametrize("listed", ["A.gif", "sub\\é.gif", unicodedata.normalize("NFD", "sub/é.gif")])

@@ -106,7 +106,12 @@ def fit(config, train, folder, **how):
         (["train.part=vae", "train.clip_unread=true"], r"clip_unread needs train\.part=clip"),
         (["train.part=clip", "train.vae_encoder=false"], r"vae_encoder needs train\.part=vae"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
-        (["train.data=here", "train.workers=2"], r"train\.workers = 2 need train\.data=world"),
+        (["train.data=here", "train.num_clips=2"], r"train\.num_clips = 2 needs train\.data=world"),
+        (["train.flip=true"], r"train\.flip is for folders"),
+        (["train.validate=1.5"], r"train\.validate is 1\.5; give a fraction"),
+        (["train.validate=0.1"], r"write train\.validate=world"),
+        (["train.data=here", "train.validate=world"], r"train\.validate=world needs train\.data=world"),
+        (["train.part=vae", "train.validate=world"], r"train\.validate needs train\.part=diffusion"),
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
         (["train.cache=true", "train.num_clips=12"], r"train\.num_clips = 12 is not a multiple .* 8"),
         (["sample.stepz=3"], r"no setting sample\.stepz"),
@@ -621,13 +626,14 @@ def test_a_name_spelled_otherwise_gets_a_hint(tmp_path, written, stored):
     assert ascii(stored) in str(error.value)  # in ASCII, or both look alike
 
 
-def test_frame_numbers_never_leave_the_file():
-    starts = {data.frame_numbers(9, 10, Bucket(4, 5, 1), data.generator(k)) for k in range(60)}
-    assert starts == {range(s, s + 7, 2) for s in range(3)}  # the official code never draws the last start
-    assert data.frame_numbers(4, 3, Bucket(4, 16, 1), data.generator(0)) == range(
-        0, 4
-    )  # the official code computes stride 0
-    assert data.frame_numbers(6, 10, Bucket(4, 5, 1), data.generator(0)) is None
+def test_every_possible_start_is_drawn_and_none_beyond(folder):
+    """The official code never draws the last start, and computes stride 0 for a file of a lower rate."""
+    config, train = folder_settings(folder, "train.frame_lengths=4", "train.sample_fps=5")
+    source = data.open_source(config, train)
+    first = {round(((c.pixels[0, :, 0].mean().item()) + 1) * 127.5 / 20)
+             for c in (source(Bucket(4, 5, 1), [k]) for k in range(60))}  # fmt: skip
+    assert first == {0, 1, 2}  # 9 frames, every second one of which is used
+    assert [data.num_starts(4, 3, Bucket(4, 16, 1)), data.num_starts(6, 10, Bucket(4, 5, 1))] == [1, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ COMMANDS = {
     "app": "try the model in the browser",
     "examples": "copy example pictures, scripts and configurations to a new folder",
     "train": "train the autoencoder, CLIP, the video UNet or the second stage",
+    "prepare": "encode a folder of videos once, for fast training",
     "ablate": "run an ablation study and print its variants in a table",
     "evaluate": "score a model on clips that are never used in training",
     "score": "score your own videos, from any model",

@@ -6,13 +6,18 @@
     i2vgen train configs/train/tiny_clip.yaml
     i2vgen train configs/train/tiny_diffusion.yaml train.steps=200 output=outputs/longer
     i2vgen train configs/train/tiny_diffusion.yaml train.data=FOLDER_OF_VIDEOS output=outputs/mine
+    i2vgen train weights=weights/xl train.data=prepared output=outputs/mine train.validate=0.05
+    i2vgen train weights=weights/xl train.data=prepared output=outputs/adapter train.lora_rank=16
     torchrun --nproc-per-node 2 -m i2vgen train configs/train/tiny_diffusion.yaml
 
     train.NAME=         training settings; names and defaults are in i2vgen/training/settings.py
+    train.data=         world, the procedural clips; a folder of videos; or what `i2vgen prepare` made of one
+    train.validate=     a folder, or a fraction of train.data, to measure every train.validate_every steps
     train.things=       pictures of things instead of flat shapes: a colour-emoji font, or a folder of PNG
                         cut-outs with alpha; train.backgrounds=FOLDER puts them on photographs, too
     weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
-    output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
+    output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder; best/ with
+                        train.validate
     --print-config      print the merged settings as YAML and stop
     --resume            require a checkpoint, and allow changed training settings (never another model)
 
@@ -53,8 +58,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("no output given; name a folder with output=")
     whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
-    rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, ranks, local = processes()
     config, device = place(config, ranks, local)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
@@ -63,6 +67,7 @@ def main(argv: list[str]) -> int:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         source = data.open_source(config, train)
+        data.refuse_too_few(source, train, ranks)
         part = PARTS[train.part](config, train, source, device)
         count = sum(p.numel() for p in part.model.parameters())
         with (
@@ -93,6 +98,12 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
     return 0
+
+
+def processes() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine, as torchrun says."""
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return tuple(int(os.environ.get(name, default)) for name, default in names.items())
 
 
 def place(config, ranks: int, local: int):

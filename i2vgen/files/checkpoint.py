@@ -255,6 +255,11 @@ def _readable(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
 
 
+def stored(folder: str | Path, part: str) -> Mapping[str, Tensor]:
+    """The same, each read whenever it is asked for, for `save` elsewhere."""
+    return Widened(_Stored(part_files(Path(folder), part), contextlib.ExitStack()))
+
+
 def read_origin(folder: str | Path) -> dict:
     """Where a native folder's weights come from, as far as it says; ValueError if the file is damaged."""
     path = Path(folder) / ORIGIN_FILE

@@ -9,11 +9,12 @@ tokens, d width, s side of CLIP's picture; t is the timestep.
 from __future__ import annotations
 
 import functools
+from collections import ChainMap
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
@@ -21,19 +22,22 @@ from torch import Tensor, nn
 from i2vgen import pipeline
 from i2vgen.adapt import lora
 from i2vgen.diffusion.loss import draw_offset_noise, training_loss
+from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import runtime
 from i2vgen.fast.checkpointing import set_checkpointing
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, video
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.model.conditioning import Conditions
+from i2vgen.model.conditioning import Conditions, Unconditional
+from i2vgen.model.conditioning import Encoded as ConditionPair
 from i2vgen.model.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, Config
-from i2vgen.training import refiner_clips
-from i2vgen.training.data import Clips, Source
+from i2vgen.training import refiner_clips, validation
+from i2vgen.training.draws import Clips, Encoded, Source
 from i2vgen.training.loop import Part
+from i2vgen.training.prepared import Prepared
 from i2vgen.training.settings import Bucket, Train, buckets
 
 INHERITED = (ResBlock, SpatialTransformer, Downsample, Upsample)
@@ -64,32 +68,34 @@ class DiffusionLoss(nn.Module):
         return {"loss": training_loss(predict, x0, t, noise, self.schedule, weight=weight).mean()}
 
 
-class Encoded(NamedTuple):
-    """Clips as encoded by the frozen VAE and CLIP; deterministic, so it can be cached."""
-
-    mean: Tensor  # [b c f h w] of the posterior, unscaled
-    std: Tensor  # [b c f h w]
-    vector: Tensor | None  # [b d] CLIP vectors of the first frames
-    tokens: Tensor | None  # int64 [b k] of the captions
-    fps: int
-    start: Tensor | None = None  # [b c f h w] latents of the first stage's upscaled clips, for a refiner
-
-
 class Encoding:
-    """Clips -> the arguments of `DiffusionLoss`: latents, timesteps, noise, conditions after dropout."""
+    """Clips -> the arguments of `DiffusionLoss`: latents, timesteps, noise, conditions after dropout.
+
+    Prepared clips need no `vae`, and `clip` only if its text tower is trained; without it, `negative_text`
+    [1 k d] stands for the negative prompt.
+    """
 
     def __init__(
         self,
         config: Config,
         train: Train,
-        vae: AutoencoderKL,
-        clip: ClipEncoders,
+        vae: AutoencoderKL | None,
+        clip: ClipEncoders | None,
         device: torch.device,
         first_stage: refiner_clips.FirstStage | None = None,
+        negative_text: Tensor | None = None,
     ):
         self.config, self.train, self.vae, self.clip, self.device = config, train, vae, clip, device
         self.first_stage = first_stage
         self.num_timesteps = config.refine.noise_level if first_stage else config.schedule.num_timesteps
+        self.clip_dtype = clip_dtype(config, train)
+        if negative_text is not None:
+            self.negative_text = negative_text.to(device, self.clip_dtype)
+
+    @functools.cached_property
+    def negative_text(self) -> Tensor:
+        """Its text tokens [1 k d]."""
+        return self.clip.text(self.negative)
 
     @functools.cached_property
     def negative(self) -> Tensor:
@@ -100,12 +106,12 @@ class Encoding:
         mean, std = self.posterior(clips.pixels)
         start = vector = tokens = None
         if self.first_stage:
-            start = self.vae.scale * self.posterior(self.first_stage(clips.pixels, clips.captions))[0]
+            start = self.config.vae.scale * self.posterior(self.first_stage(clips.pixels, clips.captions))[0]
         if self.config.use.global_tokens:
-            vector = self.clip.image(clip_pixels(clips.pixels[:, :, 0], self.config).to(self.device))
+            vector = self.vector(clips.pixels)
         if self.config.use.text:
             tokens = self.clip.tokenize(clips.captions).to(self.device)
-        return Encoded(mean, std, vector, tokens, clips.fps, start)
+        return Encoded(mean, std, vector, tokens, clips.fps, start, captions=clips.captions)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Clips [b c f H W] -> mean and std of their latents, unscaled, both [b c f h w]."""
@@ -115,48 +121,103 @@ class Encoding:
         mean, std = (rearrange(one.float(), "(b f) c h w -> b c f h w", b=b) for one in both)
         return mean, std
 
+    def vector(self, pixels: Tensor) -> Tensor:
+        """Clips [b c f H W] -> CLIP vectors of their first frames [b d]"""
+        self.clip.model.visual.eval()  # it is frozen, even where the text tower beside it is in training mode
+        return self.clip.image(clip_pixels(pixels[:, :, 0], self.config).to(self.device))
+
     def __call__(
         self, clips: Clips | Encoded, draw: torch.Generator
     ) -> tuple[Tensor, Tensor, Tensor, Conditions] | tuple[Tensor, Tensor, Tensor, Conditions, Tensor]:
-        encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
+        encoded = self.ready(clips)
         b = len(encoded.mean)
-        x0, first = self.latents(encoded, draw)
+        posterior = tuple(torch.randn(shape, generator=draw) for shape in self.posterior_shapes(encoded))
         t = draw_timesteps(b, self.num_timesteps, self.train.timestep_power, draw)
-        noise = draw_offset_noise(tuple(x0.shape), strength=self.train.offset_noise, generator=draw)
+        noise = self.offset_noise(encoded, draw)
+        drop_text = torch.rand(b, generator=draw) < self.train.text_dropout
+        drop_image = torch.rand(b, generator=draw) < self.train.image_dropout
+        return self.arguments(encoded, posterior, t, noise, drop_text, drop_image)
+
+    def fixed(self, clips: Encoded, seeds: Sequence[int], t: Tensor) -> tuple:
+        """The same for validation: each clip has a seed of its own for its noise, and nothing is dropped."""
+        encoded, draws = self.ready(clips), [torch.Generator().manual_seed(seed) for seed in seeds]
+        shapes = [(1, *shape[1:]) for shape in self.posterior_shapes(encoded)]
+        rows = [
+            (*(torch.randn(shape, generator=draw) for shape in shapes), self.offset_noise(encoded, draw, 1))
+            for draw in draws
+        ]
+        latent, first, noise = (torch.cat(parts) for parts in zip(*rows, strict=True))
+        kept = torch.zeros(len(t), dtype=torch.bool)
+        return self.arguments(encoded, (latent, first), t, noise, kept, kept)
+
+    def ready(self, clips: Clips | Encoded) -> Encoded:
+        """Encoded, on the device, in CLIP's precision."""
+        encoded = clips if isinstance(clips, Encoded) else self.encode(clips)
+        moved = {
+            name: tensor.to(self.device, self.clip_dtype if name in ("vector", "text") else None)
+            for name, tensor in encoded._asdict().items()
+            if isinstance(tensor, Tensor)
+        }
+        return encoded._replace(**moved)
+
+    def posterior_shapes(self, encoded: Encoded) -> tuple[torch.Size, torch.Size]:
+        """Of the clips' latents and of their first frames': two samples of one posterior."""
+        return encoded.mean.shape, encoded.mean[:, :, 0].shape
+
+    def offset_noise(self, encoded: Encoded, draw: torch.Generator, b: int | None = None) -> Tensor:
+        shape = (b or len(encoded.mean), *encoded.mean.shape[1:])
+        return draw_offset_noise(shape, strength=self.train.offset_noise, generator=draw)
+
+    def arguments(
+        self,
+        encoded: Encoded,
+        posterior: tuple[Tensor, Tensor],
+        t: Tensor,
+        noise: Tensor,
+        drop_text: Tensor,
+        drop_image: Tensor,
+    ) -> tuple:
+        x0, first = self.latents(encoded, *posterior)
         noise, weight = noise.to(self.device), None
         if encoded.start is not None:
             noise = refiner_clips.shifted_noise(
                 noise, x0, encoded.start, refiner_clips.start_noise_level(self.config)
             )
             weight = refiner_clips.weight_per_clip(noise)
-        drop_text = torch.rand(b, generator=draw) < self.train.text_dropout
-        drop_image = torch.rand(b, generator=draw) < self.train.image_dropout
         use = self.config.use
         conditions = Conditions(
-            self.text(encoded.tokens, drop_text) if use.text else None,
+            self.text(encoded, drop_text) if use.text else None,
             encoded.vector.masked_fill(drop_image.to(self.device)[:, None], 0.0)
             if use.global_tokens
             else None,
             first,
-            torch.full((b,), encoded.fps, device=self.device),
+            torch.full((len(t),), encoded.fps, device=self.device),
         )
         return (x0, t, noise, conditions) if weight is None else (x0, t, noise, conditions, weight)
 
-    def latents(self, encoded: Encoded, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-        """-> latents [b c f h w], first-frame latents [b c h w]: two samples of the same posterior."""
-        mean, std = encoded.mean, encoded.std
-        noise = torch.randn(mean.shape, generator=draw).to(self.device)
-        first = torch.randn(mean[:, :, 0].shape, generator=draw).to(self.device)
-        scale = self.vae.scale
-        return scale * (mean + std * noise), scale * (mean[:, :, 0] + std[:, :, 0] * first)
+    def latents(self, encoded: Encoded, noise: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+        """Noise [b c f h w], [b c h w] -> latents and first-frame latents of the same shapes."""
+        mean, std, scale = encoded.mean, encoded.std, self.config.vae.scale
+        return (
+            scale * (mean + std * noise.to(self.device)),
+            scale * (mean[:, :, 0] + std[:, :, 0] * first.to(self.device)),
+        )
 
-    def text(self, tokens: Tensor, drop: Tensor) -> Tensor:
-        """Token ids int64 [b k], bool [b] -> [b k d]; token ids again if the text tower is trained.
+    def text(self, encoded: Encoded, drop: Tensor) -> Tensor:
+        """bool [b] -> text tokens [b k d]; token ids [b k] if the text tower is trained.
 
         A dropped caption becomes the negative prompt, which the sampler uses for its unconditional branch.
         """
-        tokens = torch.where(drop[:, None].to(self.device), self.negative, tokens)
-        return tokens if self.train.text_encoder else self.clip.text(tokens)
+        if self.train.text_encoder:
+            return torch.where(drop.to(self.device)[:, None], self.negative, encoded.tokens)
+        return self.tokens_of(encoded, drop)
+
+    def tokens_of(self, encoded: Encoded, drop: Tensor) -> Tensor:
+        """bool [b] -> text tokens [b k d], whether or not the text tower is trained."""
+        drop = drop.to(self.device)
+        if encoded.text is not None:
+            return torch.where(drop[:, None, None], self.negative_text, encoded.text)
+        return self.clip.text(torch.where(drop[:, None], self.negative, encoded.tokens))
 
 
 def draw_timesteps(b: int, num_timesteps: int, power: float, draw: torch.Generator) -> Tensor:
@@ -231,16 +292,23 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         raise ValueError(
             "train.text_encoder trains a text tower that use.text=false does not read; leave one of them out"
         )
-    settings = config.runtime
-    vae = checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[settings.vae_dtype])
-    clip_dtype = torch.float32 if train.text_encoder else runtime.DTYPES[settings.encoder_dtype]
-    clip = checkpoint.load("clip", config, device=device, dtype=clip_dtype)
+    if isinstance(source, Prepared):
+        vae, clip = None, None
+        others = {part: checkpoint.stored(config.weights, part) for part in ("vae", "clip")}
+        if train.text_encoder:
+            clip = load_clip(config, train, device)
+            others["clip"] = ChainMap(keep_text_tower(clip), others["clip"])
+    else:
+        vae, clip = load_vae(config, device), load_clip(config, train, device)
+        others = {"vae": vae, "clip": clip}
     unet = load_or_create("unet", config, train, device)
     adapters = adapt(unet, config, train) if train.lora_rank else None
     set_checkpointing(unet, train.checkpointing)
     bucket = buckets(config, train)[0]
     first_stage = refiner_clips.load_first_stage(config, train, device) if train.first_stage else None
-    encoding = Encoding(config, train, vae, clip, device, first_stage)
+    negative = negative_text(source, config, train, device) if isinstance(source, Prepared) else None
+    encoding = Encoding(config, train, vae, clip, device, first_stage, negative)
+    held = hold_out(source.held_out, encoding) if train.validate else None
     schedule = refiner_clips.schedule(config) if first_stage else pipeline.make_schedule(config)
     model: nn.Module = unet if adapters is None else adapters
     slow = inherited_parameters(unet) if adapters is None else frozenset()
@@ -249,11 +317,14 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         slow = frozenset(f"unet.{name}" for name in slow)
 
     def strip() -> np.ndarray:
-        clips = source(bucket._replace(batch=STRIP_CLIPS), list(range(STRIP_CLIPS)))
+        first = list(range(STRIP_CLIPS))
+        if held or vae is None:
+            shown = held.shown if held else source(bucket._replace(batch=STRIP_CLIPS), first)
+            return sampled_and_true(encoding, unet, shown, held and held.pixels)
+        clips = source(bucket._replace(batch=STRIP_CLIPS), first)
         whole = pipeline.I2VGenXL(config, unet, vae, clip, device)
-        first = [picture(frame) for frame in clips.pixels[:, :, 0]]
-        seeds = list(range(STRIP_CLIPS))
-        frames = pipeline.generate(whole, first, clips.captions, seeds).cpu()
+        pictures = [picture(frame) for frame in clips.pixels[:, :, 0]]
+        frames = pipeline.generate(whole, pictures, clips.captions, first).cpu()
         return rearrange(frames, "b f h w c -> (b h) (f w) c").numpy()
 
     return Part(
@@ -264,10 +335,103 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         source=Cached(source, encoding, train.num_clips) if train.cache else source,
         slow=slow,
         saved=unet,
-        others={"vae": vae, "clip": clip},
+        others=others,
         strip=strip,
         write=None if adapters is None else adapters.save,
+        held_out=held,
     )
+
+
+def load_vae(config: Config, device: torch.device) -> AutoencoderKL:
+    return checkpoint.load("vae", config, device=device, dtype=runtime.DTYPES[config.runtime.vae_dtype])
+
+
+def load_clip(config: Config, train: Train, device: torch.device) -> ClipEncoders:
+    return checkpoint.load("clip", config, device=device, dtype=clip_dtype(config, train))
+
+
+def clip_dtype(config: Config, train: Train) -> torch.dtype:
+    return torch.float32 if train.text_encoder else runtime.DTYPES[config.runtime.encoder_dtype]
+
+
+def keep_text_tower(clip: ClipEncoders) -> dict[str, Tensor]:
+    """Drop the image tower, in place -> the weights that are left, which training changes."""
+    clip.model.visual = None
+    return checkpoint.inner(clip).state_dict()
+
+
+@torch.no_grad()
+def negative_text(source: Prepared, config: Config, train: Train, device: torch.device) -> Tensor | None:
+    """Text tokens of the negative prompt [1 k d]: those that were prepared, or those of another prompt."""
+    if train.text_encoder or not config.use.text:
+        return None
+    if source.facts["negative_prompt"] == config.negative_prompt:
+        return source.negative
+    clip = load_clip(config, train, device)
+    return clip.text(clip.tokenize([config.negative_prompt]).to(device))
+
+
+@torch.no_grad()
+def hold_out(source: Source, encoding: Encoding) -> validation.HeldOut:
+    """Encode the clips for validation, once, with the parts of `encoding` or, where it has none, others."""
+    config, train, device = encoding.config, encoding.train, encoding.device
+    encoder, taken = encoding, []
+    if encoding.vae is None and not isinstance(source, Prepared):
+        parts = load_vae(config, device), load_clip(config, train, device)
+        encoder = Encoding(config, train, *parts, device)
+
+    first, *_ = kinds = buckets(config, train)
+
+    def encode(clips: Clips) -> Encoded:
+        if (clips.pixels.shape[2], clips.fps) == (first.frames, first.fps):
+            taken.append(clips.pixels[:STRIP_CLIPS])
+        encoded = encoder.encode(clips)
+        if encoded.tokens is None or train.text_encoder:
+            return encoded
+        return encoded._replace(text=encoder.clip.text(encoded.tokens))
+
+    batches = validation.collect(source, kinds, train.validate_clips, encode)
+    alike = [one for one in batches if (one.mean.shape[2], one.fps) == (first.frames, first.fps)]
+    shown = validation.first_of(alike, STRIP_CLIPS)
+    pixels = torch.cat(taken)[:STRIP_CLIPS] if taken else None
+    return validation.HeldOut(batches, encoding.fixed, encoding.num_timesteps, shown, pixels)
+
+
+@torch.no_grad()
+def sampled_and_true(encoding: Encoding, unet: UNet, shown: Encoded, pixels: Tensor | None) -> np.ndarray:
+    """Each clip in two rows, uint8 [H W 3]: sampled from its first frame and caption, and as it is.
+
+    Without `pixels` [b 3 f H W] the autoencoder shows the true clip.
+    """
+    config, device = encoding.config, encoding.device
+    vae = encoding.vae or load_vae(config, device)
+    model = pipeline.I2VGenXL(config, unet, vae, encoding.clip, device)
+    shown, b = encoding.ready(shown), len(shown.mean)
+    noise = pipeline.posterior_noise(model, [SampleNoise(seed) for seed in range(b)])
+    mean = shown.mean[:, :, 0]
+    noise = torch.zeros_like(mean) if noise is None or config.sample.posterior != "sample" else noise
+    first = config.vae.scale * (mean + shown.std[:, :, 0] * noise.to(device))
+    fps = torch.full((b,), config.sample.fps, device=device)
+    text = negative = None
+    if config.use.text:
+        text, negative = (encoding.tokens_of(shown, torch.full((b,), drop)) for drop in (False, True))
+    vector = shown.vector if config.use.global_tokens else None
+    zeros = None
+    if vector is not None and config.sample.negative_image == "zeros":
+        zeros = torch.zeros_like(vector)
+    conditions = ConditionPair(
+        Conditions(text, vector, first, fps), Unconditional(negative, zeros, first, fps)
+    )
+    blank = [""] * b
+    sampled = pipeline.decode(model, pipeline.sample(model, blank, blank, range(b), conditions=conditions))
+    if pixels is None:
+        true = pipeline.decode(model, config.vae.scale * shown.mean)
+    else:
+        true = torch.stack([video.to_uint8(clip[None], rounding=config.save.rounding)[0] for clip in pixels])
+    rows = [rearrange(clips.cpu(), "b f h w c -> b h (f w) c") for clips in (sampled, true)]
+    widest = max(row.shape[2] for row in rows)
+    rows = [F.pad(row, (0, 0, 0, widest - row.shape[2])) for row in rows]
+    return rearrange(torch.stack(rows, 1), "b two h w c -> (b two h) w c").numpy()
 
 
 def adapt(unet: UNet, config: Config, train: Train) -> lora.Adapters:

@@ -10,6 +10,8 @@ killed run resumes bit-identically on the same machine.
     OUT/weights/                                native weights folder, of the average if there is one;
                                                 OUT/adapter/ if only adapters are trained
     OUT/samples/                                sample strips, if `sample_every` is set
+    OUT/best/                                   with `validate`: the weights, or the adapter, with the lowest
+                                                validation loss so far
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.settings.merge import flat
-from i2vgen.training import data
+from i2vgen.training import data, validation
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.settings import FREE, Bucket, Train, buckets
 
@@ -65,6 +67,7 @@ class Part:
     strip: Callable[[], np.ndarray] | None = None  # samples with the present weights, uint8 [H W 3]
     finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
     write: Callable[[Path], Path] | None = None  # saves the model, instead of writing a weights folder
+    held_out: validation.HeldOut | None = None  # clips for validation
 
 
 @dataclass
@@ -77,6 +80,7 @@ class State:
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]  # exponential moving average; empty if there is none
     pending: list[dict[str, float]]  # figures of the steps since the last log line
+    best: tuple[float, int] = (math.inf, 0)  # lowest validation loss, and its step
 
 
 def fit(
@@ -106,6 +110,8 @@ def fit(
     newest = open_folder(folder, config, train, resume=resume, contents=contents)
     if newest is not None:
         restore(newest, state, part.model)
+        if resume and best_is_later(folder, state.step):
+            state.best = (math.inf, 0)  # best/ is of the run that this one departs from
     step = part.step
     if ranks > 1:
         step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None)
@@ -144,6 +150,8 @@ def fit(
                 if writer is not None:
                     writer.write(state.step, state.pending)
                 state.pending = []
+            if part.held_out and (last or state.step % train.validate_every == 0):
+                validate(part, state, config, train, folder, writer, device=device, rank=rank, ranks=ranks)
             if rank == 0 and (last or state.step % train.save_every == 0):
                 save(folder, state, part.model, config, train, contents)
                 prune(folder, train.keep)
@@ -183,6 +191,53 @@ class Batches:
     def ahead(self, index: int) -> None:
         if self.in_advance:
             self.made = {index: self.make(index)}
+
+
+def validate(
+    part: Part,
+    state: State,
+    config: Config,
+    train: Train,
+    folder: Path,
+    log: Log | None,
+    *,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+) -> None:
+    """Measure the average, or the weights if there is none, on the held-out clips, and keep the best."""
+    dtype = precision(train, device)
+    half_on = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with averaged(part.model, state.ema), evaluating(part.step), half_on:
+        figures = part.held_out.measure(part.step, device=device, rank=rank, ranks=ranks)
+    loss = figures[validation.LOSS]
+    better = loss < state.best[0]
+    if better:
+        state.best = (loss, state.step)
+        if rank == 0:
+            save_weights(folder, state, part, config, train, name="best")
+    if log is not None:
+        log.add(state.step, {**figures, "best_step": state.best[1]})
+
+
+def best_is_later(folder: Path, step: int) -> bool:
+    """Whether best/ was written after this step, by a run whose log is about to be cut here."""
+    log = folder / LOG
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    later = (json.loads(line) for line in lines if step < _step_of(line) < math.inf)
+    return any(line.get("best_step") == line["step"] for line in later)
+
+
+@contextlib.contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Context in which the module and all in it are in eval mode."""
+    modes = {one: one.training for one in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for one, training in modes.items():
+            one.training = training
 
 
 def _stream_key(train: Train, index: int, rank: int, ranks: int) -> tuple[int, int]:
@@ -309,17 +364,14 @@ def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which the model holds its average, if there is one, and is in eval mode."""
     inner = checkpoint.inner(model)
     held = {name: tensor.detach().clone() for name, tensor in inner.state_dict().items()} if ema else {}
-    modes = {module: module.training for module in model.modules()}
     if ema:
         inner.load_state_dict(ema, strict=True)
-    model.eval()
     try:
-        yield
+        with evaluating(model):
+            yield
     finally:
         if held:
             inner.load_state_dict(held, strict=True)
-        for module, training in modes.items():
-            module.training = training
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -360,7 +412,7 @@ def open_folder(
     if not found:
         if resume:
             raise ValueError(f"{folder} holds no checkpoint to resume")
-        for name in ("weights", "adapter"):
+        for name in ("weights", "adapter", *(["best"] if train.validate else [])):
             if (folder / name).exists():
                 raise ValueError(f"{folder} holds finished {name} but no checkpoint; choose another output")
         log = folder / LOG
@@ -369,7 +421,7 @@ def open_folder(
             raise ValueError(f"{log} is no log of a training and would be replaced; choose another output")
         return None
     facts = _facts(found[-1])
-    before = {"train.things": "", "train.backgrounds": "", **facts["settings"]}  # older runs lack these
+    before = {**training_record(Train()), **facts["settings"]}  # older runs lack newer settings
     for name, here, there in _differences(settings_record(config, train), before):
         if resume and not _architectural(name):
             continue
@@ -386,7 +438,8 @@ def open_folder(
 
 def _home(train: Train, what: str) -> str:
     """The setting that names the place of some contents."""
-    name = what if what in ("things", "backgrounds") else "data"
+    homes = {"things": "things", "backgrounds": "backgrounds", "validation": "validate"}
+    name = homes.get(what.partition(" ")[0], "data")
     return f"train.{name}={getattr(train, name)}"
 
 
@@ -394,9 +447,12 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     """All settings that affect what is learned, flattened: `unet.base_width` -> 320."""
     record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
     record["negative_prompt"] = config.negative_prompt
+    return dict(flat(record)) | training_record(train)
+
+
+def training_record(train: Train) -> dict[str, object]:
     own = json.loads(json.dumps(dataclasses.asdict(train)))
-    record["train"] = {name: value for name, value in own.items() if name not in FREE}
-    return dict(flat(record))
+    return dict(flat({"train": {name: value for name, value in own.items() if name not in FREE}}))
 
 
 def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
@@ -430,6 +486,7 @@ def save(
             "bytes": (temporary / STATE).stat().st_size,
             "scaler": state.scaler.state_dict(),
             "pending": state.pending,
+            "best": list(state.best) if state.best[1] else None,
             "settings": settings_record(config, train),
             "contents": dict(contents or {}),
         }
@@ -473,6 +530,7 @@ def restore(path: Path, state: State, model: nn.Module) -> None:
     if facts["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(facts["scaler"])
     state.step, state.pending = facts["step"], facts["pending"]
+    state.best = tuple(facts.get("best") or state.best)
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -480,11 +538,13 @@ def prune(folder: Path, keep: int) -> None:
         shutil.rmtree(old)
 
 
-def save_weights(folder: Path, state: State, part: Part, config: Config, train: Train) -> Path:
-    """Write OUT/weights: the trained part (its average, if any) and the parts it was trained with."""
+def save_weights(
+    folder: Path, state: State, part: Part, config: Config, train: Train, *, name: str = ""
+) -> Path:
+    """Write OUT/weights, or `name`: the trained part (its average, if any) and those it was trained with."""
     with averaged(part.model, state.ema):
         if part.write is not None:
-            return part.write(folder / part.name)
+            return part.write(folder / (name or part.name))
         settings = part.finish(config)
         origin = {
             "trained": part.name,
@@ -493,20 +553,24 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
             "train": dataclasses.asdict(train),
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
         }
-        return checkpoint.save(
-            folder / "weights", {**part.others, part.name: part.saved or part.model}, settings, origin=origin
-        )
+        parts = {**part.others, part.name: part.saved or part.model}
+        return checkpoint.save(folder / (name or "weights"), parts, settings, origin=origin)
 
 
 def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
     if part.strip is None:
         return
-    with averaged(part.model, state.ema):
+    with averaged(part.model, state.ema), evaluating(part.step):
         strip = part.strip()
     picture = Image.fromarray(strip)
     if log.board is not None:
         log.board.add_image("samples", strip, state.step, dataformats="HWC")
     (folder / "samples").mkdir(parents=True, exist_ok=True)
+    if part.held_out:
+        said = "".join(f"{caption}\n" for caption in part.held_out.shown.captions)
+        whole.write_text(folder / "samples" / "prompts.txt", said)
+        if log.board is not None:
+            log.board.add_text("prompts", said, state.step)
     path = folder / "samples" / f"{state.step:08d}.png"
     with whole.replacing(path) as temporary:
         picture.save(temporary, "PNG")
@@ -540,12 +604,15 @@ class Log:
     def write(self, step: int, pending: list[dict[str, float]]) -> None:
         means = {name: math.fsum(p[name] for p in pending) / len(pending) for name in pending[-1]}
         means["lr"] = pending[-1]["lr"]
+        self.add(step, means)
+
+    def add(self, step: int, figures: Mapping[str, float]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
             # A gradient norm that overflowed under the scaler is not finite, which JSON cannot hold.
-            finite = {name: value if math.isfinite(value) else None for name, value in means.items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
             file.write(json.dumps({"step": step, **finite}) + "\n")
         if self.board is not None:
-            for name, value in means.items():
+            for name, value in figures.items():
                 self.board.add_scalar(name, value, step)
 
 

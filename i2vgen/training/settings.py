@@ -29,7 +29,9 @@ WORLD = "world"
 MAX_WORKERS = 256
 MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly leave the picture
 # Settings that do not affect what is learned; they may differ from those of a checkpoint.
-FREE = ("cache", "save_every", "sample_every", "log_every", "keep", "workers", "encode_chunk")
+FREE = (
+    "cache", "save_every", "sample_every", "log_every", "validate_every", "keep", "workers", "encode_chunk",
+)  # fmt: skip
 
 
 class Bucket(NamedTuple):
@@ -100,7 +102,17 @@ class Train:
     sample_fps: tuple[int, ...] = ()
     bucket_batch: tuple[int, ...] = ()  # batch per bucket; empty: `batch` for all
     seed: int = 0
-    data: str = WORLD  # "world", the procedural clips, or a folder of videos with captions.csv or .jsonl
+    # "world", the procedural clips; a folder of videos with captions.csv or .jsonl; or what `i2vgen prepare`
+    # made of one.
+    data: str = WORLD
+    # A folder: half of the visits mirror a clip, unless one of its captions names a side or a turn ("left",
+    # "clockwise").
+    flip: bool = False
+    # part=diffusion: measure the loss on clips that are not trained on: another folder, a fraction of
+    # train.data such as 0.05, or "world". best/ keeps the weights with the lowest.
+    validate: str = ""
+    validate_every: int = 500  # steps
+    validate_clips: int = 64  # at most so many of them are measured
     # Kinds of the world's clips (basic, single, pair, camera), used in rotation; empty: the world's default
     # mixture, which `i2vgen evaluate` uses too.
     kinds: tuple[str, ...] = ()
@@ -110,14 +122,15 @@ class Train:
     backgrounds: str = ""  # with `things`: a folder of photographs, used beside the drawn backgrounds
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
-    workers: int = 0  # processes that prefetch the world's clips; 0: draw them in the main process
+    workers: int = 0  # processes that draw or decode clips ahead; 0: the main process does it
     save_every: int = 1000
     sample_every: int = 0  # steps between sample strips; 0: none
     log_every: int = 10
     keep: int = 2  # number of checkpoints to keep
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk"):
+        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk",
+                     "validate_every", "validate_clips"):  # fmt: skip
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "num_clips", "workers", "sample_every", "lora_rank"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
@@ -156,11 +169,17 @@ class Train:
             raise ValueError(
                 f"train.backgrounds = {self.backgrounds} are for pictures of things; give train.things too"
             )
-        if self.data != WORLD and (self.num_clips or self.workers):
+        if self.data != WORLD and self.num_clips:
             raise ValueError(
-                f"train.num_clips = {self.num_clips} and train.workers = {self.workers} need "
-                f"train.data={WORLD}, but train.data is {self.data}; leave them at 0"
+                f"train.num_clips = {self.num_clips} needs train.data={WORLD}, but train.data is "
+                f"{self.data}; leave it at 0"
             )
+        if self.data == WORLD and self.flip:
+            raise ValueError(
+                f"train.flip is for folders of videos; the clips of train.data={WORLD} go to either side "
+                "anyway: leave it out"
+            )
+        self._check_validation()
         if self.cache and (self.part != "diffusion" or not self.num_clips):
             raise ValueError(
                 "train.cache keeps the latents of train.num_clips clips of the world and needs "
@@ -172,7 +191,7 @@ class Train:
                 f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is not a multiple "
                 f"of the largest batch, {largest}"
             )
-        for name in ("checkpointing", "lora_rank", "first_stage", "text_encoder"):
+        for name in ("checkpointing", "lora_rank", "first_stage", "text_encoder", "validate"):
             if self.part != "diffusion" and getattr(self, name):
                 raise ValueError(
                     f"train.{name} needs train.part=diffusion, but train.part is {self.part}; leave it out"
@@ -201,6 +220,30 @@ class Train:
                 f"(train.first_stage = {self.first_stage}) refines clips; leave it at 0 and use "
                 "`i2vgen refine-gain`"
             )
+
+    def _check_validation(self) -> None:
+        if self.validate == WORLD and self.data != WORLD:
+            raise ValueError(
+                f"train.validate={WORLD} needs train.data={WORLD}, but train.data is {self.data}; give a "
+                "folder, or a fraction such as 0.05"
+            )
+        if fraction(self.validate) is not None and self.data == WORLD:
+            raise ValueError(
+                f"train.validate = {self.validate} is a fraction, of which the endless train.data={WORLD} "
+                f"has none; write train.validate={WORLD} for train.validate_clips clips that are never "
+                "trained on"
+            )
+
+
+def fraction(text: str) -> float | None:
+    """What `train.validate` holds out, if it is a fraction; ValueError for a number that is none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    if not 0 < value < 1:
+        raise ValueError(f"train.validate is {text}; give a fraction between 0 and 1, or a folder")
+    return value
 
 
 def _check(train: Train, name: str, right: Any, wanted: str) -> None:
