@@ -69,8 +69,13 @@ def make(
         yield job, dataclasses.replace(clip, config=job.settings(clip.config))
 
 
-def save(clips: Iterable[tuple[Job, pipeline.Video]], tell: Callable[[pipeline.Video, Path], object]) -> None:
-    """Save every clip. One that cannot be saved costs no other: a note says so, and the end is an error."""
+def save(
+    clips: Iterable[tuple[Job, pipeline.Video]],
+    tell: Callable[[pipeline.Video, Path], object],
+    at_end: Callable[[], object] = lambda: None,
+) -> None:
+    """Save every clip, then call `at_end`. One that cannot be saved costs no other: a note says so, and the
+    end is an error."""
     failed = []
     for job, clip in clips:
         try:
@@ -78,6 +83,7 @@ def save(clips: Iterable[tuple[Job, pipeline.Video]], tell: Callable[[pipeline.V
         except (OSError, ValueError) as error:
             warnings.warn(f"{job.output} is not saved: {error}", stacklevel=2)
             failed.append(error)
+    at_end()
     if failed:
         raise failed[0]
 

@@ -627,6 +627,9 @@ class Runtime:
     savings: tuple[str, ...] = ("all",)
     # Guidance: both branches as one batch, faster at small sizes for more memory. null: where it pays.
     batch_guidance: Optional[bool] = None  # noqa: UP045
+    # One clip on several cards, under torchrun: the branches of guidance, shares of the frames, or both; auto
+    # takes what fits the number of processes (fast/parallel.py).
+    parallel: Literal["none", "guidance", "frames", "both", "auto"] = "none"
 
     def __post_init__(self):
         if self.vae_chunk < 1:
@@ -646,6 +649,19 @@ class Runtime:
         if len(self.savings) != 1 and {"all", "none"} & {*self.savings}:
             raise ValueError(
                 f"runtime.savings is {list(self.savings)}; give all or none alone, or a list of the others"
+            )
+        unsplit = {"compile": False, "cuda_graph": False, "offload": "none", "token_chunk": 0}
+        unsplit["weight_storage"] = "native"
+        for name, value in unsplit.items() if self.parallel != "none" else ():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"runtime.parallel={self.parallel} splits the network over processes, which runtime."
+                    f"{name}={getattr(self, name)} cannot follow; leave one of the two out"
+                )
+        if self.parallel != "none" and self.memory not in ("auto", "full"):
+            raise ValueError(
+                f"runtime.parallel={self.parallel} keeps the whole network on every card, but runtime.memory="
+                f"{self.memory} moves or cuts it; use memory=full, or leave parallel= out"
             )
         for name in ("compile", "cuda_graph"):
             if self.offload == "blocks" and getattr(self, name):
@@ -716,6 +732,13 @@ class Config:
                 f"{unet.blocks_per_level} the finest level has {unet.blocks_per_level + 1} up blocks; give 1 "
                 f"to {unet.blocks_per_level + 1}"
             )
+        unsplit = {"sample.deep_cache": sample.deep_cache > 1, "refine_weights": bool(self.refine_weights)}
+        for name, on in unsplit.items() if self.runtime.parallel != "none" else ():
+            if on:
+                raise ValueError(
+                    f"runtime.parallel={self.runtime.parallel} splits the steps of the first stage, which "
+                    f"{name} cannot follow; leave one of the two out"
+                )
         multiple = self.size_multiple
         for name, rest in (("width", 0), ("height", self.height_rest)):
             size = getattr(sample, name)
