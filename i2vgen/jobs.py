@@ -11,7 +11,7 @@ from pathlib import Path
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import OnStep
-from i2vgen.files import given, lists, records, video, whole
+from i2vgen.files import given, lists, plugins, records, video, whole
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import Config
 
@@ -47,6 +47,8 @@ class Job:
             held = record.get("inputs", {}).get(kind)
             if path and held and held["sha256"] != records.sha256(path):
                 return False
+        if config.plugins and record.get("plugins") != plugins.described(config):
+            return False
         config = self.settings(config)
         wanted = records.settings_of(config, self.image, self.prompt, self.seed, self.output).to_dict()
         have = dict(record.get("settings", {}))

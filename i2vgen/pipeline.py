@@ -42,7 +42,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.fast import compiled, deep_cache, machine, parallel, runtime
 from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.files import checkpoint, given, images, video
+from i2vgen.files import checkpoint, given, images, plugins, video
 from i2vgen.files.clip import OUTPUTS, Video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import OffloadedPart
@@ -220,6 +220,8 @@ class I2VGenXL:
         for one in facts:
             if sampler is None:
                 one["steps"] = steps_made(config)
+            if config.plugins:
+                one["plugins"] = plugins.described(config)
         with _bar(on_step, shown=progress) as on_step:
             latents = model.sampled(
                 opened, prompts, seeds, negatives=negatives, conditions=conditions, noise=noise,
@@ -698,6 +700,7 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     else:
         note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
+    plugins.of(config)
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
     ranks = parallel.join(config)

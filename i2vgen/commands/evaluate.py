@@ -21,6 +21,7 @@
                     font, of which it takes those that training never shows. Default: what the weights were
                     trained on, with the shipped things
     backgrounds=    with things=: also put them on the photographs of this folder
+    plugins=        a Python file that changes the model before its weights are loaded, docs/laboratory.md
     batch=          batch size, default 8; affects memory and speed only
 
 All settings and their defaults are in i2vgen/settings/config.py.
@@ -56,6 +57,7 @@ def main(argv: list[str]) -> int:
     json_path = cli.check_file("json", own["json"], argv) if "json" in own else None
     folder = whole.check_results("output=", config.output, pages.FILES) if config.output else None
 
+    cli.tell_plugins(config)
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
     with tqdm(total=rows * 3 * plan.clips, unit="clip", mininterval=0.5) as bar:

@@ -14,6 +14,7 @@
                         with all settings is written beside it
     weights=FOLDER      native weights folder (default: the shipped small model)
     adapter=FOLDER      add low-rank adapters (from `train.lora_rank`, or peft's); adapter_scale=1
+    plugins=FILE.py     a Python file that changes the model before its weights are loaded: docs/laboratory.md
     quality=            exact (default), fast or draft: fewer and cheaper network calls, docs/sampling.md
     weights=random      seeded random weights: the output is noise, but the whole pipeline runs
     memory=low          or balanced, full: limits device memory; auto, the default, selects the fastest
@@ -69,6 +70,7 @@ def make(argv: list[str], crew: Crew) -> int:
             config = first_clip(overrides, resume="--resume" in flags)
     config = crew.place(config)
     with crew.quiet():
+        cli.tell_plugins(config)
         todo = jobs.plan(config)
         if "--resume" in flags:
             before = todo

@@ -32,7 +32,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
 from i2vgen.evaluation.scores import Item, Made, Scores, World, comparable, compare, summarise
-from i2vgen.files import checkpoint, records
+from i2vgen.files import checkpoint, plugins, records
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Prepared
 from i2vgen.model.unet import UNet
@@ -403,6 +403,7 @@ def record(model: I2VGenXL, plan: Plan, rate: float) -> dict:
             for name in ("use", "schedule", "preprocess", "save")
         },
         "versions": {"i2vgen": i2vgen.__version__, "torch": torch.__version__},
+        **({"plugins": plugins.described(config)} if config.plugins else {}),
     }
 
 

@@ -701,6 +701,7 @@ class Config:
     refine_suffix: str = REFINE_SUFFIX
     refine_negative_prompt: str = REFINE_NEGATIVE_PROMPT
     video: str = ""  # a video file; if given, only the second stage runs
+    plugins: tuple[str, ...] = ()  # Python files that change the model before it is loaded (files/plugins.py)
 
     def __post_init__(self):
         unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
@@ -793,9 +794,9 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is data
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
 # Literal text on any command line, including commands with other settings.
 TEXTS = (*LITERALS, "json")
-LISTS = ("image", "prompt")  # literals that may be given several times
+LISTS = ("image", "prompt", "plugins")  # literals that may be given several times
 # Literals that are paths, where ~ is the home folder.
-PATHS = ("weights", "image", "output", "adapter", "items", "refine_weights", "video")
+PATHS = ("weights", "image", "output", "adapter", "items", "refine_weights", "video", "plugins")
 # Literals that are stored in a weights folder: the texts that its model is always used with.
 KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
 # Sections that a weights folder determines; contradicting them is an error.

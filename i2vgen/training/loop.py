@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from i2vgen.fast import half, machine
-from i2vgen.files import checkpoint, whole
+from i2vgen.files import checkpoint, plugins, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.settings.merge import flat
@@ -394,6 +394,7 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     """All settings that affect what is learned, flattened: `unet.base_width` -> 320."""
     record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
     record["negative_prompt"] = config.negative_prompt
+    record |= {"plugins": plugins.described(config)} if config.plugins else {}
     own = json.loads(json.dumps(dataclasses.asdict(train)))
     record["train"] = {name: value for name, value in own.items() if name not in FREE}
     return dict(flat(record))
@@ -492,6 +493,7 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
             "average": bool(state.ema),
             "train": dataclasses.asdict(train),
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
+            "plugins": plugins.described(config),
         }
         return checkpoint.save(
             folder / "weights", {**part.others, part.name: part.saved or part.model}, settings, origin=origin
