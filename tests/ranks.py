@@ -27,6 +27,7 @@ from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions, Encoded, Unconditional
 from i2vgen.model.layers import GroupNorm
 from i2vgen.settings import config as settings
+from i2vgen.settings import shipped
 
 CONDITIONED = settings.Clip(text={"context_length": 7, "width": 16, "heads": 2, "layers": 2}, embed_dim=12)
 VAE = settings.VAE(base_width=8, width_multipliers=(1, 2), blocks_per_level=1, norm_groups=4)
@@ -166,7 +167,8 @@ def fails(how):
             return generate(model, *inputs, on_step=breaks)
 
         pipeline.I2VGenXL.generate = breaking
-    sys.exit(door.main(["generate", "steps=2", "device=cpu", "parallel=frames", "output=never.gif"]))
+    words = ["weights=lab", "steps=2", "device=cpu", "parallel=frames", "output=never.gif"]
+    sys.exit(door.main(["generate", *words, f"image={shipped.STAR}", "prompt=a star"]))
 
 
 if __name__ == "__main__":

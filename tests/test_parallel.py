@@ -108,7 +108,8 @@ def test_what_would_see_a_share_is_refused(found):
 
 # --- commands
 
-ONE = [f"image={shipped.STAR}", "prompt=a yellow star grows", "seed=1", "steps=2", "device=cpu"]
+MODEL = ["weights=lab", "steps=2", "device=cpu"]
+ONE = [*MODEL, f"image={shipped.STAR}", "prompt=a yellow star grows", "seed=1"]
 LOST = "a-002-seed3.png"
 
 
@@ -124,7 +125,7 @@ def told(tmp_path_factory):
         {"image": str(shipped.STAR), "prompt": "a yellow star moves up", "seed": [4, 5], "output": "b.png"},
     ]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    words = ["items=items.jsonl", "steps=2", "device=cpu", "batch=2"]
+    words = [*MODEL, "items=items.jsonl", "batch=2"]
     with contextlib.chdir(folder), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert door.main(["generate", *words]) == 0
@@ -243,7 +244,7 @@ def test_what_auto_takes(words, world, split_into):
 
 def test_loading_without_torchrun_says_what_to_do():
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
-        pipeline.load(parallel="frames", device="cpu")
+        pipeline.load("lab", parallel="frames", device="cpu")
 
 
 def test_a_process_without_a_device(monkeypatch):
