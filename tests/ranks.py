@@ -135,7 +135,7 @@ def equal():
 
 
 def commands(lines):
-    """Each the words of a `generate`, or a file to remove before the next -> what this process said"""
+    """Each the words of a command, or a file to remove before the next -> what this process said"""
     told = []
     for words in lines:
         if isinstance(words, str):
@@ -145,7 +145,7 @@ def commands(lines):
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
             try:
-                status = door.main(["generate", *words])
+                status = door.main(words)
             except SystemExit as end:
                 status = end.code
         told.append([status, out.getvalue()])

@@ -85,12 +85,16 @@ def test_what_is_sent_is_what_is_counted(found):
         assert first["differences"][f"sent, {name}"] == counted.sent > 0
 
 
-def test_the_bench_says_that_its_seconds_are_computed():
+NAMES = ("one card", "frames, 2", "both, 4")
+
+
+def test_the_bench_says_that_its_seconds_are_computed(monkeypatch):
     sample = settings.Sample(width=24, height=16, frames=8)
     config = settings.Config(unet=driver.SMALL, vae=driver.VAE, clip=driver.CONDITIONED, sample=sample)
+    monkeypatch.setattr(split, "SPLITS", {name: split.SPLITS[name] for name in NAMES})
     report = split.run(None, config)
     assert "computed, not measured" in str(report.tables[0])
-    one, two, both = (report.values[name] for name in ("one card", "frames, 2", "both, 4"))
+    one, two, both = (report.values[name] for name in NAMES)
     assert one["sent"] == 0 and one["computed_seconds"]["PCIe"] == split.STEP
     assert 0.49 < two["flops"] / one["flops"] < 0.51 and both["sent"] < two["sent"]
 
@@ -110,6 +114,7 @@ def test_what_would_see_a_share_is_refused(found):
 
 MODEL = ["weights=lab", "steps=2", "device=cpu"]
 ONE = [*MODEL, f"image={shipped.STAR}", "prompt=a yellow star grows", "seed=1"]
+SCORED = [*MODEL, "clips=2", "batch=2"]
 LOST = "a-002-seed3.png"
 
 
@@ -130,16 +135,18 @@ def told(tmp_path_factory):
         warnings.simplefilter("ignore")
         assert door.main(["generate", *words]) == 0
         assert door.main(["generate", *ONE, "output=alone.png"]) == 0
+        assert door.main(["evaluate", *SCORED, "json=scores"]) == 0
     alone = {path.name: records.sha256(path) for path in folder.glob("*.png")}
     for path in [*folder.glob("*.png"), *folder.glob("*.json")]:
         path.unlink()
     lines = [
-        words,
+        ["generate", *words],
         LOST,
-        [*words, "--resume"],
-        [*ONE, "parallel=frames", "output=frames.png"],
-        [*ONE, "parallel=both", "output=no.png"],
-        [*ONE, "output=no.png", "device=cuda"],
+        ["generate", *words, "--resume"],
+        ["generate", *ONE, "parallel=frames", "output=frames.png"],
+        ["generate", *ONE, "parallel=both", "output=no.png"],
+        ["generate", *ONE, "output=no.png", "device=cuda"],
+        ["evaluate", *SCORED, "json=shared.json"],
     ]
     said, own = launch(2, "commands", json.dumps(lines), cwd=folder)
     return folder, alone, list(zip(*said, strict=True)), own
@@ -162,12 +169,21 @@ def test_processes_share_a_list(told):
 
 
 def test_processes_share_a_clip(told):
-    folder, alone, (*_, made, _, _), _ = told
+    folder, alone, (_, _, made, *_), _ = told
     (status, first), (other, second) = made
     assert (status, other, second) == (0, 0, "")  # only the first speaks
     assert "2 shares of the frames" in first and "MiB sent by each process per step" in first
     assert clips_told(made) == ["frames.png"]
     assert records.sha256(folder / "frames.png") == alone["alone.png"]
+
+
+def test_processes_share_an_evaluation(told):
+    folder, _, (*_, ((status, first), (other, second))), _ = told
+    assert (status, other, second) == (0, 0, "") and "scores in shared.json" in first
+    one, two = (json.loads((folder / name).read_text(encoding="utf-8")) for name in ("scores", "shared.json"))
+    for report in (one, two):
+        del report["seconds"], report["settings"]["batch"]
+    assert one == two
 
 
 @pytest.mark.parametrize(

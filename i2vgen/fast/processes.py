@@ -53,9 +53,13 @@ class Crew:
             own = dataclasses.replace(config.runtime, device=str(device))
             config = dataclasses.replace(config, runtime=own)
         if config.runtime.parallel != "none":
-            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.world)
+            self.connect("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         return config
+
+    def connect(self, backend: str) -> None:
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.world, timeout=LONG
+        )
 
     def own(self, device: torch.device) -> torch.device:
         if device.type != "cuda" or device.index is not None:
@@ -88,6 +92,19 @@ class Crew:
         while (number := self.store.add("taken", 1) - 1) < count:
             yield number
 
+    def gathered(self, own: Any) -> list:
+        """What every process has, by rank"""
+        if self.store is None:
+            return [own]
+        if not dist.is_initialized():
+            self.connect("gloo")
+        found: list = [None] * self.world
+        try:
+            dist.all_gather_object(found, own)
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+        return found
+
     def wait(self) -> None:
         """Until all processes are here: torchrun ends the others where one has ended with an error."""
         if self.store is not None:
@@ -107,16 +124,19 @@ class Crew:
             yield
 
 
+ALONE = Crew()
+
+
 @contextlib.contextmanager
 def crew() -> Iterator[Crew]:
     """The processes that torchrun started this one with. Of the errors that end them the first is told."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
-        yield Crew()
+        yield ALONE
         return
     store, rank, world = next(iter(rendezvous("env://")))
     store = dist.PrefixStore(f"i2vgen-{next(CREWS)}", store)
     try:
-        yield Crew(rank, world, store) if world > 1 else Crew()
+        yield Crew(rank, world, store) if world > 1 else ALONE
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
         if store.add("errors", 1) > 1:
             time.sleep(SECONDS_TO_SPEAK)
