@@ -51,7 +51,7 @@ class Job:
             return False
         config = self.settings(config)
         wanted = records.settings_of(config, self.image, self.prompt, self.seed, self.output).to_dict()
-        have = dict(record.get("settings", {}))
+        have = {"plugins": [], **record.get("settings", {})}  # records of earlier versions name none
         for settings_ in (wanted, have):
             settings_.pop("runtime", None)
         return have == wanted

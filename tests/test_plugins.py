@@ -255,6 +255,18 @@ def test_several_plugins_follow_one_another(plugin):
         assert load_config(None, words).plugins == tuple(names)
 
 
+def test_a_plugin_may_hold_dataclasses_and_is_loaded_from_python(plugin):
+    text = """from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class Size:
+    width: int = 3
+def change(parts, config):
+    parts["unet"].mid1.size = Size().width
+"""
+    assert pipeline.load("lab", device="cpu", plugins=str(plugin(text))).unet.mid1.size == 3
+
+
 def test_weights_keep_no_plugin(plugin, tmp_path):
     config = load_config(None, ["weights=lab", "device=cpu", f"plugins={plugin(MARKS)}"])
     held = {part: dict(checkpoint.read_part(LAB, part)) for part in checkpoint.PARTS}

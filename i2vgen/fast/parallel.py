@@ -156,7 +156,8 @@ def arrangement(config: Config, world: int) -> tuple[int, int]:
     if world < 2:
         raise ValueError(
             f"parallel={name} splits a clip over processes, but there is one: start them with "
-            "torchrun --nproc-per-node N -m i2vgen generate ... (docs/performance.md), or leave parallel= out"
+            "torchrun --nproc-per-node N -m i2vgen generate ... (in Python call "
+            "torch.distributed.init_process_group() first), or leave parallel= out"
         )
     if name in ("guidance", "both") and not guided:
         raise ValueError(

@@ -18,6 +18,7 @@ import functools
 import importlib.util
 import inspect
 import os
+import sys
 import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -69,8 +70,8 @@ def imported(path: str) -> Plugin:
     if file.suffix != ".py" or not file.is_file():
         raise ValueError(f"plugins={path} {'does not exist' if not file.exists() else 'is no .py file'}")
     sha256 = records.sha256(file)
-    spec = importlib.util.spec_from_file_location(f"i2vgen_plugin_{file.stem}", file)
-    module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location(f"i2vgen_plugin_{file.stem}_{sha256[:12]}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     _run(path, "", lambda: spec.loader.exec_module(module))
     change = getattr(module, "change", None)
     if not isinstance(change, types.FunctionType) or len(inspect.signature(change).parameters) != 2:

@@ -493,7 +493,7 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
             "average": bool(state.ema),
             "train": dataclasses.asdict(train),
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
-            "plugins": plugins.described(config),
+            **({"plugins": plugins.described(config)} if config.plugins else {}),
         }
         return checkpoint.save(
             folder / "weights", {**part.others, part.name: part.saved or part.model}, settings, origin=origin
