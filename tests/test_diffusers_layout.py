@@ -536,6 +536,7 @@ def test_configs_of_other_models_are_refused(copy, name, values, message):
             if getattr(config.Use(), switch)
         ),
         ("use", {"frame_positions": True}, r"use\.frame_positions is true; .* never has this part"),
+        ("use", {"output": "from_picture"}, r"use\.output is from_picture; .* only supports plain"),
         ("use", {"later_frames": "picture"}, r"use\.later_frames is picture; .* only supports position"),
         ("unet", {"concat_layers": 2}, r"unet\.concat_layers is 2; .* only supports 1"),
         ("unet", {"num_global_tokens": 5}, r"unet\.num_global_tokens is 5; .* only supports 4"),

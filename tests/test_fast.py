@@ -20,7 +20,7 @@ from i2vgen.model.layers import Conv, FeedForward, GroupNorm
 from i2vgen.model.spatial import Upsample
 from i2vgen.model.temporal import TemporalTransformer
 from i2vgen.settings import config
-from i2vgen.settings.config import SAVINGS, Runtime
+from i2vgen.settings.config import SAVINGS, Runtime, Use
 
 EXACT = {"rtol": 0, "atol": 1e-12}
 RUNTIMES = {
@@ -74,6 +74,17 @@ def test_each_saving_gives_the_plain_numbers(make_unet, branches, name, size, at
     savings.remove(unet)
     assert {type(m) for m in unet.modules()} == {type(m) for m in make_unet().modules()}
     torch.testing.assert_close(guidance_step(unet, *inputs), plain, **EXACT)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["batched", "chunked"])
+def test_an_output_from_the_picture_reaches_both_branches(make_unet, branches, name):
+    unet, plain = make_unet(Use(output="from_picture")), make_unet()
+    x, t, conditions = branches(2, 3)
+    picture = conditions[0].image_latent[:, :, None].repeat(2, 1, 1, 1, 1)
+    savings.apply(unet, RUNTIMES[name], META)
+    got, want = (guidance_step(one, x, t, conditions) for one in (unet, plain))
+    torch.testing.assert_close(got, want + picture, **EXACT)
 
 
 @torch.no_grad()

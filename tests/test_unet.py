@@ -199,6 +199,21 @@ def test_frame_planes():
 
 
 @torch.no_grad()
+def test_an_output_from_the_picture_begins_as_a_still_clip(make_unet, make_inputs):
+    """And is the plain output plus the first-frame latent in every frame, in both branches of guidance."""
+    plain, unet = make_unet(), make_unet(Use(output="from_picture"))
+    unet.load_state_dict(plain.state_dict())
+    x, t, conditions = make_inputs()
+    with torch.no_grad():
+        prepared = unet.prepare(conditions, x.shape[2])
+        got, want = unet(x, t, prepared), plain(x, t, plain.prepare(conditions, x.shape[2]))
+        picture = conditions.image_latent[:, :, None]
+        assert torch.equal(got, want + picture) and not torch.equal(got, want)
+        for part in (unet.conv_out.weight, unet.conv_out.bias):
+            part.zero_()
+        assert torch.equal(unet(x, t, prepared), picture.expand_as(x))
+
+
 @pytest.mark.parametrize("later", ["zeros", "picture"])
 def test_later_frames_of_the_concat_branch(make_unet, make_inputs, later, monkeypatch):
     _, _, conditions = make_inputs(batch=2)

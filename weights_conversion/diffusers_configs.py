@@ -167,6 +167,8 @@ def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
             has = "never has" if getattr(use, switch) else "always has"
             value = str(getattr(use, switch)).lower()
             raise ValueError(f"use.{switch} is {value}; diffusers' I2VGenXLUNet {has} this part")
+    if use and use.output != "plain":
+        raise ValueError(f"use.output is {use.output}; diffusers' I2VGenXLUNet only supports plain")
     if use and use.later_frames != "position":
         raise ValueError(
             f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet only supports position"

@@ -247,7 +247,7 @@ def without(unet: UNet, missing: Missing, negative: Tensor | None, local: slice)
             conditions = conditions._replace(image_vector=torch.zeros_like(conditions.image_vector))
         prepared = unet.prepare(conditions, frames)
         if missing == "concat":
-            prepared = prepared._replace(concat=torch.zeros_like(prepared.concat))
+            prepared = prepared._replace(concat=torch.zeros_like(prepared.concat), picture=None)
         if missing == "local tokens":
             tokens = tokens_of(prepared.context).clone()
             tokens[:, local] = 0.0

@@ -96,7 +96,12 @@ class FastUNet(UNet):
                 out, entering = self.outer_blocks(branch, deep.blocks, features[i]), features[i]
             outs.append(out)
             kept.append(entering)
-        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        branches = prepared._replace(
+            picture=None
+            if prepared.picture is None
+            else repeated(prepared.picture, len(prepared.context) // len(x))
+        )
+        out = self.from_picture(outs[0] if len(outs) == 1 else torch.cat(outs), branches)
         return out if deep is None else (out, kept)
 
     def contexts(self, context: Tensor | Context, b: int) -> list[Context]:
@@ -185,8 +190,7 @@ def shared(unet: UNet, branches: Sequence[Prepared]) -> Prepared | None:
         return None
     first = branches[0]
     for other in branches[1:]:
-        pairs = ((first.concat, other.concat), (first.fps_embedding, other.fps_embedding))
-        if not all(_same(a, b) for a, b in pairs):
+        if not all(_same(a, b) for a, b in zip(first[1:], other[1:], strict=True)):
             return None
     context = concatenate([as_context(branch.context) for branch in branches])
     return None if context is None else first._replace(context=context)

@@ -55,6 +55,7 @@ class Prepared(NamedTuple):
     context: Tensor  # [b k d] text, local and global tokens, in this order
     concat: Tensor | None  # [b f h w c] extra input channels, gain applied
     fps_embedding: Tensor | None  # [b e]
+    picture: Tensor | None = None  # [b c 1 h w] first-frame latent, to which the output is added
 
 
 class ConditionStem(nn.Module):
@@ -100,7 +101,8 @@ class ConditionStem(nn.Module):
         fps_embedding = None
         if self.use.fps:
             fps_embedding = self.fps(sinusoid(fps, self.base_width, self.use.sinusoid).to(dtype))
-        return Prepared(torch.cat(context, dim=1), concat, fps_embedding)
+        picture = latent[:, :, None] if self.use.concat and self.use.output == "from_picture" else None
+        return Prepared(torch.cat(context, dim=1), concat, fps_embedding, picture)
 
 
 class GlobalTokens(nn.Module):

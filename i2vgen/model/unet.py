@@ -184,7 +184,11 @@ class UNet(nn.Module):
                 x = level.resample(x)
 
         x = per_frame(self.conv_out, F.silu(per_frame(self.norm_out, x)))
-        return rearrange(x, "b f h w c -> b c f h w").contiguous()
+        return self.from_picture(rearrange(x, "b f h w c -> b c f h w").contiguous(), prepared)
+
+    def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
+        """Output [b c f h w] -> prediction: with `use.output=from_picture`, the output is a change of it"""
+        return out if prepared.picture is None else out + prepared.picture
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""

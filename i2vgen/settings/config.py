@@ -85,6 +85,9 @@ class Use:
     # Input of the concat branch for frames after the first: a plane of the frame's position i/(f-1)
     # (official), zeros, or the picture again.
     later_frames: Literal["position", "zeros", "picture"] = "position"
+    # "from_picture": the output is added to the first-frame latent in every frame, so that zero means a still
+    # clip. For schedule.prediction=x0; it belongs to the concat branch and goes with it.
+    output: Literal["plain", "from_picture"] = "plain"
     # "half": every level has half the rows and columns of the one above it. "margin" (the refiners): one
     # extra row at the top and bottom, removed when upsampling. It restricts the heights, see `UNet.margin`.
     resampling: Literal["half", "margin"] = "half"
@@ -714,6 +717,11 @@ class Config:
             raise ValueError(
                 f"vae.embed_dim is {vae.embed_dim} but unet.image_channels is {unet.image_channels}; "
                 "the UNet gets the first frame as the VAE's latent, so they must be equal"
+            )
+        if self.use.output == "from_picture" and self.schedule.prediction != "x0":
+            raise ValueError(
+                f"use.output is from_picture, but schedule.prediction is {self.schedule.prediction}: only an "
+                "estimate of the clean latent can start from the picture's; use schedule.prediction=x0"
             )
         if self.use.text and clip.text["width"] != unet.context_width:
             raise ValueError(
