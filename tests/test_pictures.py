@@ -467,3 +467,13 @@ def test_a_model_is_scored_on_what_it_was_trained_on(tmp_path):
         assert evaluate.suited(Plan(), config).things == evaluate.SHIPPED_THINGS
         assert evaluate.suited(Plan(things="shapes"), config).things == "shapes"
     assert {p.stem for p in Path(evaluate.SHIPPED_THINGS).glob("*.png")} >= {"turtle", "rocket"}
+
+
+def test_an_example_picture_shows_a_thing(script_at):
+    run = script_at("draw_example")
+    status, out, _ = run("seed=5", f"things={THINGS}", "size=96", "output=thing.png")
+    clip = pictures.open_for_scoring(str(THINGS)).clip(5, width=96, height=96, frames=1, kind="basic")
+    assert status == 0 and clip.caption in out
+    assert np.array_equal(np.asarray(Image.open("thing.png")), clip.frames[0])
+    assert "things= has no effect on the boat" in run(f"things={THINGS}")[2]
+    assert "give things= too" in run("seed=1", "backgrounds=photos")[2]

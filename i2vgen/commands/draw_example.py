@@ -2,9 +2,12 @@
 
     i2vgen draw-example output=outputs/boat.png          a red sailing boat on a lake at dusk
     i2vgen draw-example seed=17 output=outputs/star.png  first frame of the world's clip 17
+    i2vgen draw-example seed=4 things=i2vgen/assets/things output=outputs/thing.png
 
     seed=       draw a clip of the procedural world with one object, and print its caption (default: the boat)
     size=       width and height of the world's picture in pixels, 256 by default
+    things=     with seed=: the object is one of this folder's or font's things, as in `i2vgen evaluate`
+    backgrounds=    with things=: also put it on the photographs of this folder
 
 The same words always draw the same picture.
 """
@@ -15,7 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 from i2vgen import cli
-from i2vgen.world import drawing
+from i2vgen.world import drawing, pictures
 
 WIDTH, HEIGHT, OVERSAMPLE = 640, 352, 2
 SKY = ((36, 40, 92), (110, 76, 140), (236, 132, 110), (255, 205, 140))  # from the zenith to the horizon
@@ -74,11 +77,18 @@ def boat(canvas: ImageDraw.ImageDraw, *, x: float, y: float, size: float) -> Non
 
 def main(argv: list[str]) -> int:
     _, words, _ = cli.split(argv)
-    given = cli.take_all(words, numbers=("seed", "size"), texts=("output",))
+    given = cli.take_all(words, numbers=("seed", "size"), texts=("output", "things", "backgrounds"))
     output = cli.check_picture("output", given.get("output", "boat.png"), argv)
+    if idle := [name for name in ("size", "things") if name in given and "seed" not in given]:
+        raise ValueError(f"{idle[0]}= has no effect on the boat; give seed= too")
+    if "backgrounds" in given and "things" not in given:
+        raise ValueError("backgrounds= are for pictures of things; give things= too")
     if "seed" in given:
-        size = given.get("size", 256)
-        clip = drawing.clip(given["seed"], width=size, height=size, frames=1, kind="basic")
+        size, world = given.get("size", 256), drawing
+        if "things" in given:
+            pictures.refuse_size(size, size)
+            world = pictures.open_for_scoring(given["things"], given.get("backgrounds", ""))
+        clip = world.clip(given["seed"], width=size, height=size, frames=1, kind="basic")
         cli.save_picture(Image.fromarray(clip.frames[0]), output)
         print(f"{cli.shown(output)}: {clip.caption}")
     else:
