@@ -35,15 +35,14 @@ VAE = settings.VAE(base_width=8, width_multipliers=(1, 2), blocks_per_level=1, n
 
 def road(frames, *, parallel_="none", use=None, **runtime):
     """A whole road without its encoders, in float64, as `load_parts` would put it together."""
-    sample = settings.Sample(width=24, height=16, frames=frames, steps=2)
-    sample = dataclasses.replace(
-        sample, **{k: runtime.pop(k) for k in ("guidance_interval",) if k in runtime}
-    )
+    interval, prediction = runtime.pop("guidance_interval", (0.0, 1.0)), runtime.pop("prediction", "v")
+    sample = settings.Sample(width=24, height=16, frames=frames, steps=2, guidance_interval=interval)
     config = settings.Config(
         use=use or settings.Use(),
         unet=SMALL,
         vae=VAE,
         clip=CONDITIONED,
+        schedule=settings.Schedule(prediction=prediction),
         sample=sample,
         runtime=settings.Runtime(dtype="float64", vae_dtype="float64", parallel=parallel_, **runtime),
         weights="random",
@@ -81,6 +80,7 @@ def equal():
         "two clips": (4, {}),
         "guidance in an interval": (4, {"guidance_interval": (0.3, 1.0)}),
         "frame positions": (4, {"use": settings.Use(frame_positions=True)}),
+        "from the picture": (4, {"use": settings.Use(output="from_picture"), "prediction": "x0"}),
         "a path less": (4, {"use": settings.Use(concat=False, temporal_convolution=False)}),
     }
     splits = {2: ("frames", "guidance", "auto"), 4: ("frames", "both", "auto")}[world]
