@@ -16,9 +16,9 @@ from typing import NoReturn
 from PIL import Image
 from tqdm import tqdm
 
-from i2vgen.files import whole
+from i2vgen.files import plugins, whole
 from i2vgen.settings import shipped
-from i2vgen.settings.config import FOREIGN
+from i2vgen.settings.config import FOREIGN, Config
 
 # What can command a terminal, or hide what a text says: control characters, line separators, the marks that
 # turn the direction of writing; and surrogates, which no terminal can show.
@@ -203,6 +203,12 @@ def _note(message, category, filename, lineno, file=None, line=None) -> None:
 def _failed(message: str) -> int:
     sys.stderr.write(f"error: {shown(message)}\n")
     return 2
+
+
+def tell_plugins(config: Config) -> None:
+    """Import the plugins of the settings and print which they are; ValueError for a file that is none."""
+    for plugin in plugins.of(config):
+        print(f"plugin {shown(plugin)}")
 
 
 def is_setting(word: str) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import OnStep
-from i2vgen.files import given, lists, records, video, whole
+from i2vgen.files import given, lists, plugins, records, video, whole
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import Config
 
@@ -47,9 +47,11 @@ class Job:
             held = record.get("inputs", {}).get(kind)
             if path and held and held["sha256"] != records.sha256(path):
                 return False
+        if config.plugins and record.get("plugins") != plugins.described(config):
+            return False
         config = self.settings(config)
         wanted = records.settings_of(config, self.image, self.prompt, self.seed, self.output).to_dict()
-        have = dict(record.get("settings", {}))
+        have = {"plugins": [], **record.get("settings", {})}  # records of earlier versions name none
         for settings_ in (wanted, have):
             settings_.pop("runtime", None)
         return have == wanted
@@ -69,8 +71,13 @@ def make(
         yield job, dataclasses.replace(clip, config=job.settings(clip.config))
 
 
-def save(clips: Iterable[tuple[Job, pipeline.Video]], tell: Callable[[pipeline.Video, Path], object]) -> None:
-    """Save every clip. One that cannot be saved costs no other: a note says so, and the end is an error."""
+def save(
+    clips: Iterable[tuple[Job, pipeline.Video]],
+    tell: Callable[[pipeline.Video, Path], object],
+    at_end: Callable[[], object] = lambda: None,
+) -> None:
+    """Save every clip, then call `at_end`. One that cannot be saved costs no other: a note says so, and the
+    end is an error."""
     failed = []
     for job, clip in clips:
         try:
@@ -78,6 +85,7 @@ def save(clips: Iterable[tuple[Job, pipeline.Video]], tell: Callable[[pipeline.V
         except (OSError, ValueError) as error:
             warnings.warn(f"{job.output} is not saved: {error}", stacklevel=2)
             failed.append(error)
+    at_end()
     if failed:
         raise failed[0]
 

@@ -39,10 +39,10 @@ from i2vgen.diffusion.sampler import (
 )
 from i2vgen.diffusion.schedule import Schedule, timesteps
 from i2vgen.diffusion.solvers import SOLVERS
-from i2vgen.fast import compiled, deep_cache, machine, runtime
+from i2vgen.fast import compiled, deep_cache, machine, parallel, runtime
 from i2vgen.fast import unet as fast_unet
 from i2vgen.fast.deep_cache import DeepCache
-from i2vgen.files import checkpoint, given, images, video
+from i2vgen.files import checkpoint, given, images, plugins, video
 from i2vgen.files.clip import OUTPUTS, Video
 from i2vgen.memory import plans
 from i2vgen.memory.offload import OffloadedPart
@@ -96,6 +96,7 @@ class I2VGenXL:
         self.offloaded: dict[str, OffloadedPart] = {}  # parts that wait on the CPU until they are needed
         self.plan = plans.Plan(config, asked or config.runtime)
         self.adapters: dict[str, lora.Adapters] = {}  # attached by `lora`, by their folder or file
+        self.ranks: parallel.Ranks | None = None  # the processes that compute one clip together
 
     @property
     def config(self) -> Config:
@@ -219,6 +220,8 @@ class I2VGenXL:
         for one in facts:
             if sampler is None:
                 one["steps"] = steps_made(config)
+            if config.plugins:
+                one["plugins"] = plugins.described(config)
         with _bar(on_step, shown=progress) as on_step:
             latents = model.sampled(
                 opened, prompts, seeds, negatives=negatives, conditions=conditions, noise=noise,
@@ -249,6 +252,7 @@ class I2VGenXL:
         if config != self.config:
             refuse_unsampleable(config)
             machine.refuse_missing(config, self.device)
+            parallel.check(self.ranks, config)
             if _size(config) != _size(self.config) and (Path(config.weights) / SETTINGS_FILE).is_file():
                 note_other_size(config)
         other = copy.copy(self)
@@ -491,7 +495,7 @@ def guided_network(model: I2VGenXL, cond: Conditions, uncond: Conditions) -> Pre
         return under(unet, positive)
     negative = fast_unet.projected(unet, unet.prepare(uncond, sample.frames))
     predict = guided_pair(
-        fast_unet.both_branches(unet, positive, negative, under),
+        parallel.both_branches(model.ranks, unet, positive, negative, under),
         sample.guidance,
         precision=sample.guidance_precision,
         rescale=sample.guidance_rescale,
@@ -625,12 +629,18 @@ def pixels(model: I2VGenXL, latents: Tensor) -> Tensor:
 @torch.no_grad()
 def _decoded(model: I2VGenXL, latents: Tensor, finish: Callable[[Tensor], Tensor]) -> Tensor:
     """[b c f h w] -> [b f ...], where `finish` turns pixels [3 n H W] in -1..1 into [n ...]"""
+    frames = rearrange(latents, "b c f h w -> (b f) c h w")
+    everyone = None if model.ranks is None else model.ranks.everyone
+    share = frames if everyone is None else everyone.own(frames, 0)
     done = []
     with plans.on_device(model.offloaded, "vae"):
-        for part in rearrange(latents, "b c f h w -> (b f) c h w").split(model.config.runtime.vae_chunk):
+        for part in (share if len(share) else frames[:1]).split(model.config.runtime.vae_chunk):
             floats = finite(model.vae, lambda vae, part=part: vae.decode(part)).float()
             done.append(finish(rearrange(floats, "n c h w -> c n h w")))
-    return torch.cat(done).unflatten(0, (len(latents), -1))
+    whole = torch.cat(done)[: len(share)]  # of a process that has no frames, nothing
+    if everyone is not None:
+        whole = everyone.gather(whole, 0, len(frames))
+    return whole.unflatten(0, (len(latents), -1))
 
 
 def finite(vae: AutoencoderKL, compute: Callable[[AutoencoderKL], Tensor]) -> Tensor:
@@ -690,13 +700,15 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     else:
         note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
+    plugins.of(config)
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
+    ranks = parallel.join(config)
     device = runtime.device(config.runtime)
     machine.refuse_missing(config, device)
-    config = machine.choose_dtype(config)
+    config = parallel.agreed(ranks, machine.choose_dtype(config))
     asked = config.runtime
-    config, estimate = plans.choose(config)
+    config, estimate = plans.choose(config, shares=1 if ranks is None else ranks.frames.count)
     if tell is not None:
         tell(estimate)
     place = "cpu" if config.runtime.offload != "none" else device
@@ -706,7 +718,7 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     )
     if config.adapter:
         lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
-    return assemble(config, unet, vae, clip, device, asked)
+    return assemble(config, unet, vae, clip, device, asked, ranks)
 
 
 def assemble(
@@ -716,14 +728,18 @@ def assemble(
     clip: ClipEncoders,
     device: torch.device,
     asked: Runtime | None = None,
+    ranks: parallel.Ranks | None = None,
 ) -> I2VGenXL:
     """Loaded parts (on the CPU where something is to wait there) -> a model as `runtime` wants it.
 
     A plan for little memory must have been settled (`plans.choose`); `asked` is `runtime` before that.
+    `ranks` are the processes that compute one clip together.
     """
     plans.prepare({"unet": unet, "vae": vae}, config, device)
+    parallel.apply(unet, ranks)
     model = I2VGenXL(config, unet, vae, clip, device, asked=asked)
-    model.offloaded = plans.offloaded_parts(model.parts, config, device)
+    model.offloaded, model.ranks = plans.offloaded_parts(model.parts, config, device), ranks
+    model.plan.shares = 1 if ranks is None else ranks.frames.count
     return model
 
 

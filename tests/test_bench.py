@@ -383,7 +383,7 @@ def test_plans_reach_the_unet(small):
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory or cpu-small or"),
+        (["case=gpu-8k"], "there is no case=gpu-8k; choose count or memory or parallel or cpu-small or"),
         (["against=diffusers"], "case= is missing; choose count or"),
         (["case=cpu-small", "mode=test"], "there is no mode=test; choose infer or train"),
         (["case=cpu-small", "full=yes"], "there is no full=yes; choose true or false"),

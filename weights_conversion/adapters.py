@@ -1,4 +1,4 @@
-"""Low-rank adapters for other layouts of the UNet -> a folder under our names, which `adapter=` takes."""
+"""Low-rank adapters for other layouts of the UNet: to our names, for `adapter=`, and to diffusers'."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from i2vgen.adapt import lora_files
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, whole
 from i2vgen.settings import config
-from weights_conversion import readers, unet_diffusers, unet_vgen
+from weights_conversion import diffusers_layout, readers, unet_diffusers, unet_vgen
 from weights_conversion.rules import Row
 
 ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
@@ -57,6 +57,39 @@ def convert(source: str | Path, out: str | Path, cfg: config.Config, *, dry_run:
     if not dry_run:
         lora_files.write(out, fitting)
     return f"low-rank adapters of {len(fitting)} modules, from {Path(source).name}"
+
+
+def export(source: str | Path, out: str | Path, cfg: config.Config, *, fold: bool = True) -> list[str]:
+    """Write an adapter of ours in peft's format under the names of diffusers' UNet -> notes for the user.
+
+    `cfg` are the settings of the weights that it adapts. `fold` as in the export of those. ValueError for an
+    adapter of another network, and for modules that diffusers has in another form.
+    """
+    weights = checkpoint.build("unet", cfg).state_dict()
+    rows = {row.ours[0]: row for row in unet_diffusers.rows(cfg.unet) if len(row.ours) == 1}
+    notes, made = [], {}
+    for path, (a, b, alpha) in lora_files.read(source).items():
+        name, weight = f"{path}.weight", weights.get(f"{path}.weight")
+        if weight is None or a[0].numel() != weight[0].numel() or len(b) != len(weight):
+            raise ValueError(
+                f"{source} does not fit {cfg.weights or 'the released model'}, whose {path} is not there or "
+                "has another shape; name the folder that it was trained on with weights="
+            )
+        row = rows.get(name)
+        if row is None or row.transpose:
+            raise ValueError(f"{source}: diffusers' UNet has no layer of its own for {path}")
+        if name == diffusers_layout.CONV_IN and fold and cfg.use.concat and cfg.use.concat_gain != 1:
+            a = diffusers_layout.scale_concat(a.reshape(len(a), *weight.shape[1:]), cfg.use.concat_gain)
+            notes.append(
+                f"conv_in's columns for the concat branch are multiplied by {cfg.use.concat_gain:g}, as in "
+                "exported weights"
+            )
+        theirs = row.to_theirs({name: weight}).shape
+        a, b = a.reshape(len(a), *theirs[1:]), b.reshape(*b.shape[:2], *[1] * (len(theirs) - 2))
+        made[row.theirs.removesuffix(".weight")] = lora_files.Matrices(a, b, alpha)
+    with whole.replacing_folder(out) as temporary:
+        lora_files.write(temporary, made)
+    return notes
 
 
 def _known(cfg: config.Config, weights: dict) -> dict[str, str]:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 
 from torch import nn
 
-from i2vgen.bench import count, cpu, gpu, leave_one_out, plans
+from i2vgen.bench import count, cpu, gpu, leave_one_out, plans, split
 from i2vgen.bench.peer import Options, Peer
 from i2vgen.bench.report import Report
 from i2vgen.settings.config import Config
 
 Case = Callable[[Peer, Options], Report]
-COUNTED = {"count": count.run, "memory": plans.run}
+COUNTED = {"count": count.run, "memory": plans.run, "parallel": split.run}
 
 
 def _named(run: Callable[[str, Peer, Options], Report], name: str) -> Case:

@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
             "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
+    for config in studies.with_plugins(study):
+        cli.tell_plugins(config)
     stale = cli.choose("stale", given.get("stale", "refuse"), ("refuse", "keep", "again"))
     folder = whole.check_folder("output=", given["output"])
     with lock.locked(folder):

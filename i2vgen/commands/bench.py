@@ -8,6 +8,7 @@
 
     case=count      FLOPs, bytes, operations, peak activation memory at the official size, without weights
     case=memory     GPU memory used by each memory plan at the official size, counted part by part
+    case=parallel   what each of several cards computes and sends for one clip (runtime.parallel), counted
     case=cpu-small  timed on one CPU thread: widths 64 to 256, at 8x16x16 and 8x32x32 (frames x latent)
     case=cpu-mid    half the official widths, 8x16x16
     case=cpu-full   the official widths, 1.42 billion parameters, 4x16x16; needs 10 GB of memory

@@ -21,7 +21,10 @@
                     font, of which it takes those that training never shows. Default: what the weights were
                     trained on, with the shipped things
     backgrounds=    with things=: also put them on the photographs of this folder
+    plugins=        a Python file that changes the model before its weights are loaded, docs/laboratory.md
     batch=          batch size, default 8; affects memory and speed only
+
+    torchrun --nproc-per-node 4 -m i2vgen evaluate ...      the processes share the clips
 
 All settings and their defaults are in i2vgen/settings/config.py.
 """
@@ -35,7 +38,8 @@ from tqdm import tqdm
 from i2vgen import cli, pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.evaluate import Plan
-from i2vgen.fast import runtime
+from i2vgen.fast import processes, runtime
+from i2vgen.fast.processes import Crew
 from i2vgen.files import whole
 from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
@@ -45,21 +49,34 @@ NUMBERS, TEXTS = ("clips", "first_seed"), ("sweep", "json", "things", "backgroun
 
 
 def main(argv: list[str]) -> int:
+    with processes.crew() as crew, crew.quiet():
+        return score(argv, crew)
+
+
+def score(argv: list[str], crew: Crew) -> int:
     file, overrides, _ = cli.split(argv)
     own, overrides = take(overrides)
     plan = Plan(**{name: own[name] for name in own if name != "json"})
     config = batched(load_config(file, overrides, sampling=True), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
+    config = crew.place(config)
     plan = evaluate.suited(plan, config)
     rows = evaluate.check(config, plan)
     json_path = cli.check_file("json", own["json"], argv) if "json" in own else None
     folder = whole.check_results("output=", config.output, pages.FILES) if config.output else None
 
+    cli.tell_plugins(config)
     runtime.apply(config.runtime)
     model = pipeline.load_parts(config)
-    with tqdm(total=rows * 3 * plan.clips, unit="clip", mininterval=0.5) as bar:
-        found = evaluate.evaluate(model, plan, on_clips=lambda row, count: advance(bar, row, count))
+    shared = crew if model.ranks is None else processes.ALONE  # or all of them compute every clip
+    total = -(-rows * 3 * plan.clips // shared.world)
+    with tqdm(total=total, unit="clip", mininterval=0.5, disable=crew.rank > 0) as bar:
+        found = evaluate.evaluate(
+            model, plan, on_clips=lambda row, count: advance(bar, row, count), crew=shared
+        )
+    if crew.rank > 0:
+        return 0
     print(pages.summary(found))
     if note := evaluate.seen_in_training(plan):
         print(f"note: {note}")

@@ -14,12 +14,16 @@
                         with all settings is written beside it
     weights=FOLDER      native weights folder (default: the shipped small model)
     adapter=FOLDER      add low-rank adapters (from `train.lora_rank`, or peft's); adapter_scale=1
+    plugins=FILE.py     a Python file that changes the model before its weights are loaded: docs/laboratory.md
     quality=            exact (default), fast or draft: fewer and cheaper network calls, docs/sampling.md
     weights=random      seeded random weights: the output is noise, but the whole pipeline runs
     memory=low          or balanced, full: limits device memory; auto, the default, selects the fastest
                         plan that fits. The plan and its memory use are printed at the start
+    parallel=auto       under torchrun all processes compute each clip together (guidance, frames, both)
     --print-config      print the merged settings as YAML and stop
     --resume            skip clips that already exist, complete and made with the same settings
+
+    torchrun --nproc-per-node 4 -m i2vgen generate ...      without parallel=, processes share the clips
 
 All settings and their defaults are in i2vgen/settings/config.py; width= and height= are in pixels.
 """
@@ -36,7 +40,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from i2vgen import cli, jobs, pipeline
-from i2vgen.fast import machine, runtime
+from i2vgen.fast import machine, processes, runtime
+from i2vgen.fast.processes import Crew
 from i2vgen.files import given, records, video
 from i2vgen.refiner import refine
 from i2vgen.settings import shipped
@@ -48,41 +53,60 @@ JOBS = {"image", "prompt", "items", "video", "weights"}  # without any of them, 
 
 
 def main(argv: list[str]) -> int:
+    with processes.crew() as crew:
+        return make(argv, crew)
+
+
+def make(argv: list[str], crew: Crew) -> int:
     file, overrides, flags = cli.split(argv, FLAGS)
     config = load_config(file, overrides, sampling=True)
     if "--print-config" in flags:
-        print(config.to_yaml(), end="")
+        with crew.quiet():
+            print(config.to_yaml(), end="")
         return 0
 
     if first := file is None and not {word.partition("=")[0] for word in overrides} & JOBS:
-        config = first_clip(overrides, resume="--resume" in flags)
-    todo = jobs.plan(config)
-    if "--resume" in flags:
-        before = len(todo)
-        todo = [job for job in todo if not job.done(config)]
-        print(f"{before - len(todo)} clips are already there, {len(todo)} to make")
-        if not todo:
-            return 0
-    runtime.apply(config.runtime)
-    source = read_clip(config) if config.video else None
-    if config.refine_weights:  # errors of the second stage show before the first one runs
-        size, frames = (config.sample.width, config.sample.height), config.sample.frames
-        if source is not None:
-            frames, height, width, _ = source.frames.shape
-            size = width, height
-            jobs.check_outputs(todo, config, fps=source.fps or config.save.fps)
-        refine.check(config, size, frames)
-    if source is None:
-        clips = first_stage(config, todo)
-    else:
-        clips = ((job, dataclasses.replace(source, seed=job.seed)) for job in todo)
-    if config.refine_weights:
-        clips = second_stage(config, list(clips))  # frees the first stage's memory
-    jobs.save(clips, tell)
+        with crew.quiet():
+            config = first_clip(overrides, resume="--resume" in flags)
+    config = crew.place(config)
+    with crew.quiet():
+        cli.tell_plugins(config)
+        todo = jobs.plan(config)
+        if "--resume" in flags:
+            before = todo
+            left = crew.decided(lambda: [i for i, job in enumerate(before) if not job.done(config)])
+            todo = [before[i] for i in left]
+            print(f"{len(before) - len(todo)} clips are already there, {len(todo)} to make")
+            if not todo:
+                return 0
+        runtime.apply(config.runtime)
+        source = read_clip(config) if config.video else None
+        if config.refine_weights:  # errors of the second stage show before the first one runs
+            size, frames = (config.sample.width, config.sample.height), config.sample.frames
+            if source is not None:
+                frames, height, width, _ = source.frames.shape
+                size = width, height
+                jobs.check_outputs(todo, config, fps=source.fps or config.save.fps)
+            refine.check(config, size, frames)
+    together = config.runtime.parallel != "none"
+    with crew.quiet(on=together):
+        if source is None:
+            clips = first_stage(config, todo, crew)
+        else:
+            taken = (todo[i] for i in crew.taken(len(todo)))
+            clips = ((job, dataclasses.replace(source, seed=job.seed)) for job in taken)
+        if config.refine_weights:
+            clips = second_stage(config, list(clips), crew)  # frees the first stage's memory
+        if together and crew.rank > 0:
+            for _ in clips:  # the first process writes them
+                pass
+        else:
+            jobs.save(clips, tell, at_end=(lambda: None) if together else crew.wait)
     if first:
-        picture = cli.shown(shlex.quote(f"image={shipped.STAR}"))
-        print(f'next: i2vgen generate {picture} prompt="a yellow star moves to the left"')
-        print("      i2vgen examples DIR copies pictures, scripts and configurations to a new folder")
+        with crew.quiet():
+            picture = cli.shown(shlex.quote(f"image={shipped.STAR}"))
+            print(f'next: i2vgen generate {picture} prompt="a yellow star moves to the left"')
+            print("      i2vgen examples DIR copies pictures, scripts and configurations to a new folder")
     return 0
 
 
@@ -114,41 +138,59 @@ def read_clip(config: Config) -> pipeline.Video:
     return pipeline.Video(frames, "", "", 0, config, fps if jobs.follows_input(config) else None, facts=facts)
 
 
-def first_stage(config: Config, todo: list[jobs.Job]) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
-    """Pictures to clips, a batch at a time."""
-    if config.use.text and any(not job.prompt.strip() for job in todo):
+def first_stage(
+    config: Config, todo: list[jobs.Job], crew: Crew
+) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
+    """Pictures to clips, a batch at a time: all of them, or those that this process takes."""
+    if config.use.text and any(not job.prompt.strip() for job in todo) and crew.rank == 0:
         warnings.warn("the prompt is empty; only the picture determines the motion", stacklevel=1)
-    batch_size = min(config.runtime.batch, len(todo))
-    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=batch_size))
-    model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
-    print(describe(config, model))
+    size = min(config.runtime.batch, len(todo))
+    config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, batch=size))
+    with crew.quiet():
+        model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
+        print(describe(config, model))
+        if crew.world > 1 and model.ranks is None:
+            print(f"{crew.world} processes share {len(todo)} clips")
 
-    size = config.runtime.batch
-    for start in range(0, len(todo), size):
+    batches = range(0, len(todo), size)
+    together = model.ranks is not None
+    for number in range(len(batches)) if together else crew.taken(len(batches)):
+        start = batches[number]
         batch = todo[start : start + size]
         label = (
             f"clip {start + 1}" + (f"-{start + len(batch)}" if len(batch) > 1 else "") + f" of {len(todo)}"
         )
-        with tqdm(desc=label, unit="step", mininterval=0.5) as bar:
+        with tqdm(desc=label, unit="step", mininterval=0.5, disable=crew.rank > 0) as bar:
             made = list(jobs.make(model, batch, on_step=lambda info, bar=bar: advance(bar, info)))
+            steps = bar.total
+        if together and crew.rank == 0 and number == 0:
+            sent = model.ranks.sent / steps / 2**20
+            print(f"exchanged: {sent:.3g} MiB sent by each process per step")
         yield from made
 
 
 def second_stage(
-    config: Config, clips: list[tuple[jobs.Job, pipeline.Video]]
+    config: Config, clips: list[tuple[jobs.Job, pipeline.Video]], crew: Crew
 ) -> Iterator[tuple[jobs.Job, pipeline.Video]]:
     """Clips to refined clips, one at a time."""
+    if not clips:  # others took them all
+        return
     count, height, width, _ = clips[0][1].frames.shape  # all have the same size
-    refiner = refine.load(
-        config, (width, height), count, tell=lambda estimate: print(f"memory of the second stage: {estimate}")
-    )
-    stage = config.refine
-    print(
-        f"second stage: at most {stage.width} x {stage.height} pixels, noise level {stage.noise_level}, "
-        f"{stage.steps} steps of {stage.solver}, guidance {stage.guidance:g}, on {refiner.device}"
-    )
+    with crew.quiet():
+        refiner = refine.load(
+            config,
+            (width, height),
+            count,
+            tell=lambda estimate: print(f"memory of the second stage: {estimate}"),
+        )
+        stage = config.refine
+        print(
+            f"second stage: at most {stage.width} x {stage.height} pixels, noise level {stage.noise_level}, "
+            f"{stage.steps} steps of {stage.solver}, guidance {stage.guidance:g}, on {refiner.device}"
+        )
     for number, (job, clip) in enumerate(clips, start=1):
-        with tqdm(desc=f"refining {number} of {len(clips)}", unit="step", mininterval=0.5) as bar:
+        label = f"refining {number} of {len(clips)}"
+        with tqdm(desc=label, unit="step", mininterval=0.5, disable=crew.rank > 0) as bar:
             frames = refiner(
                 clip.frames,
                 job.refine_prompt,
@@ -165,6 +207,7 @@ def describe(config, model) -> str:
         f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {steps}, "
         f"guidance {sample.guidance:g}, on {model.device} in "
         f"{machine.precision(model.unet.conv_in.weight.dtype, model.device)}"
+        + (f", split over {model.ranks}" if model.ranks else "")
     )
 
 

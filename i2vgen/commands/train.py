@@ -18,6 +18,7 @@
     weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
     output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder; best/ with
                         train.validate
+    plugins=FILE.py     a Python file that changes the model after it is built: docs/laboratory.md
     --print-config      print the merged settings as YAML and stop
     --resume            require a checkpoint, and allow changed training settings (never another model)
 
@@ -54,6 +55,8 @@ def main(argv: list[str]) -> int:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}
         print(yaml.safe_dump(own, sort_keys=False) + config.to_yaml(), end="")
         return 0
+    if os.environ.get("RANK", "0") == "0":
+        cli.tell_plugins(config)
     if not config.output:
         raise ValueError("no output given; name a folder with output=")
     whole.check_folder("output=", config.output)

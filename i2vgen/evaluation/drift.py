@@ -51,7 +51,7 @@ class Sampled:
     """The clips of one row, uint8 [f H W 3] each if they are kept, and the number of UNet calls they took."""
 
     def __init__(self):
-        self.clips: list[np.ndarray] = []
+        self.clips: dict[int, np.ndarray] = {}  # by their places
         self.batches = self.whole = self.outer = 0
 
     def count(self, _: nn.Module, inputs: tuple, options: dict) -> None:
@@ -62,6 +62,13 @@ class Sampled:
             self.outer += branches
         else:
             self.whole += branches
+
+    def add(self, other: Sampled) -> None:
+        """What another process sampled of this row"""
+        self.clips |= other.clips
+        self.batches += other.batches
+        self.whole += other.whole
+        self.outer += other.outer
 
 
 @contextmanager
@@ -79,12 +86,13 @@ def counting(unet: nn.Module, sampled: Sampled) -> Iterator[None]:
 
 
 def drift(row: Sampled, reference: Sampled) -> Drift:
-    """Compare two rows, which hold the same clips in the same order."""
-    ours, theirs = (np.stack(one.clips).astype(np.float64) / 127.5 - 1 for one in (row, reference))
+    """Compare two rows of the same clips."""
+    pairs = [(clip, reference.clips[place]) for place, clip in sorted(row.clips.items())]
+    ours, theirs = (np.stack(side).astype(np.float64) / 127.5 - 1 for side in zip(*pairs, strict=True))
     return Drift(
         whole=row.whole // row.batches,
         outer=row.outer // row.batches,
-        psnr=float(np.mean([psnr(a, b) for a, b in zip(row.clips, reference.clips, strict=True)])),
+        psnr=float(np.mean([psnr(a, b) for a, b in pairs])),
         relative=float(np.linalg.norm(ours - theirs) / max(np.linalg.norm(theirs), 1e-12)),
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +33,8 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
 from i2vgen.evaluation.scores import Item, Made, Scores, World, comparable, compare, summarise
-from i2vgen.files import checkpoint, records
+from i2vgen.fast.processes import ALONE, Crew
+from i2vgen.files import checkpoint, plugins, records
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Prepared
 from i2vgen.model.unet import UNet
@@ -277,9 +279,16 @@ def model_for(model: I2VGenXL, variant: Variant) -> I2VGenXL:
 
 
 def evaluate(
-    model: I2VGenXL, plan: Plan, *, on_clips: Callable[[str, int], None] | None = None
+    model: I2VGenXL,
+    plan: Plan,
+    *,
+    on_clips: Callable[[str, int], None] | None = None,
+    crew: Crew = ALONE,
 ) -> Evaluation:
-    """Score the model as it is, then each row of `plan.sweep`; calls `on_clips(row, clips made)`."""
+    """Score the model as it is, then each row of `plan.sweep`; calls `on_clips(row, clips made)`.
+
+    The processes of `crew` share the clips, and each gets the whole result.
+    """
     todo, rate = items(plan), speed(model.config)
     tick = on_clips or (lambda row, count: None)
     start = time.perf_counter()
@@ -294,6 +303,7 @@ def evaluate(
         keep=True,
         keep_all=compared,
         on_clips=lambda count: tick("as set", count),
+        crew=crew,
     )
     scores = summarise(made, known, time.perf_counter() - start)
     rows, of_rows = [], {"as set": sampled}
@@ -310,6 +320,7 @@ def evaluate(
             plan.world,
             keep_all=compared,
             on_clips=lambda count, name=name: tick(name, count),
+            crew=crew,
         )
         rows.append((name, summarise(again, known, time.perf_counter() - start)))
     drifts = {}
@@ -329,28 +340,38 @@ def make(
     keep: bool = False,
     keep_all: bool = False,
     on_clips: Callable[[int], None] | None = None,
+    crew: Crew = ALONE,
 ) -> tuple[list[Made], Sampled]:
     """Sample every item in batches of `runtime.batch` and compare -> results, and the UNet calls they took.
 
     `keep` keeps the frames of the clips in SHOWN with the results, `keep_all` those of all clips in
-    `Sampled`.
+    `Sampled`. The processes of `crew` take the batches in turn.
     """
-    made, size, left, sampled = [], model.config.runtime.batch, dict(SHOWN), Sampled()
-    for start in range(0, len(todo), size):
+    size, left, sampled = model.config.runtime.batch, dict(SHOWN), Sampled()
+    kept = set()  # places in `todo`
+    for place, item in enumerate(todo):
+        left[item.set] -= 1
+        kept |= {place} if keep and left[item.set] >= 0 else set()
+    own: dict[int, Made] = {}
+    for start in range(crew.rank * size, len(todo), crew.world * size):
         batch = todo[start : start + size]
         truths = [render(item.facts, model.config, rate, world) for item in batch]
         pictures = [Image.fromarray(truth[0]) for truth in truths]
         with counting(model.unet, sampled):
             clips = pipeline.generate(model, pictures, [i.caption for i in batch], [i.seed for i in batch])
-        for item, truth, frames in zip(batch, truths, clips.cpu().numpy(), strict=True):
+        frames = clips.cpu().numpy()
+        for place, item, truth, clip in zip(itertools.count(start), batch, truths, frames, strict=False):
+            own[place] = compare(item, truth, clip, rate, keep=place in kept, world=world)
             if keep_all:
-                sampled.clips.append(frames)
-            left[item.set] -= 1
-            keeps = keep and left[item.set] >= 0
-            made.append(compare(item, truth, frames, rate, keep=keeps, world=world))
+                sampled.clips[place] = clip
         if on_clips is not None:
             on_clips(len(batch))
-    return made, sampled
+    made: dict[int, Made] = {}
+    whole = Sampled()
+    for theirs, count in crew.gathered((own, sampled)):
+        made |= theirs
+        whole.add(count)
+    return [made[place] for place in range(len(todo))], whole
 
 
 def render(facts: Facts, config: Config, rate: float, world: World = drawing) -> np.ndarray:
@@ -403,6 +424,7 @@ def record(model: I2VGenXL, plan: Plan, rate: float) -> dict:
             for name in ("use", "schedule", "preprocess", "save")
         },
         "versions": {"i2vgen": i2vgen.__version__, "torch": torch.__version__},
+        **({"plugins": plugins.described(config)} if config.plugins else {}),
     }
 
 

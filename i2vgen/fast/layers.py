@@ -6,7 +6,7 @@ Axes: n independent samples, c channels; b batch, f frames, p pixels of a frame;
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -153,17 +153,24 @@ def norm_of_chunks(norm: GroupNorm, x: Tensor, size: int) -> Callable[[Tensor], 
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     pieces = x.split(size, dim=2)
-    found = [_statistics(norm, piece.to(wide)) for piece in pieces]
-    share = [piece.shape[2] / x.shape[2] for piece in pieces]
-    mean = sum(s * m for s, (_, m) in zip(share, found, strict=True))
-    var = sum(s * (v + (m - mean) ** 2) for s, (v, m) in zip(share, found, strict=True))
-    scale = torch.rsqrt(var + norm.eps).repeat_interleave(x.shape[-1] // norm.num_groups, dim=-1)
-    shift = -mean.repeat_interleave(x.shape[-1] // norm.num_groups, dim=-1) * scale
+    found = [statistics(norm, piece.to(wide)) for piece in pieces]
+    return with_statistics(norm, [piece.shape[2] / x.shape[2] for piece in pieces], found)
+
+
+def statistics(norm: GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
+    """[n f p c] -> variance and mean of every group, each [n g]"""
+    return torch.var_mean(x.unflatten(-1, (norm.num_groups, -1)), dim=(1, 2, 4), correction=0)
+
+
+def with_statistics(
+    norm: GroupNorm, shares: Sequence[float | Tensor], found: Sequence[tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
+    """The group norm of parts [n f p c] of a whole, from the `statistics` of its pieces and their shares"""
+    mean = sum(s * m for s, (_, m) in zip(shares, found, strict=True))
+    var = sum(s * (v + (m - mean) ** 2) for s, (v, m) in zip(shares, found, strict=True))
+    wide, width = mean.dtype, norm.num_channels // norm.num_groups
+    scale = torch.rsqrt(var + norm.eps).repeat_interleave(width, dim=-1)
+    shift = -mean.repeat_interleave(width, dim=-1) * scale
     scale, shift = scale * norm.weight.to(wide), shift * norm.weight.to(wide) + norm.bias.to(wide)
     scale, shift = (rearrange(y, "n c -> n 1 1 c") for y in (scale, shift))
     return lambda part: torch.addcmul(shift, part.to(wide), scale).to(part.dtype)
-
-
-def _statistics(norm: GroupNorm, x: Tensor) -> tuple[Tensor, Tensor]:
-    """[n f p c] -> variance and mean of every group, each [n g]"""
-    return torch.var_mean(x.unflatten(-1, (norm.num_groups, -1)), dim=(1, 2, 4), correction=0)

@@ -143,7 +143,7 @@ def choose_attention(unet: UNet, config: Config, device: torch.device) -> dict[s
         if block.temporal is not None:
             pairs += [("temporal", part) for part in (block.temporal.attention1, block.temporal.attention2)]
         for kind, part in pairs:
-            if isinstance(part, Attention | FrameAttention):
+            if isinstance(part, Attention | FrameAttention) and not callable(part.backend):
                 part.backend = chosen[kind]
     LOGGER.info("attention: %s", ", ".join(f"{kind} {name}" for kind, name in chosen.items()))
     return chosen

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from i2vgen.files import whole
+from i2vgen.files import plugins, whole
 from i2vgen.files.eight_bits import Widened
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
@@ -94,7 +94,26 @@ def build(part: str, config: Config) -> nn.Module:
 
 
 def construct(part: str, config: Config) -> nn.Module:
-    """One part as a training from scratch starts: PyTorch's initialisation, branches zero at their ends."""
+    """One part as a training from scratch starts: PyTorch's initialisation, branches zero at their ends.
+
+    Then plugins change it. They see the other parts too, on `meta`.
+    """
+    made = as_drawn(part, config)
+    if not config.plugins:
+        return made
+    with torch.device("meta"):
+        parts = {name: made if name == part else as_drawn(name, config) for name in PARTS}
+    plugins.change(parts, config, shapes)
+    return parts[part]
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of all tensors that a weights file holds of a part"""
+    return {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
+
+
+def as_drawn(part: str, config: Config) -> nn.Module:
+    """One part without plugins"""
     if part == "unet":
         return UNet(config.unet, config.use, backend=config.runtime.attention)
     if part == "vae":
@@ -109,19 +128,31 @@ def load(part: str, config: Config, *, device: torch.device | str, dtype: torch.
     model = build(part, config)
     if config.weights == settings.RANDOM:
         state = random_state(model, seed=0)
-        changed = NO_CHANGE
+        changed, lacking = NO_CHANGE, ""
     else:
         state = read_part(config.weights, part)
         changed = ablation_of_folder(config) if part == "unet" else NO_CHANGE
-    fill(
-        model,
-        state,
-        changed=changed,
-        device=device,
-        dtype=dtype,
-        source=f"{part} of {config.weights}",
-        initial=lambda names: initial(part, config, names),
-    )
+        lacking = plugins.missing(read_origin(config.weights), config)
+    if config.plugins:
+        with torch.device("meta"):
+            dropped, added = plugins.difference(shapes(as_drawn(part, config)), shapes(model))
+        changed = changed._replace(dropped=changed.dropped | dropped, added=changed.added | added)
+    try:
+        fill(
+            model,
+            state,
+            changed=changed,
+            device=device,
+            dtype=dtype,
+            source=f"{part} of {config.weights}",
+            initial=lambda names: initial(part, config, names),
+        )
+    except ValueError as error:
+        if lacking:
+            raise ValueError(f"{error}; {lacking}") from error
+        raise
+    if lacking and part == "unet":
+        warnings.warn(f"the weights in {config.weights}: {lacking}", stacklevel=2)
     return model.eval().requires_grad_(False)
 
 
@@ -140,12 +171,12 @@ def fill(
     ValueError lists what is missing, left over or of another shape. Dropped tensors are left out; for added
     ones that the state lacks, `initial` is called, with a warning.
     """
-    wanted = {name: tuple(t.shape) for name, t in inner(model).state_dict().items()}
+    wanted = shapes(model)
     filled: dict[str, Tensor] = {}
     problems, slices = [], dict(changed.slices)
     for name, tensor in state.items() if isinstance(state, Mapping) else state:
-        if name in changed.dropped:
-            continue
+        if name in changed.dropped and wanted.get(name) != tuple(tensor.shape):
+            continue  # one of another shape that a plugin gives a tensor is new, not missing
         if name in slices:
             tensor = tensor[:, : slices[name]]
         if name not in wanted:

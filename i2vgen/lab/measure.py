@@ -22,7 +22,7 @@ from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.drift import Sampled, counting
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime, savings
-from i2vgen.files import checkpoint, fingerprint, whole
+from i2vgen.files import checkpoint, fingerprint, plugins, whole
 from i2vgen.lab import own_clips, summary, trace
 from i2vgen.lab import study as studies
 from i2vgen.lab.study import Budget, Run, Study
@@ -120,7 +120,8 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
     else:
         weights, loss = train_variant(study, run, budget, device)
         sample = [f"sample.steps={budget.sample_steps}"] if budget.sample_steps else []
-        config = load_config(None, sample, **weights)
+        named = studies.plugged_in(study, run.variant).plugins
+        config = dataclasses.replace(load_config(None, sample, **weights), plugins=named)
     settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
     config = dataclasses.replace(config, runtime=settings)
     scored = (of_own_clips if study.evaluate else of_world)(study, run, budget, pipeline.load_parts(config))
@@ -133,6 +134,7 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         "loss": loss,
         "seconds": round(time.perf_counter() - start, 1),
         "made_by": made_by(device),
+        **({"plugins": plugins.described(config)} if config.plugins else {}),
     }
     whole.write_json(result, facts, indent=1)
     return result

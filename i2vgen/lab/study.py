@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from i2vgen.evaluation.scores import SCORES
-from i2vgen.files import checkpoint, fingerprint
+from i2vgen.files import checkpoint, fingerprint, plugins
 from i2vgen.lab import own_clips
 from i2vgen.scoring.scores import METRICS
 from i2vgen.settings import yaml_text
@@ -241,8 +241,9 @@ def untrained(study: Study, variant: str, budget: Budget) -> Config:
 def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Config, Train]:
     """The settings of a variant's model and of its training."""
     words, own = words_of(study, variant)
-    settings = _nested_update(read_stored_settings(study.weights), parse_overrides(words)[0])
-    config = from_dict(settings)
+    changes, texts = parse_overrides(words)
+    settings = _nested_update(read_stored_settings(study.weights), changes)
+    config = dataclasses.replace(from_dict(settings), plugins=texts.get("plugins", ()))
     spent = {"train.seed": seed, "train.batch": budget.batch, "train.steps": budget.train_steps}
     given = [f"train.{name}={json.dumps(value)}" for name, value in study.train.items()]
     given += [f"{name}={value}" for name, value in spent.items() if value is not None]
@@ -255,6 +256,17 @@ def trained(study: Study, variant: str, budget: Budget, seed: int) -> tuple[Conf
     if budget.batch and train.cache:  # so few steps see only a handful of clips
         train = dataclasses.replace(train, cache=False)
     return config, train
+
+
+def plugged_in(study: Study, variant: str) -> Config:
+    """Settings that name the variant's plugins, and nothing else"""
+    return Config(plugins=parse_overrides(words_of(study, variant)[0])[1].get("plugins", ()))
+
+
+def with_plugins(study: Study) -> list[Config]:
+    """`plugged_in` of the variants, each once"""
+    found = [plugged_in(study, variant) for variant in study.variants]
+    return [config for i, config in enumerate(found) if config.plugins and config not in found[:i]]
 
 
 def _nested_update(base: dict, changes: dict) -> dict:
@@ -303,6 +315,7 @@ def identity(study: Study, run: Run, budget: Budget) -> str:
         study.train,
     ]
     facts += [study.settings, study.variants[run.variant], checkpoint.read_origin(study.weights)]
+    facts += [plugins.described(plugged)] if (plugged := plugged_in(study, run.variant)).plugins else []
     if study.evaluate:
         facts += [study.evaluate, fingerprint.of_paths([Path(study.evaluate["videos"])])]
     return fingerprint.of_text(json.dumps(facts, sort_keys=True))

@@ -104,15 +104,20 @@ def batching_pays(config: Config) -> bool:
     return runtime.device(config.runtime).type == "cpu" or tokens <= FEW_TOKENS
 
 
-def choose(config: Config, free: int | None = None, ledger: Ledger | None = None) -> tuple[Config, Estimate]:
+def choose(
+    config: Config, free: int | None = None, ledger: Ledger | None = None, *, shares: int = 1
+) -> tuple[Config, Estimate]:
     """Settings whose `runtime.memory` is auto or a plan -> the settings of the plan, and what it takes.
 
     auto takes the fastest plan that fits into `free` bytes, by default those free on the device. ValueError
-    if none does, or the one that was asked for does not: with the plan or the largest size that would.
+    if none does, or the one that was asked for does not: with the plan or the largest size that would. Under
+    `runtime.parallel` it is `full`, for one of so many shares of the frames.
     """
     if free is None:
         free = free_memory(runtime.device(config.runtime))
     ledger = ledger or Ledger(config)
+    if config.runtime.parallel != "none":
+        return of_a_share(config, ledger, free, shares)
     settled, estimate = fastest(config, ledger, free)
     if estimate.total <= free or not config.runtime.check_memory:
         return settled, estimate
@@ -121,6 +126,20 @@ def choose(config: Config, free: int | None = None, ledger: Ledger | None = None
         f"{sample.width} x {sample.height} x {sample.frames} needs {estimate} and {amount(free)} are "
         f"free; {_advice(config, ledger, free)} (runtime.check_memory=false runs anyway)"
     )
+
+
+def of_a_share(config: Config, ledger: Ledger, free: int, shares: int) -> tuple[Config, Estimate]:
+    """`choose` for one of the processes that share the frames of a clip"""
+    sample, settled = config.sample, settle(config, "full")
+    largest = dataclasses.replace(sample, frames=math.ceil(sample.frames / shares))
+    estimate = ledger.estimate(dataclasses.replace(settled, sample=largest))
+    if estimate.total > free and config.runtime.check_memory:
+        raise ValueError(
+            f"{sample.width} x {sample.height} x {sample.frames}, of which each process computes "
+            f"{largest.frames} frames, needs {estimate} and {amount(free)} are free; start more processes "
+            "with parallel=frames, or give a smaller size (runtime.check_memory=false runs anyway)"
+        )
+    return settled, estimate
 
 
 def refuse_hopeless(config: Config, ledger: Ledger, free: int) -> None:
@@ -407,6 +426,7 @@ class Plan:
     def __init__(self, config: Config, asked: Runtime):
         self.asked, self.settled, self.need = asked, config.runtime, self.needed(config, 1)
         self.ledger: Ledger | None = None
+        self.shares = 1  # of the frames, under `runtime.parallel`
 
     def needed(self, config: Config, clips: int) -> tuple:
         """Everything of a call that memory depends on"""
@@ -425,7 +445,8 @@ class Plan:
         if need != self.need:
             self.ledger = self.ledger or Ledger(config)
             wanted = dataclasses.replace(config, runtime=dataclasses.replace(self.asked, batch=need[-1]))
-            settled, _ = choose(wanted, free_memory(device) + held_there(parts, device), self.ledger)
+            free = free_memory(device) + held_there(parts, device)
+            settled, _ = choose(wanted, free, self.ledger, shares=self.shares)
             chosen = dataclasses.replace(settled.runtime, batch=self.settled.batch)
             if chosen != self.settled:
                 self.switch(chosen, parts, device)
@@ -452,7 +473,7 @@ class Plan:
     def moved(self, config: Config, asked: Runtime, parts: dict[str, nn.Module]) -> tuple[Config, Estimate]:
         """Settings for another device, precision or plan, and what they take; ValueError if that is fixed."""
         plain = Runtime()
-        for name in ("compile", "cuda_graph", "offload", "weight_storage"):
+        for name in ("compile", "cuda_graph", "offload", "weight_storage", "parallel"):
             value = getattr(self.settled, name)
             if value != getattr(plain, name):
                 raise ValueError(

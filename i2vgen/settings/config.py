@@ -633,6 +633,9 @@ class Runtime:
     savings: tuple[str, ...] = ("all",)
     # Guidance: both branches as one batch, faster at small sizes for more memory. null: where it pays.
     batch_guidance: Optional[bool] = None  # noqa: UP045
+    # One clip on several cards, under torchrun: the branches of guidance, shares of the frames, or both; auto
+    # takes what fits the number of processes (fast/parallel.py).
+    parallel: Literal["none", "guidance", "frames", "both", "auto"] = "none"
 
     def __post_init__(self):
         if self.vae_chunk < 1:
@@ -652,6 +655,19 @@ class Runtime:
         if len(self.savings) != 1 and {"all", "none"} & {*self.savings}:
             raise ValueError(
                 f"runtime.savings is {list(self.savings)}; give all or none alone, or a list of the others"
+            )
+        unsplit = {"compile": False, "cuda_graph": False, "offload": "none", "token_chunk": 0}
+        unsplit["weight_storage"] = "native"
+        for name, value in unsplit.items() if self.parallel != "none" else ():
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f"runtime.parallel={self.parallel} splits the network over processes, which runtime."
+                    f"{name}={getattr(self, name)} cannot follow; leave one of the two out"
+                )
+        if self.parallel != "none" and self.memory not in ("auto", "full"):
+            raise ValueError(
+                f"runtime.parallel={self.parallel} keeps the whole network on every card, but runtime.memory="
+                f"{self.memory} moves or cuts it; use memory=full, or leave parallel= out"
             )
         for name in ("compile", "cuda_graph"):
             if self.offload == "blocks" and getattr(self, name):
@@ -688,6 +704,7 @@ class Config:
     refine_suffix: str = REFINE_SUFFIX
     refine_negative_prompt: str = REFINE_NEGATIVE_PROMPT
     video: str = ""  # a video file; if given, only the second stage runs
+    plugins: tuple[str, ...] = ()  # Python files that change the model before it is loaded (files/plugins.py)
 
     def __post_init__(self):
         unet, vae, clip, sample = self.unet, self.vae, self.clip, self.sample
@@ -727,6 +744,13 @@ class Config:
                 f"{unet.blocks_per_level} the finest level has {unet.blocks_per_level + 1} up blocks; give 1 "
                 f"to {unet.blocks_per_level + 1}"
             )
+        unsplit = {"sample.deep_cache": sample.deep_cache > 1, "refine_weights": bool(self.refine_weights)}
+        for name, on in unsplit.items() if self.runtime.parallel != "none" else ():
+            if on:
+                raise ValueError(
+                    f"runtime.parallel={self.runtime.parallel} splits the steps of the first stage, which "
+                    f"{name} cannot follow; leave one of the two out"
+                )
         multiple = self.size_multiple
         for name, rest in (("width", 0), ("height", self.height_rest)):
             size = getattr(sample, name)
@@ -778,9 +802,9 @@ SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is data
 LITERALS = tuple(f.name for f in dataclasses.fields(Config) if f.name not in SECTIONS)
 # Literal text on any command line, including commands with other settings.
 TEXTS = (*LITERALS, "json")
-LISTS = ("image", "prompt")  # literals that may be given several times
+LISTS = ("image", "prompt", "plugins")  # literals that may be given several times
 # Literals that are paths, where ~ is the home folder.
-PATHS = ("weights", "image", "output", "adapter", "items", "refine_weights", "video")
+PATHS = ("weights", "image", "output", "adapter", "items", "refine_weights", "video", "plugins")
 # Literals that are stored in a weights folder: the texts that its model is always used with.
 KEPT_TEXTS = ("negative_prompt", "refine_suffix", "refine_negative_prompt")
 # Sections that a weights folder determines; contradicting them is an error.

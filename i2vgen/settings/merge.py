@@ -79,6 +79,7 @@ def load_config(
     second = texts.get("refine_weights", "")
     refiner = read_stored_settings(second) if second not in ("", RANDOM) else {}
     kept = {**stored, **{name: value for name, value in refiner.items() if name.startswith("refine_")}}
+    kept = without_plugins(kept, f"the settings in {weights}")
     texts = {**{k: _listed(k, v) for k, v in kept.items() if k in LITERALS}, **texts}
     stored = without_removed(
         {k: v for k, v in stored.items() if k not in LITERALS}, f"the settings in {weights}"
@@ -125,7 +126,8 @@ def second_stage(job: Config) -> Config:
     smallest = dataclasses.replace(
         job.sample, width=multiple, height=rest or multiple, steps=1, sampler="ddim"
     )
-    return dataclasses.replace(job, **held, sample=smallest, weights=job.refine_weights)
+    # Plugins change the first stage.
+    return dataclasses.replace(job, **held, sample=smallest, weights=job.refine_weights, plugins=())
 
 
 def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -146,7 +148,9 @@ def parse_overrides(overrides: Iterable[str]) -> tuple[dict[str, Any], dict[str,
                     f"adapter= is given twice, {literals[name]} and {value}; give one; in Python, several "
                     "can be merged (i2vgen/adapt/lora.py)"
                 )
-            literals[name] = (*literals.get(name, ()), value) if name in LISTS else value
+            several = name == "plugins" and value[:1] + value[-1:] == "[]"
+            values = [one.strip() for one in value[1:-1].split(",")] if several else [value]
+            literals[name] = (*literals.get(name, ()), *values) if name in LISTS else value
             continue
         name = SHORT.get(name, name)
         try:
@@ -188,7 +192,8 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
 
 
 def from_dict(settings: Mapping[str, Any]) -> Config:
-    """The inverse of `Config.to_dict`."""
+    """The inverse of `Config.to_dict`, except that no plugin is taken from there."""
+    settings = without_plugins(settings, "the stored settings")
     literals = {k: _listed(k, v) for k, v in settings.items() if k in LITERALS}
     sections = without_removed(
         {k: v for k, v in settings.items() if k not in LITERALS}, "the stored settings"
@@ -228,6 +233,17 @@ def with_sample(config: Config, changes: Mapping[str, Any]) -> Config:
 def check_types(settings: Mapping[str, Any], source: str) -> None:
     """ValueError for an unknown name or a value of the wrong type, whether or not the values fit together."""
     _merge(OmegaConf.structured(Config), settings, source)
+
+
+def without_plugins(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Stored settings without plugins, which are code: only who writes the settings of a run names them."""
+    if named := settings.get("plugins"):
+        warnings.warn(
+            f"{source} name plugins={named}, which are never imported from there; if you trust the files, "
+            "give plugins= yourself",
+            stacklevel=3,
+        )
+    return {name: value for name, value in settings.items() if name != "plugins"}
 
 
 def without_removed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:

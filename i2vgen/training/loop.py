@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from i2vgen.fast import half, machine
-from i2vgen.files import checkpoint, whole
+from i2vgen.files import checkpoint, plugins, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.settings.merge import flat
@@ -447,6 +447,7 @@ def settings_record(config: Config, train: Train) -> dict[str, object]:
     """All settings that affect what is learned, flattened: `unet.base_width` -> 320."""
     record = {k: v for k, v in config.to_dict().items() if k not in LITERALS and k != "runtime"}
     record["negative_prompt"] = config.negative_prompt
+    record |= {"plugins": plugins.described(config)} if config.plugins else {}
     return dict(flat(record)) | training_record(train)
 
 
@@ -552,6 +553,7 @@ def save_weights(
             "average": bool(state.ema),
             "train": dataclasses.asdict(train),
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
+            **({"plugins": plugins.described(config)} if config.plugins else {}),
         }
         parts = {**part.others, part.name: part.saved or part.model}
         return checkpoint.save(folder / (name or "weights"), parts, settings, origin=origin)
