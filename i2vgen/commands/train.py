@@ -35,7 +35,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from i2vgen import cli
 from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
-from i2vgen.training import clip, data, diffusion, loop, vae
+from i2vgen.training import clip, data, diffusion, loop, shards, vae
 from i2vgen.training.settings import SECTION, load_settings
 
 FLAGS = ("--print-config", "--resume")
@@ -55,12 +55,13 @@ def main(argv: list[str]) -> int:
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
     rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    shards.check(train, ranks)
     config, device = place(config, ranks, local)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
 
     if ranks > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        shards.join(device)
     try:
         source = data.open_source(config, train)
         part = PARTS[train.part](config, train, source, device)
@@ -87,6 +88,13 @@ def main(argv: list[str]) -> int:
                 resume="--resume" in flags,
                 on_step=lambda step, figures: advance(bar, step, figures),
             )
+    except RuntimeError as error:
+        if ranks > 1 and shards.peer_gone(error):
+            raise ValueError(
+                f"process {rank} of {ranks} stops, because another one ended (its own message says why); the "
+                f"same command resumes from the newest checkpoint in {config.output}"
+            ) from error
+        raise
     finally:
         if ranks > 1:
             torch.distributed.destroy_process_group()
@@ -99,6 +107,7 @@ def place(config, ranks: int, local: int):
     """-> settings with this process's device, and the device"""
     device = runtime.device(config.runtime)
     if ranks > 1 and device.type == "cuda":
+        shards.check_device(local, torch.cuda.device_count())
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=str(device)))

@@ -299,6 +299,16 @@ def contents(source: Source) -> dict[str, str]:
     return {"clips": clips, "captions": fingerprint.of_text(captions)}
 
 
+def refuse_too_few(source: Source, train: Train, ranks: int) -> None:
+    """ValueError if there are fewer clips than processes, so that some would learn the same."""
+    count = len(source.files) if isinstance(source, Folder) else train.num_clips
+    if 0 < count < ranks:
+        raise ValueError(
+            f"train.data={train.data} gives {count} clips to {ranks} processes; give as many clips, or start "
+            "fewer processes"
+        )
+
+
 # ---------------------------------------------------------------------------------------------------
 # Prefetching
 
