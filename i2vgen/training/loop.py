@@ -72,7 +72,7 @@ class State:
     """Everything that changes from step to step, and so goes into a checkpoint."""
 
     step: int
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]  # of a sharded model: this process's parts, as `ema` and moments
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]  # exponential moving average, on `train.ema_device`; empty if there is none
@@ -208,7 +208,7 @@ def _stream_key(train: Train, index: int, rank: int, ranks: int) -> tuple[int, i
 def start(part: Part, train: Train, device: torch.device) -> State:
     """The state before the first step; ValueError if `part.slow` names no parameter of the model."""
     model = checkpoint.inner(part.model)
-    parameters = dict(model.named_parameters())
+    parameters = {name: shards.handle(parameter) for name, parameter in model.named_parameters()}
     if unknown := part.slow - parameters.keys():
         raise ValueError(f"{part.name} has no parameter {sorted(unknown)[0]}")
     factor = train.spatial_factor if train.spatial_scale_mode == "lr" else 1.0
@@ -219,7 +219,8 @@ def start(part: Part, train: Train, device: torch.device) -> State:
     optimiser = optimisers.make(train, [group for group in groups if group["params"]], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(train, device) == torch.float16)
     place = {"device": "cpu"} if train.ema_device == "cpu" else {}
-    ema = {n: t.detach().to(**place, copy=True) for n, t in model.state_dict().items()} if train.ema else {}
+    held = model.state_dict() if train.ema else {}
+    ema = {name: shards.local(t).detach().to(**place, copy=True) for name, t in held.items()}
     return State(0, parameters, optimiser, scaler, ema, [])
 
 
@@ -255,11 +256,12 @@ def update(
             sums[name] = sums.get(name, 0) + value.detach().to(wide) / train.accumulate
 
     state.scaler.unscale_(state.optimiser)
+    model = checkpoint.inner(part.model)
     if train.spatial_scale_mode == "grad":
-        for name in part.slow:
-            if state.parameters[name].grad is not None:
-                state.parameters[name].grad.mul_(train.spatial_factor)
-    norm = shards.gathered(nn.utils.clip_grad_norm_(state.parameters.values(), train.clip_norm or math.inf))
+        for name, parameter in model.named_parameters():
+            if name in part.slow and parameter.grad is not None:
+                shards.local(parameter.grad).mul_(train.spatial_factor)
+    norm = shards.clip(model, state.parameters, train.clip_norm or math.inf)
     rate = learning_rate(train, state.step)
     for group in state.optimiser.param_groups:
         group["lr"] = rate * group["scale"]
@@ -268,9 +270,10 @@ def update(
     state.scaler.step(state.optimiser)
     state.scaler.update()
     state.optimiser.zero_grad(set_to_none=True)
+    model.zero_grad(set_to_none=True)
     state.step += 1
     if state.ema and (state.step % train.ema_every == 0 or state.step == train.steps):
-        average(state.ema, checkpoint.inner(part.model).state_dict(), decay_since_last(train, state.step))
+        average(state.ema, model.state_dict(), decay_since_last(train, state.step))
     if state.step < train.steps:
         ready.ahead(state.step * train.accumulate)
 
@@ -305,7 +308,7 @@ def decay_since_last(train: Train, done: int) -> float:
 @torch.no_grad()
 def average(ema: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) state, in place; integer tensors are copied."""
-    pairs = [(shards.local(tensor), shards.local(state[name])) for name, tensor in ema.items()]
+    pairs = [(tensor, shards.local(state[name])) for name, tensor in ema.items()]
     here = [(kept, new) for kept, new in pairs if kept.is_floating_point() and kept.device == new.device]
     if here:
         torch._foreach_lerp_(*zip(*here, strict=True), 1 - decay)
@@ -330,16 +333,17 @@ def precision(train: Train, device: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which the model holds its average, if there is one, and is in eval mode."""
-    held = {name: tensor.detach().clone() for name, tensor in _state(model).items()} if ema else {}
+    parts = {name: shards.local(tensor).detach() for name, tensor in _state(model).items()} if ema else {}
+    held = {name: part.clone() for name, part in parts.items()}
     modes = {module: module.training for module in model.modules()}
-    for name, tensor in ema.items():
-        shards.copy_into(_state(model)[name], tensor)
+    for name, part in parts.items():
+        part.copy_(ema[name])
     model.eval()
     try:
         yield
     finally:
-        for name, tensor in held.items():
-            shards.copy_into(_state(model)[name], tensor)
+        for name, part in parts.items():
+            part.copy_(held[name])
         for module, training in modes.items():
             module.training = training
 
@@ -485,11 +489,12 @@ def _state(model: nn.Module) -> Mapping[str, Tensor]:
 
 
 def _tensors(state: State, model: nn.Module) -> dict[str, Tensor]:
-    tensors = {f"model/{n}": t for n, t in _state(model).items()}
-    tensors |= {f"ema/{n}": t for n, t in state.ema.items()}
+    held = _state(model)
+    tensors = {f"model/{n}": t for n, t in held.items()}
+    tensors |= {f"ema/{n}": shards.like(t, held[n]) for n, t in state.ema.items()}
     for name, parameter in state.parameters.items():
         moments = state.optimiser.state.get(parameter, {})
-        tensors |= {f"{key}/{name}": moments[key] for key in moments}
+        tensors |= {f"{key}/{name}": shards.like(t, held[name]) for key, t in moments.items()}
     return tensors
 
 
@@ -518,9 +523,9 @@ def restore(path: Path, state: State, model: nn.Module) -> None:
         raise ValueError(
             f"{path / STATE} is damaged ({error}); remove {path} to resume from the checkpoint before it"
         ) from error
-    for name in state.ema:
-        if f"ema/{name}" not in names:
-            shards.copy_into(state.ema[name], targets[f"model/{name}"].detach())
+    for name, tensor in state.ema.items():
+        source = "ema" if f"ema/{name}" in names else "model"
+        tensor.copy_(shards.local(targets[f"{source}/{name}"]).detach())
     if facts["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(facts["scaler"])
     state.step, state.pending = facts["step"], facts["pending"]
@@ -543,7 +548,12 @@ def save_weights(folder: Path, state: State, part: Part, config: Config, train: 
 
     Shards are gathered tensor by tensor, in all processes, and written by the first.
     """
-    entries = shards.entries(state.ema or _state(part.model)) if train.shard == "full" else []
+    entries = []
+    if train.shard == "full":
+        held = _state(part.model)
+        entries = shards.entries(
+            {name: shards.like(t, held[name]) for name, t in (state.ema or held).items()}
+        )
     if rank > 0:
         for entry in entries:
             entry.read()

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from i2vgen.training.settings import Train
-from i2vgen.training.shards import like, local
 
 EPS = 1e-8
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
@@ -35,7 +34,7 @@ def blank(optimiser: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str
     if isinstance(optimiser, LeanAdamW):
         return optimiser.blank(parameter)
     fused = optimiser.defaults["fused"]
-    step = torch.zeros((), dtype=torch.float32, device=local(parameter).device if fused else "cpu")
+    step = torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu")
     return {"step": step} | {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
 
 
@@ -58,9 +57,9 @@ class LeanAdamW(torch.optim.Optimizer):
         self.eight_bit = eight_bit
 
     def blank(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        nothing = torch.zeros_like(local(parameter), dtype=torch.float32)
+        nothing = torch.zeros_like(parameter, dtype=torch.float32)
         held = self.narrowed("exp_avg", nothing) | self.narrowed("exp_avg_root", nothing)
-        return {"step": torch.tensor(0.0)} | {key: like(t, parameter) for key, t in held.items()}
+        return {"step": torch.tensor(0.0)} | held
 
     def narrowed(self, key: str, x: Tensor) -> dict[str, Tensor]:
         """What is kept of a moment x [o ...], under its key"""
@@ -74,8 +73,8 @@ class LeanAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def widened(state: dict[str, Tensor], key: str) -> Tensor:
-        x = local(state[key]).float()
-        return x * by_rows(local(state[f"{key}_scale"]), x) if f"{key}_scale" in state else x
+        x = state[key].float()
+        return x * by_rows(state[f"{key}_scale"], x) if f"{key}_scale" in state else x
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
@@ -90,16 +89,14 @@ class LeanAdamW(torch.optim.Optimizer):
             state.update(self.blank(parameter))
         state["step"] += 1
         count = state["step"].item()
-        weight, gradient = local(parameter), local(parameter.grad).float()
+        gradient = parameter.grad.float()
         mean = self.widened(state, "exp_avg").lerp_(gradient, 1 - beta1)
         root = self.widened(state, "exp_avg_root")
         root = root.square_().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2).sqrt_()
-        kept = self.narrowed("exp_avg", mean) | self.narrowed("exp_avg_root", root)
-        for key, tensor in kept.items():
-            local(state[key]).copy_(tensor)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+        state.update(self.narrowed("exp_avg", mean) | self.narrowed("exp_avg_root", root))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
         root = root.div_((1 - beta2**count) ** 0.5).add_(EPS)
-        weight.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**count))
+        parameter.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1**count))
 
 
 def by_rows(scale: Tensor, x: Tensor) -> Tensor:

@@ -177,7 +177,7 @@ def _replay(steps: list[tuple], left: Counter, seed: int) -> Iterator[tuple[str,
 
 
 # ---------------------------------------------------------------------------------------------------
-# Tensors
+# Tensors. Arithmetic on many of them is on local parts, because a DTensor takes long to find its way.
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -186,11 +186,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def like(part: Tensor, sharded: Tensor) -> Tensor:
-    """A tensor that is sharded as another one of its shape, from this process's part."""
-    if not isinstance(sharded, DTensor):
+    """This process's part -> a tensor sharded as another one, or one number for each row of it."""
+    if not isinstance(sharded, DTensor) or isinstance(part, DTensor) or not part.ndim:
         return part
     shape, stride = sharded.shape, sharded.stride()
-    if part.ndim < sharded.ndim:  # one number per row
+    if part.ndim < sharded.ndim:
         shape, stride = shape[:1], (1,)
     mesh, placements = sharded.device_mesh, sharded.placements
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
@@ -214,14 +214,33 @@ def _rows(tensor: Tensor, sharded: DTensor) -> Tensor:
 @torch.no_grad()
 def copy_into(target: Tensor, tensor: Tensor) -> None:
     """Copy a whole tensor into one that may be sharded."""
-    if isinstance(target, DTensor) and not isinstance(tensor, DTensor):
-        tensor = _rows(tensor, target)
-    local(target).copy_(local(tensor))
+    local(target).copy_(_rows(tensor, target) if isinstance(target, DTensor) else tensor)
+
+
+def handle(parameter: nn.Parameter) -> nn.Parameter:
+    """What an optimiser gets of a parameter: itself, or this process's part of it."""
+    return nn.Parameter(local(parameter.detach())) if isinstance(parameter, DTensor) else parameter
+
+
+def clip(model: nn.Module, handles: Mapping[str, nn.Parameter], most: float) -> Tensor:
+    """Scale gradients down to a norm of `most` -> their norm before. The handles get their gradients here."""
+    mesh = None
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            mesh = parameter.device_mesh
+            handles[name].grad = None if parameter.grad is None else local(parameter.grad)
+    if mesh is None:
+        return nn.utils.clip_grad_norm_(handles.values(), most)
+    squares = nn.utils.get_total_norm([p.grad for p in handles.values() if p.grad is not None]).square()
+    dist.all_reduce(squares, group=mesh.get_group("shards"))
+    norm = squares.sqrt()
+    nn.utils.clip_grads_with_norm_(handles.values(), most, norm)
+    return norm
 
 
 def gathered(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor; all processes must call it."""
-    return like(local(tensor).detach(), tensor).full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def entries(tensors: Mapping[str, Tensor]) -> list[Entry]:
@@ -270,7 +289,10 @@ class Saver:
             told = [self.writing.enter_context(whole.replacing_folder(place, sync=True))]
         dist.broadcast_object_list(told, src=0, group=self.group)
         # Training goes on in these tensors: those of a GPU are copied by PyTorch, those of a CPU are not.
-        kept = {n: t.detach().clone() if local(t).device.type == "cpu" else t for n, t in tensors.items()}
+        kept = {
+            name: like(local(t).detach().clone(), t) if local(t).device.type == "cpu" else t
+            for name, t in tensors.items()
+        }
         with _quiet():
             future = dcp.async_save(kept, storage_writer=FileSystemWriter(told[0]), process_group=self.group)
 
