@@ -14,6 +14,8 @@
     weights=FOLDER      parts to start from; those not trained are copied, diffusion needs vae and clip
     output=FOLDER       checkpoints, log.jsonl, samples, and weights/, a native weights folder
     --print-config      print the merged settings as YAML and stop
+    --plan              print the memory that these settings and leaner ones take, counted, and stop; with
+                        device=cuda for a GPU that need not be here
     --resume            require a checkpoint, and allow changed training settings (never another model)
 
 A run whose output folder already holds its checkpoints continues from the newest one automatically.
@@ -35,10 +37,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from i2vgen import cli
 from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
-from i2vgen.training import clip, data, diffusion, loop, shards, vae
+from i2vgen.memory.free import free_memory
+from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
 from i2vgen.training.settings import SECTION, load_settings
 
-FLAGS = ("--print-config", "--resume")
+FLAGS = ("--print-config", "--plan", "--resume")
 PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
 
 
@@ -49,16 +52,25 @@ def main(argv: list[str]) -> int:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}
         print(yaml.safe_dump(own, sort_keys=False) + config.to_yaml(), end="")
         return 0
+    rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if "--plan" in flags:
+        print(plans.table(train, planned_place(config, train, ranks), plans.Ledger(config)))
+        return 0
     if not config.output:
         raise ValueError("no output given; name a folder with output=")
     whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
-    rank, ranks, local = (int(os.environ.get(n, d)) for n, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
     shards.check(train, ranks)
     config, device = place(config, ranks, local)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
+    if device.type != "cpu" or local == 0:  # the processes of a machine share the CPU's memory
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if device.type == "cpu" else 1
+        free = free_memory(device) // beside
+        needed = plans.refuse(config, train, planned_place(config, train, ranks), free, plans.Ledger(config))
+        if rank == 0:
+            print(f"memory of each process, counted: {needed}")
 
     if ranks > 1:
         shards.join(device)
@@ -101,6 +113,16 @@ def main(argv: list[str]) -> int:
     if rank == 0:
         print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
     return 0
+
+
+def planned_place(config, train, ranks: int) -> plans.Place:
+    """Where the training is to run, as the planner wants it; a GPU that is not here computes in bf16."""
+    name = config.runtime.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        dtype = torch.float32 if train.precision == "float32" else torch.bfloat16
+        return plans.Place("cuda", dtype, ranks)
+    device = runtime.device(config.runtime)
+    return plans.Place(device.type, loop.precision(train, device), ranks)
 
 
 def place(config, ranks: int, local: int):
