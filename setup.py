@@ -67,6 +67,7 @@ setup(
         "jinja2",  # the HTML pages of reports
     ],
     extras_require={
+        "app": ["gradio>=6.0"],  # `i2vgen app`
         "eval": ["opencv-python-headless"],  # optical flow for `i2vgen score`
         "lab": ["matplotlib"],  # the plots of `i2vgen ablate`
         "train": ["tensorboard"],  # `i2vgen train` writes its curves there too, where it is installed

@@ -51,7 +51,7 @@ from i2vgen.model.conditioning import Conditions, Encoded, Prepared, Uncondition
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings import merge
-from i2vgen.settings.config import RANDOM, SETTINGS_FILE, SHIPPED, Config, Runtime
+from i2vgen.settings.config import RANDOM, SETTINGS_FILE, Config, Runtime
 from i2vgen.settings.merge import load_config, read_stored_settings
 
 FAR = 1.5  # times the size or the frames of training, up or down
@@ -668,7 +668,7 @@ def load(
     literal = {"weights": str(weights)} if weights else {}
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or ())
     overrides += [f"{name}={given.setting(value)}" for name, value in settings.items()]
-    return load_parts(load_config(config, overrides, default_weights=SHIPPED, **literal))
+    return load_parts(load_config(config, overrides, sampling=True, **literal))
 
 
 def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = None) -> I2VGenXL:

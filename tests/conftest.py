@@ -21,7 +21,8 @@ from i2vgen.fast import machine
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.model.unet import UNet
-from i2vgen.settings import config
+from i2vgen.settings import config, merge
+from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +46,7 @@ def pytest_configure(config):
     if "gpu" not in (config.option.markexpr or "").replace("not gpu", ""):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests say depends on no card; -m gpu shows them one
     machine.product_speed = lambda dtype: 1.0  # nor on the processor's units
+    merge.SHIPPED = LAB  # quick; test_shipped.py samples the default model
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
 

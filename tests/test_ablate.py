@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from i2vgen.files import lock
+from i2vgen.files import lock, video
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
 from i2vgen.lab.report import Cell
 from i2vgen.lab.study import Run
+from i2vgen.world import drawing
 
 ROOT = Path(__file__).parents[1]
 STUDIES = sorted((ROOT / "configs" / "ablations").glob("*.yaml"))
@@ -160,7 +161,7 @@ def test_differences_inside_the_error_bars_are_marked(study_file):
     apart = {"with it": {"clip_psnr": Cell(20, 19, 21)}, "without": {"clip_psnr": Cell(25, 24, 26)}}
     said = report.verdict(study, apart)
     assert "without in clip, PSNR" in said and "this run shows none" not in said
-    assert report.as_text("clip_psnr", Cell(25, 24, 26), Cell(20, 19, 21)).endswith("*")
+    assert report.as_text(study, "clip_psnr", Cell(25, 24, 26), Cell(20, 19, 21)).endswith("*")
 
 
 def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
@@ -178,12 +179,11 @@ def test_a_study_of_samplers_counts_network_calls(study_file, tmp_path):
         "40",
         "9",
     ]
-    assert Image.open(report.plots(study, results(40, 9), None, tmp_path)[0]).width > 200
+    assert Image.open(report.plots(study, results(40, 9), tmp_path)[0]).width > 200
     report.write_csv(study, results(40, 9), None, tmp_path / "r.csv")
     assert "without,untrained,calls,9,,," in (tmp_path / "r.csv").read_text()
     # If all are equal, the column is left out.
     assert report.score_tables(study, results(40, 40))[0][0].header[1] == "clip, PSNR"
-    assert report.plots(study, results(40, 40), None, tmp_path) == []
 
 
 # --- a whole study
@@ -200,7 +200,8 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
 
     for variant in ("with_it", "without"):
         for place in (folder / variant / "untrained", folder / variant / "trained" / "seed0"):
-            assert Image.open(place / measure.STRIP).height > 90
+            shown = json.loads((place / measure.CLIPS).read_text())
+            assert Image.open(place / shown[0]["file"]).n_frames == 8 and shown[0]["caption"]
             assert (place / "scores.json").is_file() and (place / "index.html").is_file()
     trained = folder / "without" / "trained" / "seed0"
     stored = json.loads((trained / "train" / "weights" / "settings.json").read_text())["settings"]
@@ -211,7 +212,7 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     scores = json.loads((folder / "with_it" / "untrained" / "scores.json").read_text())
     assert float(table["with it", "untrained", "first_frame_psnr"]) == scores["first_frame_psnr"]
     page = (folder / "index.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 + 4 and "http" not in page.replace("http-equiv", "")
+    assert page.count("data:image/png;base64,") == 3 + 4 and "http" not in page.replace("http-equiv", "")
     assert Image.open(folder / "loss.png").width > 300
 
     # After an interruption, finished runs are kept, the others repeated, and the answer is the same.
@@ -364,3 +365,90 @@ def wait_for(true, process=None, seconds=90):
     while not true():
         assert time.monotonic() < end and (process is None or process.poll() is None)
         time.sleep(0.1)
+
+
+# --- on clips of one's own
+
+
+def clips_of(folder, count, first=0):
+    """Short clips of the drawn world with captions, as somebody's own."""
+    folder.mkdir()
+    rows = ["file,caption"]
+    for seed in range(first, first + count):
+        clip = drawing.clip(seed, width=32, height=32, frames=8, kind="basic")
+        video.save(clip.frames, folder / f"{seed}.mp4", fps=8, quality=10)
+        rows.append(f'{seed}.mp4,"{clip.caption}"')
+    (folder / "captions.csv").write_text("\n".join(rows))
+    return folder
+
+
+OWN = """# Do adapters learn my clips?
+measures: [untrained, trained]
+variants:
+  rank 2: [train.lora_rank=2]
+  rank 4: [train.lora_rank=4]
+  without local tokens: [use.local_tokens=false, train.lora_rank=2]
+start: weights
+train: {learning_rate: 0.001, data: DATA}
+evaluate: {videos: HELD}
+"""
+
+
+def test_a_study_on_ones_own_clips(run, study_file, tmp_path, monkeypatch):
+    held, seen = clips_of(tmp_path / "held", 3), clips_of(tmp_path / "seen", 4, first=10)
+    file = study_file(OWN.replace("DATA", str(seen)).replace("HELD", str(held)))
+    monkeypatch.setitem(studies.BUDGETS, "smoke", dataclasses.replace(studies.BUDGETS["smoke"], clips=3))
+    study, folder = studies.read(file), tmp_path / "out"
+    assert study.scores == ("first_frame_psnr", "reference_psnr", "reference_ssim", "flicker", "frame_change")
+    todo = studies.runs(study, studies.BUDGETS["smoke"], folder)
+    # A variant that only trains otherwise has the base's untrained weights.
+    assert [r.variant for r in todo if r.measure == "untrained"] == ["rank 2", "without local tokens"]
+    for one in todo:
+        measure.perform(study, one, studies.BUDGETS["smoke"], "cpu")
+    page = report.write(study, todo, None, folder, "smoke").read_text()
+    told = json.loads((folder / "rank_2" / "untrained" / measure.RESULT).read_text())
+    assert len({clip["caption"] for clip in told["clips"]}) == 3
+    assert all(5 < clip["reference_psnr"] < 60 for clip in told["clips"])
+    mean = sum(clip["reference_psnr"] for clip in told["clips"]) / 3
+    low, high = told["intervals"]["reference_psnr"]
+    assert told["scores"]["reference_psnr"] == pytest.approx(mean) and low < mean < high
+    for words in ("clip by clip (untrained)", str(held), "train.lora_rank=4", told["clips"][0]["caption"]):
+        assert words in page.replace("&#39;", "'"), words
+    paired = report.differences(study, report.read_results(todo), "untrained")["without local tokens"]
+    other = json.loads((folder / "without_local_tokens" / "untrained" / measure.RESULT).read_text())
+    each = [b["flicker"] - a["flicker"] for a, b in zip(told["clips"], other["clips"], strict=True)]
+    assert paired["flicker"].value == pytest.approx(sum(each) / 3)
+    # The same clips of other content are another study.
+    shutil.rmtree(held)
+    clips_of(held, 3, first=50)
+    with pytest.raises(ValueError, match="result of another study"):
+        measure.finished(study, todo[0], studies.BUDGETS["smoke"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("evaluate: {videos: HELD}\n", ""), r"scores on the drawn world say nothing"),
+        (("HELD", "DATA"), r"share files; give held-out clips a folder of their own"),
+        (("{videos: HELD}", "{clips: HELD}"), r"evaluate has 'clips'; it takes videos, metrics"),
+        (("{videos: HELD}", "{metrics: [flicker]}"), r"evaluate needs videos: FOLDER"),
+        (("{videos: HELD}", "{videos: HELD, metrics: [fvd]}"), r"fvd needs fvd_network="),
+        (("{videos: HELD}", "{videos: HELD, metrics: [taste]}"), r"there is no metric taste"),
+        (("start: weights", "start: weights\nscores: [clip_psnr]"), r"there is no score 'clip_psnr'"),
+        (("start: weights", "start: weights\nscores: [sharpness]"), r"evaluate: metrics does not measure"),
+    ],
+)
+def test_studies_on_ones_own_clips_are_checked(study_file, tmp_path, change, message):
+    held, seen = clips_of(tmp_path / "held", 1), clips_of(tmp_path / "seen", 1, first=10)
+    text = OWN.replace(*change).replace("DATA", str(seen)).replace("HELD", str(held))
+    with pytest.raises(ValueError, match=message):
+        studies.read(study_file(text))
+
+
+def test_a_folder_without_clips_to_score_is_refused_before_any_run(run, study_file, tmp_path):
+    held, seen = clips_of(tmp_path / "held", 1), clips_of(tmp_path / "seen", 1, first=10)
+    for file in held.glob("*.mp4"):
+        file.write_bytes(b"no clip")
+    file = study_file(OWN.replace("DATA", str(seen)).replace("HELD", str(held)))
+    status, out = run(file, "budget=smoke", f"output={tmp_path / 'out'}")
+    assert status == 2 and "evaluate: videos: " in out and not (tmp_path / "out" / "rank_2").exists()

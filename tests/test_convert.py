@@ -150,6 +150,40 @@ def test_sharded_and_cast(native, states, tmp_path):
     assert verify(tmp_path / "out", tmp_path / "out").passed
 
 
+def test_eight_bits_are_off_by_half_a_step_at_most(native, states, tmp_path):
+    out = tmp_path / "out"
+    assert run("convert", native, out, "dtype=int8", "shard_size=100K") == 0
+    state = states["unet"]
+    got = dict(checkpoint.read_part(out, "unet"))
+    assert got.keys() == state.keys()
+    rounded = 0
+    for name, exact in state.items():
+        if exact.ndim > 1 and exact.numel() >= 1024:
+            step = exact.abs().amax(dim=tuple(range(1, exact.ndim)), keepdim=True) / 127
+            assert ((got[name] - exact).abs() <= 0.6 * step).all(), name
+            rounded += exact.numel()
+        else:
+            assert torch.equal(got[name], exact.half()), name
+    assert rounded > 0.9 * sum(t.numel() for t in state.values())
+    sizes = {f: sum(p.stat().st_size for p in f.glob("unet*.safetensors")) for f in (native, out)}
+    assert sizes[out] < 0.35 * sizes[native]
+    # All that reads a folder reads these: the converter, the exporter, and the check of both.
+    assert run("convert", out, tmp_path / "wide", "dtype=float32") == 0
+    assert same(dict(checkpoint.read_part(tmp_path / "wide", "unet")), {n: t.float() for n, t in got.items()})
+    assert run("export", out, tmp_path / "theirs", "--layout", "vgen") == 0
+    assert verify(out, out).passed
+
+
+def test_eight_bits_without_their_scale_are_refused(native, tmp_path):
+    assert run("convert", native, tmp_path / "out", "dtype=int8") == 0
+    file = tmp_path / "out" / "vae.safetensors"
+    held = load_file(file)
+    gone = next(name for name in held if name.endswith(".scale"))
+    save_file({name: tensor for name, tensor in held.items() if name != gone}, file)
+    with pytest.raises(ValueError, match=r"stored in eight bits and lacks its scale"):
+        dict(checkpoint.read_part(tmp_path / "out", "vae"))
+
+
 def test_a_native_source_passes_on_its_record(native, tmp_path):
     """Shapes do not show the origin: a model trained from scratch has no foreign licence terms."""
     assert run("convert", native, tmp_path / "again", "--dtype", "bfloat16") == 0

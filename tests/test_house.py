@@ -17,7 +17,7 @@ LIBRARY = sorted(p for folder in ("i2vgen", "weights_conversion") for p in (ROOT
 ROOMS = (
     "settings", "model", "diffusion", "files", "adapt", "fast", "memory", "refiner", "pipeline", "jobs",
     "world", "training", "scoring", "evaluation", "lab", "bench", "weights_conversion", "parity", "compat",
-    "cli", "commands",
+    "app", "cli", "commands",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """The world of pictures: cut-outs, their clips, the reader and the shape scores."""
 
 import dataclasses
+import json
 import logging
 import pickle
 import shutil
@@ -15,6 +16,8 @@ from test_evaluation import Mirror, written
 from i2vgen import pipeline
 from i2vgen.evaluation import evaluate
 from i2vgen.evaluation.evaluate import Plan
+from i2vgen.settings.config import LAB
+from i2vgen.settings.merge import load_config
 from i2vgen.training import data
 from i2vgen.training.settings import load_settings
 from i2vgen.world import drawing, matching, pictures, things
@@ -449,3 +452,18 @@ def test_a_text_font_has_no_pictures(script_at, quick):
     font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
     status, _, err = script_at("evaluate")(*quick, *SIZE, f"things={font}")
     assert status == 2 and "holds no coloured pictures that Pillow can draw" in err and "COLRv1" in err
+
+
+def test_a_model_is_scored_on_what_it_was_trained_on(tmp_path):
+    """Unless things= says otherwise; a later training of another part does not count."""
+    config = load_config(weights=LAB)
+    assert evaluate.suited(Plan(), config).things == "shapes"
+    folder = tmp_path / "weights"
+    shutil.copytree(LAB, folder)
+    config = dataclasses.replace(config, weights=str(folder))
+    trained = {"train": {"part": "diffusion", "things": "font.ttf"}}
+    for origin in (trained, {"before": [{"train": {"part": "vae", "things": ""}, "before": [trained]}]}):
+        (folder / "origin.json").write_text(json.dumps(origin))
+        assert evaluate.suited(Plan(), config).things == evaluate.SHIPPED_THINGS
+        assert evaluate.suited(Plan(things="shapes"), config).things == "shapes"
+    assert {p.stem for p in Path(evaluate.SHIPPED_THINGS).glob("*.png")} >= {"turtle", "rocket"}

@@ -147,6 +147,26 @@ def test_flicker_ignores_uniform_change():
     assert metrics.sharpness(even) == 0 < metrics.sharpness(texture()[None])
 
 
+def test_kernel_distance_is_unbiased_and_sees_a_shift():
+    """Against the definition, pair by pair; sets of one distribution differ by nothing on average."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(4, 3)), rng.normal(size=(5, 3))
+
+    def k(x, y):
+        return (x @ y / 3 + 1) ** 3
+
+    inside = [
+        np.mean([k(x[i], x[j]) for i in range(len(x)) for j in range(len(x)) if i != j]) for x in (one, other)
+    ]
+    across = np.mean([k(x, y) for x in one for y in other])
+    assert stats.kernel_distance(one, other) == pytest.approx(sum(inside) - 2 * across, rel=1e-12)
+    same = [stats.kernel_distance(*rng.normal(size=(2, 6, 3))) for _ in range(2000)]
+    assert abs(np.mean(same)) < 4 * np.std(same) / 2000**0.5 and min(same) < 0
+    assert stats.kernel_distance(rng.normal(size=(50, 3)), rng.normal(size=(50, 3)) + 2) > 1
+    with pytest.raises(ValueError, match="at least 2 clips"):
+        stats.kernel_distance(one[:1], other)
+
+
 def test_frechet_distance_of_gaussians_with_known_moments():
     """Features constructed to have the given mean and covariance exactly, where the distance is known."""
 
@@ -344,7 +364,7 @@ def broken():
     words = ("videos=made", "reference=made", "lpips_network=mine.py:broken")
     assert "its reference_lpips is nan" in run(*words, "metrics=reference_lpips")[2]
     with pytest.warns(UserWarning, match="fvd compares sets of at least 2"):
-        found = scores.set_distance([np.zeros(3)], [np.zeros(3)])
+        found = scores.set_distance("fvd", [np.zeros(3)], [np.zeros(3)])
     assert found.value is None
 
 

@@ -104,6 +104,7 @@ def fit(config, train, folder, **how):
         (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing needs train\.part=diffusion"),
         (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder needs train\.part=diffusion"),
         (["train.part=vae", "train.clip_unread=true"], r"clip_unread needs train\.part=clip"),
+        (["train.part=clip", "train.vae_encoder=false"], r"vae_encoder needs train\.part=vae"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
         (["train.data=here", "train.workers=2"], r"train\.workers = 2 need train\.data=world"),
         (["train.cache=true"], r"train\.cache .* train\.num_clips 0"),
@@ -293,6 +294,25 @@ def test_clip_unread_trains_only_what_the_unet_does_not_read(root, stages, tmp_p
     last = {name for name in before if name.startswith("transformer.resblocks.1.")}
     assert changed == {"logit_scale", "text_projection", *last}
     assert checkpoint.missing_parts(tmp_path / "run" / "weights") == []  # the UNet is saved too
+
+
+def test_the_decoder_alone_can_be_trained_after_the_unet(root, stages, tmp_path):
+    words = ["device=cpu", "train.part=vae", "train.vae_encoder=false", "train.steps=2", "train.batch=2"]
+    config, train = load_settings(None, [*words, f"weights={stages}/diffusion/weights"])
+    fit(config, train, tmp_path / "run")
+    trained = tmp_path / "run" / "weights"
+    before, after = (dict(checkpoint.read_part(folder, "vae")) for folder in (config.weights, trained))
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    settings_of = [load_settings(None, [f"weights={folder}"])[0] for folder in (config.weights, trained)]
+    assert settings_of[0].vae == settings_of[1].vae  # its scale too
+    assert checkpoint.missing_parts(trained) == []  # the UNet is saved too
+
+
+def test_training_the_decoder_of_no_autoencoder_is_refused(root, stages):
+    config, train = settings(root, stages, "vae", "train.vae_encoder=false")
+    with pytest.raises(ValueError, match=r"decoder of a trained autoencoder; name it: weights="):
+        vae.make(config, train, None, CPU)
 
 
 def test_training_an_unused_text_tower_is_refused(root, stages):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import i2vgen
 from i2vgen.files import checkpoint, records
+from i2vgen.files.eight_bits import narrow
 from i2vgen.files.safefile import Entry
 from i2vgen.settings import config, merge
 from weights_conversion import adapters, readers, rules, sources, unet_diffusers, unet_vgen
@@ -95,6 +96,7 @@ def convert(
     *,
     overrides: Sequence[str] = (),
     dtype: torch.dtype | None = None,
+    eight_bits: bool = False,
     shard_bytes: int | None = None,
     dry_run: bool = False,
     partial: bool = False,
@@ -109,8 +111,8 @@ def convert(
 
     `overrides` are settings as on a command line (`unet.head_width=16`, `use.concat=false`). `partial`
     initialises missing tensors and ignores unexpected ones; otherwise both are errors. `dtype` None keeps the
-    dtype of each tensor. `ema` takes averaged weights where a file holds both kinds. A single low-rank
-    adapter becomes a folder for `adapter=`.
+    dtype of each tensor; `eight_bits` rounds them instead (files/eight_bits.py). `ema` takes averaged weights
+    where a file holds both kinds. A single low-rank adapter becomes a folder for `adapter=`.
     """
     if len(names) == 1 and adapters.is_adapter(path := sources.located(str(names[0]))[0]):
         report = Report(str(out), written=not dry_run)
@@ -126,9 +128,12 @@ def convert(
     report.sources = [_describe(path, on_bytes) for path in dict.fromkeys(f for p in found for f in p.files)]
     if dry_run:
         return report
+    entries = {part: _entries(state, dtype) for part, state in states.items()}
+    if eight_bits:
+        entries = {part: {e.name: e for e in narrow([*held.values()])} for part, held in entries.items()}
     checkpoint.save(
         out,
-        {part: _entries(state, dtype) for part, state in states.items()},
+        entries,
         cfg,
         origin=origin(found, report),
         shard_bytes=shard_bytes,

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from i2vgen.files import checkpoint
+from i2vgen.files.eight_bits import Widened
 from i2vgen.settings.config import FORMAT, SETTINGS_FILE
 from i2vgen.settings.merge import first_line, read_stored_settings
 from weights_conversion import adapters, diffusers_layout, readers
@@ -249,7 +250,7 @@ def native(path: Path) -> list[PartSource]:
                 else _open(files[0])
             )
             origin = checkpoint.read_origin(path)
-            parts.append(PartSource(part, "native", tensors, tuple(files), settings, origin=origin))
+            parts.append(PartSource(part, "native", Widened(tensors), tuple(files), settings, origin=origin))
     return parts
 
 

@@ -15,7 +15,7 @@ from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
 from i2vgen.memory import plans
 from i2vgen.memory.free import GIB
-from i2vgen.settings.config import SHIPPED, Config, Runtime
+from i2vgen.settings.config import LAB, Config, Runtime
 
 # bfloat16 where the default on a GPU is half precision, float32 where the official code computes so.
 HALF = {"dtype": "bfloat16"}
@@ -55,7 +55,7 @@ def shipped_clip(how: str) -> tuple[Tensor, Tensor]:
     """Final latents [1 c f h w] and frames [f h w 3] as floats."""
     told = []
     model = pipeline.load(overrides=["device=cpu", f"weight_storage={how}"])
-    star = Path(SHIPPED).parent / "star.png"
+    star = Path(LAB).parent / "star.png"
     clip = model(star, "a yellow star moves to the right", seed=7, on_step=lambda info: told.append(info.x))
     return told[-1], torch.from_numpy(clip.frames).float()
 

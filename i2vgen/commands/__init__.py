@@ -5,6 +5,7 @@ A new command is a module here (`refine_gain.py` for `refine-gain`) and a line i
 
 COMMANDS = {
     "generate": "make a video from a picture and a sentence",
+    "app": "try the model in the browser",
     "examples": "copy example pictures, scripts and configurations to a new folder",
     "train": "train the autoencoder, CLIP, the video UNet or the second stage",
     "ablate": "run an ablation study and print its variants in a table",
@@ -23,4 +24,4 @@ COMMANDS = {
     "draw-example": "draw the example pictures",
 }
 # These mean something without any word; the others print their help.
-BARE = ("generate", "examples", "summary", "trace", "refine-gain", "draw-example")
+BARE = ("generate", "app", "examples", "summary", "trace", "refine-gain", "draw-example")

@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from i2vgen import cli
 from i2vgen.files import lock, whole
-from i2vgen.lab import measure, report
+from i2vgen.lab import measure, own_clips, report
 from i2vgen.lab import study as studies
 from i2vgen.training import data
 
@@ -62,6 +62,8 @@ def main(argv: list[str]) -> int:
         note = settle_stale(todo, stale)
         left = [run for run in todo if not measure.finished(study, run, budget)]
         begun = len(left) < len(todo) or (folder / COSTS).exists()
+        if left and study.evaluate:
+            own_clips.check(study.evaluate["videos"], measure.cost_config(study, study.base, budget))
         whole.check_results("output=", folder, report.FILES, ours=begun)
         print(
             f"{study.question}\n{len(study.variants)} variants, {len(todo)} runs, of which "

@@ -8,7 +8,8 @@
     i2vgen convert weights/xl weights/fast sample.steps=30
 
     SOURCE              a checkpoint file, a folder, or hf:OWNER/NAME[@REVISION][#FOLDER_OR_FILE]
-    dtype=              float32, float16 or bfloat16 (default: keep each tensor's)
+    dtype=              float32, float16, bfloat16, or int8: half the size of float16, not exact
+                        (default: keep each tensor's)
     shard_size=         split parts into files of at most this size: 5G, 500M or a number of bytes
     variant=            diffusers folders: fp16 reads the *.fp16.* files
     compat=diffusers    use diffusers' scale, padding and gain instead of the trained ones
@@ -34,7 +35,7 @@ from i2vgen.files import whole
 from weights_conversion.convert import CHECKING, convert
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 
 def main(argv: list[str]) -> int:
@@ -49,7 +50,8 @@ def main(argv: list[str]) -> int:
             names[:-1],
             names[-1],
             overrides=[word for word in arguments.words if cli.is_setting(word)],
-            dtype=runtime.DTYPES[arguments.dtype] if arguments.dtype else None,
+            dtype=runtime.DTYPES.get(arguments.dtype),
+            eight_bits=arguments.dtype == "int8",
             shard_bytes=arguments.shard_size,
             dry_run=arguments.dry_run,
             partial=arguments.partial,

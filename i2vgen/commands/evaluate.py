@@ -16,9 +16,10 @@
     output=         folder for index.html (one page with the clips), scores.json, table.md
     sweep=          guidance, steps, eta: also score other values; conditions: remove one at a time;
                     quality, samplers: presets, or solvers x network calls, against a 200-step reference
-    things=         pictures of things instead of flat shapes: a folder of PNG cut-outs with alpha, named
-                    as they show (i2vgen/assets/things), or a colour-emoji font, of which it takes those
-                    that training never shows
+    things=         what the clips show: "shapes" (flat ones), or pictures of things, from a folder of PNG
+                    cut-outs with alpha, named as they show (i2vgen/assets/things), or from a colour-emoji
+                    font, of which it takes those that training never shows. Default: what the weights were
+                    trained on, with the shipped things
     backgrounds=    with things=: also put them on the photographs of this folder
     batch=          batch size, default 8; affects memory and speed only
 
@@ -36,7 +37,7 @@ from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime
 from i2vgen.files import whole
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 
 BATCH = 8
@@ -47,9 +48,10 @@ def main(argv: list[str]) -> int:
     file, overrides, _ = cli.split(argv)
     own, overrides = take(overrides)
     plan = Plan(**{name: own[name] for name in own if name != "json"})
-    config = batched(load_config(file, overrides, default_weights=SHIPPED), overrides)
+    config = batched(load_config(file, overrides, sampling=True), overrides)
     if job := [name for name in ("image", "prompt", "items") if getattr(config, name)]:
         raise ValueError(f"{job[0]}= has no effect here: pictures and prompts come from the world's clips")
+    plan = evaluate.suited(plan, config)
     rows = evaluate.check(config, plan)
     json_path = cli.check_file("json", own["json"], argv) if "json" in own else None
     folder = whole.check_results("output=", config.output, pages.FILES) if config.output else None

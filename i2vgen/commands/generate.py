@@ -40,7 +40,7 @@ from i2vgen.fast import machine, runtime
 from i2vgen.files import given, records, video
 from i2vgen.refiner import refine
 from i2vgen.settings import shipped
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 
 FLAGS = ("--print-config", "--resume")
@@ -49,7 +49,7 @@ JOBS = {"image", "prompt", "items", "video", "weights"}  # without any of them, 
 
 def main(argv: list[str]) -> int:
     file, overrides, flags = cli.split(argv, FLAGS)
-    config = load_config(file, overrides, default_weights=SHIPPED)
+    config = load_config(file, overrides, sampling=True)
     if "--print-config" in flags:
         print(config.to_yaml(), end="")
         return 0
@@ -90,7 +90,7 @@ def first_clip(overrides: list[str], *, resume: bool) -> Config:
     """The shipped picture and sentence, for those who name none, under a name that replaces no file."""
     prompt = "a yellow star grows quickly"
     words = [f"image={shipped.STAR}", f"prompt={prompt}", "seed=2", *overrides]
-    config = load_config(None, words, default_weights=SHIPPED)
+    config = load_config(None, words, sampling=True)
     print(f'no picture given; this is image={cli.shown(shipped.STAR)} prompt="{prompt}"')
     if config.output or resume:
         return config

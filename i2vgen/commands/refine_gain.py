@@ -29,7 +29,7 @@ from i2vgen.evaluation.refiner_gain import Plan
 from i2vgen.fast import runtime
 from i2vgen.files import whole
 from i2vgen.files.tables import Table
-from i2vgen.settings.config import SHIPPED, SHIPPED_REFINER
+from i2vgen.settings.config import LAB, SHIPPED_REFINER
 from i2vgen.settings.merge import load_config
 
 NUMBERS, TEXTS = ("clips", "first_seed"), ("sources", "json")
@@ -45,7 +45,9 @@ def main(argv: list[str]) -> int:
     plan = Plan(**own)
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
-    config = load_config(file, words, default_weights=SHIPPED)
+    if not any(word.startswith("weights=") for word in words):
+        words.append(f"weights={LAB}")  # the model that the shipped refiner refines
+    config = load_config(file, words)
     refiner_gain.check(config)
     path = cli.check_file("json", out, argv) if out else None
     picture = cli.check_picture("output", config.output, argv) if config.output else None

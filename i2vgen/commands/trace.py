@@ -28,7 +28,7 @@ from i2vgen import cli
 from i2vgen.fast import runtime
 from i2vgen.files import checkpoint
 from i2vgen.lab import trace
-from i2vgen.settings.config import RANDOM, SHIPPED, Config
+from i2vgen.settings.config import RANDOM, Config
 from i2vgen.settings.merge import load_config
 
 DIFFUSERS = "diffusers"
@@ -37,7 +37,7 @@ DIFFUSERS = "diffusers"
 def main(argv: list[str]) -> int:
     file, words, _ = cli.split(argv)
     given, words = cli.take(words, numbers=("calls",), texts=("against", "tolerance", "output"))
-    config = load_config(file, words, default_weights=SHIPPED)
+    config = load_config(file, words, sampling=True)
     calls, tolerance = cli.at_least_one("calls", given.get("calls", 1)), above_zero(given, "tolerance", 1e-5)
     against = given.get("against", "")
     output = cli.check_file("output", given["output"], argv) if "output" in given else None

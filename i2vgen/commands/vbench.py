@@ -30,7 +30,7 @@ from i2vgen import cli, jobs, pipeline
 from i2vgen.fast import runtime
 from i2vgen.files import whole
 from i2vgen.scoring import vbench
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 
 TEXTS = ("info", "images", "dimensions", "ratio", "share")
@@ -39,7 +39,7 @@ TEXTS = ("info", "images", "dimensions", "ratio", "share")
 def main(argv: list[str]) -> int:
     file, words, _ = cli.split(argv)
     own, rest = cli.take(words, numbers=("samples",), texts=TEXTS)
-    config = load_config(file, rest, default_weights=SHIPPED)
+    config = load_config(file, rest, sampling=True)
     samples, ratio = plan(own, config)
     todo = share(own.get("share", "1/1"), samples)
     jobs.check([sample.job for sample in todo], config)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,7 +32,7 @@ from i2vgen.diffusion.solvers import SOLVERS
 from i2vgen.evaluation import drift
 from i2vgen.evaluation.drift import Drift, Sampled, counting
 from i2vgen.evaluation.scores import Item, Made, Scores, World, comparable, compare, summarise
-from i2vgen.files import records
+from i2vgen.files import checkpoint, records
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Prepared
 from i2vgen.model.unet import UNet
@@ -47,6 +47,8 @@ from i2vgen.world.drawing import Facts
 
 SWEEPS = {"guidance": (1, 2, 3, 5, 7, 9), "steps": (10, 15, 20, 30, 50), "eta": (0, 0.25, 0.5, 1)}
 CONDITIONS = "conditions"
+SHAPES = "shapes"  # things=shapes
+SHIPPED_THINGS = str(Path(__file__).parents[1] / "assets" / "things")
 COMPARED = ("quality", "samplers")  # these sweeps also compare their rows with a reference (drift.py)
 ALL_SWEEPS = (*SWEEPS, CONDITIONS, *COMPARED)
 SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips shown on the page, per set
@@ -60,7 +62,9 @@ class Plan:
     clips: int = 64
     first_seed: int = 0
     sweep: Literal["", "guidance", "steps", "conditions", "eta", "quality", "samplers"] = ""
-    things: str = ""  # folder of cut-outs or colour-emoji font; empty: the flat shapes of `drawing`
+    # Folder of cut-outs or colour-emoji font, or SHAPES for the flat shapes of `drawing`; empty: what the
+    # model was trained on (`suited`).
+    things: str = ""
     backgrounds: str = ""  # folder of photographs to put the things on, beside the drawn backgrounds
 
     def __post_init__(self):
@@ -75,13 +79,32 @@ class Plan:
             )
         if self.sweep not in ("", *ALL_SWEEPS):
             raise ValueError(f"sweep={self.sweep} is unknown; use one of {', '.join(ALL_SWEEPS)}")
-        if self.backgrounds and not self.things:
-            raise ValueError(f"backgrounds={self.backgrounds} are for pictures of things; give things= too")
 
     @property
     def world(self) -> World:
         """The world of the clips; ValueError without usable pictures."""
-        return pictures.open_for_scoring(self.things, self.backgrounds) if self.things else drawing
+        if self.things in ("", SHAPES):
+            return drawing
+        return pictures.open_for_scoring(self.things, self.backgrounds)
+
+
+def suited(plan: Plan, config: Config) -> Plan:
+    """The plan with things: the shipped ones for a model that was trained on pictures of things."""
+    if not plan.things:
+        origin = {} if config.weights == RANDOM else checkpoint.read_origin(config.weights)
+        trained = next((t for t in trainings(origin) if t.get("part") == "diffusion"), {})
+        plan = dataclasses.replace(plan, things=SHIPPED_THINGS if trained.get("things") else SHAPES)
+    if plan.backgrounds and plan.things == SHAPES:
+        raise ValueError(f"backgrounds={plan.backgrounds} are for pictures of things; give things= too")
+    return plan
+
+
+def trainings(origin: dict) -> Iterator[dict]:
+    """The settings of every training that an origin tells of, the last one first."""
+    if isinstance(origin.get("train"), dict):
+        yield origin["train"]
+    for earlier in origin.get("before", ()):
+        yield from trainings(earlier)
 
 
 @dataclass(frozen=True)
@@ -165,7 +188,7 @@ def variants(config: Config, sweep: str) -> list[Variant]:
 def check(config: Config, plan: Plan) -> int:
     """-> number of settings that will be sampled; ValueError if they cannot be scored."""
     speed(config)
-    if plan.things:
+    if plan.world is not drawing:
         pictures.refuse_size(config.sample.width, config.sample.height)
         _ = plan.world  # opened once
     return 1 + sum(not as_set(variant, config) for variant in variants(config, plan.sweep))
@@ -173,7 +196,7 @@ def check(config: Config, plan: Plan) -> int:
 
 def seen_in_training(plan: Plan) -> str:
     """A note on things whose names training takes, too; "" without any."""
-    names = plan.world.names if plan.things else ()
+    names = () if plan.world is drawing else plan.world.names
     seen = [name for name in names if things.part_of(name) == "training"]
     if not seen:
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,26 @@ def strip(frames: np.ndarray) -> Image.Image:
     for place, number in enumerate(chosen):
         row.paste(Image.fromarray(frames[number]).resize(size, how), (place * (size[0] + GAP), 0))
     return row
+
+
+def animated(clips: Sequence[np.ndarray], fps: int = 8) -> bytes:
+    """Clips uint8 [f h w 3] of equal length and height -> an animated PNG of them side by side."""
+    height, width = clips[0].shape[1:3]
+    times = max(1, round(FRAME_HEIGHT / height))
+    size = (
+        (width * times, height * times)
+        if height < FRAME_HEIGHT
+        else (round(width * FRAME_HEIGHT / height), FRAME_HEIGHT)
+    )
+    rows = []
+    for frames in zip(*clips, strict=True):
+        row = Image.new("RGB", (len(clips) * (size[0] + GAP) - GAP, size[1]), "white")
+        for place, frame in enumerate(frames):
+            row.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0))
+        rows.append(row)
+    file = io.BytesIO()
+    rows[0].save(file, "PNG", save_all=True, append_images=rows[1:], duration=1000 / fps, loop=0)
+    return file.getvalue()
 
 
 def encoded(picture: Image.Image) -> bytes:

@@ -12,6 +12,7 @@ ever executed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from i2vgen.files import whole
+from i2vgen.files.eight_bits import Widened
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.attention import for_any_heads
 from i2vgen.model.clip import ClipEncoders
@@ -226,13 +228,38 @@ def read_part(folder: str | Path, part: str) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
+    with contextlib.ExitStack() as opened:
+        yield from Widened(_Stored(files, opened)).items()
+
+
+class _Stored(Mapping[str, Tensor]):
+    """The tensors of a part's files, read on access."""
+
+    def __init__(self, files: list[Path], opened: contextlib.ExitStack):
+        self.home = {}
+        for path in files:
+            with _readable(path):
+                file = opened.enter_context(safe_open(path, "pt"))
+                self.home |= dict.fromkeys(file.keys(), (path, file))
+
+    def __getitem__(self, name: str) -> Tensor:
+        path, file = self.home[name]
+        with _readable(path):
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.home)
+
+    def __len__(self) -> int:
+        return len(self.home)
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is missing or damaged ({error}); convert the weights again") from error
 
 
 def read_origin(folder: str | Path) -> dict:

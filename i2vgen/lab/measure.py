@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image
 
+import i2vgen
 from i2vgen import pipeline
 from i2vgen.evaluation import evaluate, pages
 from i2vgen.evaluation.drift import Sampled, counting
-from i2vgen.evaluation.evaluate import Evaluation, Plan
+from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime, savings
-from i2vgen.files import checkpoint, whole
+from i2vgen.files import checkpoint, fingerprint, whole
+from i2vgen.lab import own_clips, summary, trace
 from i2vgen.lab import study as studies
-from i2vgen.lab import summary, trace
 from i2vgen.lab.study import Budget, Run, Study
 from i2vgen.memory.meter import Meter
+from i2vgen.scoring.scores import load_judges
 from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
 from i2vgen.training import data, diffusion, loop
 
-RESULT, STRIP, CODE = "result.json", "strip.png", "code.json"
-STRIPS = 3  # clips in a run's strip
+RESULT, CLIPS, CODE = "result.json", "clips.json", "code.json"
+SHOWN = 3  # clips of a run on the study's page
 BATCH = 8  # clips per batch when sampling
 
 
@@ -119,24 +123,64 @@ def perform(study: Study, run: Run, budget: Budget, device: str) -> Path:
         config = load_config(None, sample, **weights)
     settings = dataclasses.replace(config.runtime, device=device, batch=BATCH)
     config = dataclasses.replace(config, runtime=settings)
-    model, plan, sampled = pipeline.load_parts(config), Plan(clips=budget.clips), Sampled()
-    with counting(model.unet, sampled):
-        found = evaluate.evaluate(model, plan)
-    pages.write_report(found, run.folder)
-    save_strip(found, run.folder / STRIP)
+    scored = (of_own_clips if study.evaluate else of_world)(study, run, budget, pipeline.load_parts(config))
     facts = {
         "variant": run.variant,
         "measure": run.measure,
         "seed": run.seed,
         "fingerprint": studies.identity(study, run, budget),
-        "scores": found.scores.values,
-        "intervals": found.scores.intervals,
-        "calls": sampled.whole // math.ceil(len(evaluate.items(plan)) / BATCH),
+        **scored,
         "loss": loss,
         "seconds": round(time.perf_counter() - start, 1),
+        "made_by": made_by(device),
     }
     whole.write_json(result, facts, indent=1)
     return result
+
+
+def of_world(study: Study, run: Run, budget: Budget, model: pipeline.I2VGenXL) -> dict:
+    """Score the model on the drawn world, as `i2vgen evaluate` does -> part of the run's result."""
+    plan, sampled = evaluate.suited(Plan(clips=budget.clips), model.config), Sampled()
+    with counting(model.unet, sampled):
+        found = evaluate.evaluate(model, plan)
+    pages.write_report(found, run.folder)
+    chosen = [one for one in found.shown if one.item.set == "basic"][:SHOWN]
+    save_shown(run.folder, [(one.item.caption, one.truth, one.frames) for one in chosen])
+    batches = math.ceil(len(evaluate.items(plan)) / BATCH)
+    scores = found.scores
+    return {"scores": scores.values, "intervals": scores.intervals, "calls": sampled.whole // batches}
+
+
+def of_own_clips(study: Study, run: Run, budget: Budget, model: pipeline.I2VGenXL) -> dict:
+    """Score the model on the study's held-out clips -> part of the run's result."""
+    job = own_clips.judged(study.evaluate, str(model.device))
+    clips, sampled = own_clips.read(study.evaluate["videos"], model.config, budget.clips), Sampled()
+    with counting(model.unet, sampled):
+        found = own_clips.evaluate(model, clips, job, load_judges(job), SHOWN)
+    save_shown(run.folder, [(clip.caption, clip.truth, frames) for clip, frames in found.shown])
+    rows = [{"caption": clip.caption, **row} for clip, row in zip(clips, found.rows, strict=True)]
+    calls = sampled.whole // math.ceil(len(clips) / BATCH)
+    return {"scores": found.values, "intervals": found.intervals, "calls": calls, "clips": rows}
+
+
+def made_by(device: str) -> dict[str, str]:
+    """What the lab book says of a run's machine and code."""
+    cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if cuda else f"{platform.machine()} CPU, {cpu_name()}",
+        "torch": torch.__version__,
+        "i2vgen": i2vgen.__version__,
+        "code": fingerprint.of_text(json.dumps(studies.code())),
+    }
+
+
+def cpu_name() -> str:
+    """As Linux tells it; elsewhere what Python knows."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.system()
 
 
 def finished(study: Study, run: Run, budget: Budget) -> bool:
@@ -192,17 +236,17 @@ def train_variant(
     return weights, [(line["step"], line["loss"]) for line in lines if line.get("loss") is not None]
 
 
-def save_strip(found: Evaluation, path: Path) -> None:
-    """Save a picture of the first clips of the basic set, stacked vertically."""
-    chosen = [one for one in found.shown if one.item.set == "basic"][:STRIPS]
-    rows = [pages.strip(one.frames) for one in chosen]
-    picture = Image.new("RGBA", (max(row.width for row in rows), sum(row.height + 3 for row in rows)))
-    top = 0
-    for row in rows:
-        picture.paste(row, (0, top))
-        top += row.height + 3
-    with whole.replacing(path) as temporary:
-        picture.save(temporary, "PNG")
+def save_shown(folder: Path, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Save what the study's page shows of a run: captions, and true beside generated clips, animated.
+
+    `clips` are captions, true and generated frames, both uint8 [f H W 3].
+    """
+    told = []
+    for number, (caption, truth, frames) in enumerate(clips):
+        told.append({"caption": caption, "file": f"clip_{number}.png"})
+        with whole.replacing(folder / told[-1]["file"]) as temporary:
+            temporary.write_bytes(pages.animated([truth, frames]))
+    whole.write_json(folder / CLIPS, told)
 
 
 def devices() -> list[str]:

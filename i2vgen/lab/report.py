@@ -12,10 +12,13 @@ from pathlib import Path
 
 from i2vgen.evaluation.pages import LABELS, figure
 from i2vgen.files import pages, whole
-from i2vgen.files.tables import Table
-from i2vgen.lab.measure import RESULT, STRIP
-from i2vgen.lab.study import Run, Study
+from i2vgen.files.tables import NONE, Table
+from i2vgen.lab import study as studies
+from i2vgen.lab.measure import CLIPS, RESULT
+from i2vgen.lab.study import Budget, Run, Study
 from i2vgen.scoring import stats
+from i2vgen.scoring.scores import METRICS, SETS
+from i2vgen.training.settings import WORLD
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
 FILES = ("table.md", "results.csv", "index.html")
@@ -57,13 +60,52 @@ def cell(results: Sequence[dict], score: str) -> Cell:
     return Cell(mean, mean - low, mean + high)
 
 
+def label(study: Study, score: str) -> str:
+    return METRICS[score].says if study.evaluate else LABELS[score]
+
+
+def shown(study: Study, score: str, value: float | None) -> str:
+    """A score with its unit: those of the drawn world are shares and PSNRs."""
+    if not study.evaluate:
+        return figure(score, value)
+    if value is None:
+        return NONE
+    unit = METRICS[score].unit
+    return f"{value:.2f} {unit}" if unit else f"{value:.3f}"
+
+
 def cells(study: Study, results: dict[Run, dict], measure: str) -> dict[str, dict[str, Cell]]:
     """variant -> score -> cell"""
     table = {}
     for variant in study.variants:
-        mine = [r for run, r in results.items() if (run.variant, run.measure) == (variant, measure)]
-        table[variant] = {score: cell(mine, score) for score in study.scores}
+        mine = of_variant(results, variant, measure)
+        if mine:
+            table[variant] = {score: cell(mine, score) for score in study.scores}
     return table
+
+
+def of_variant(results: dict[Run, dict], variant: str, measure: str) -> list[dict]:
+    return [r for run, r in results.items() if (run.variant, run.measure) == (variant, measure)]
+
+
+def differences(study: Study, results: dict[Run, dict], measure: str) -> dict[str, dict[str, stats.Mean]]:
+    """variant -> score -> mean difference from the base over clips, each averaged over seeds first."""
+
+    def per_clip(variant: str, score: str) -> list[float | None]:
+        runs = [[clip[score] for clip in r["clips"]] for r in of_variant(results, variant, measure)]
+        return [
+            None if None in values else math.fsum(values) / len(values) for values in zip(*runs, strict=True)
+        ]
+
+    return {
+        variant: {
+            score: stats.paired(per_clip(variant, score), per_clip(study.base, score))
+            for score in study.scores
+            if score not in SETS
+        }
+        for variant in study.variants
+        if variant != study.base and of_variant(results, variant, measure)
+    }
 
 
 def calls(results: dict[Run, dict], measure: str) -> dict[str, int]:
@@ -92,28 +134,57 @@ def score_tables(study: Study, results: dict[Run, dict]) -> list[tuple[Table, st
             continue
         table = cells(study, results, measure)
         rows = [
-            (variant, *(as_text(score, c, table[study.base][score]) for score, c in line.items()))
+            (variant, *(as_text(study, score, c, table[study.base][score]) for score, c in line.items()))
             for variant, line in table.items()
         ]
-        head = ("variant", *(LABELS[score] for score in study.scores))
+        head = ("variant", *(label(study, score) for score in study.scores))
         if made := calls(results, measure):
             head = (head[0], CALLS, *head[1:])
             rows = [(name, str(made[name]), *rest) for name, *rest in rows]
         found.append((Table(title, head, tuple(rows)), verdict(study, table)))
+        if study.evaluate and len(table) > 1:
+            found.append((paired_table(study, results, measure), PAIRED))
     return found
 
 
-def as_text(score: str, c: Cell, base: Cell) -> str:
+PAIRED = (
+    "Every variant made the same clips, so these intervals (95 % over clips) leave out how much clips differ "
+    "from each other. An interval without zero is marked *."
+)
+
+
+def paired_table(study: Study, results: dict[Run, dict], measure: str) -> Table:
+    rows = [
+        (variant, *(as_difference(study, score, mean) for score, mean in line.items()))
+        for variant, line in differences(study, results, measure).items()
+    ]
+    head = ("variant", *(label(study, score) for score in study.scores if score not in SETS))
+    return Table(f"Difference from {study.base!r}, clip by clip ({measure})", head, tuple(rows))
+
+
+def as_difference(study: Study, score: str, mean: stats.Mean) -> str:
+    if mean.value is None:
+        return NONE
+    signed = [
+        f"{'+' if v > 0 else ''}{shown(study, score, v)}"
+        for v in (mean.value, mean.low, mean.high)
+        if v is not None
+    ]
+    span = f" ({signed[1]} to {signed[2]})" if len(signed) == 3 else ""
+    return f"{signed[0]}{span}{'' if mean.holds_zero else ' *'}"
+
+
+def as_text(study: Study, score: str, c: Cell, base: Cell) -> str:
     if c.value is None:
-        return "-"
-    span = "" if c.low is None else f" ({figure(score, c.low)} to {figure(score, c.high)})"
-    return f"{figure(score, c.value)}{span}{' *' if c.apart_from(base) else ''}"
+        return NONE
+    span = "" if c.low is None else f" ({shown(study, score, c.low)} to {shown(study, score, c.high)})"
+    return f"{shown(study, score, c.value)}{span}{' *' if c.apart_from(base) else ''}"
 
 
 def verdict(study: Study, table: dict[str, dict[str, Cell]]) -> str:
     base = table[study.base]
     apart = [
-        f"{variant} in {LABELS[score]}"
+        f"{variant} in {label(study, score)}"
         for variant, line in table.items()
         for score, c in line.items()
         if c.apart_from(base[score])
@@ -159,7 +230,8 @@ def write(
     results = read_results(runs)
     tables = [(cost_table(study, costs), "")] if costs else []
     tables += score_tables(study, results)
-    about = f"Study {study.name}, budget {budget}, base {study.base!r} of {study.weights}."
+    tables += [(variants_table(study), ""), (setup_table(study, studies.BUDGETS[budget], results), "")]
+    about = f"Study {study.name}, budget {budget}, base {study.base!r} of {study.weights}. {scored_on(study)}"
     if budget == "smoke":
         about += " It shows that the study runs; no figure here means anything."
     about += f" {note}" if note else ""
@@ -168,9 +240,46 @@ def write(
     table, figures, index = (folder / name for name in FILES)
     whole.write_text(table, "\n".join(text))
     write_csv(study, results, costs, figures)
-    pictures = plots(study, results, costs, folder)
+    pictures = plots(study, results, folder)
     whole.write_text(index, page(study, about, tables, pictures, runs))
     return index
+
+
+def scored_on(study: Study) -> str:
+    if study.evaluate:
+        return f"Scored on held-out clips of {study.evaluate['videos']}."
+    return "Scored on clips of the drawn world."
+
+
+def variants_table(study: Study) -> Table:
+    rows = [(name, " ".join(words) or "as the base") for name, words in study.variants.items()]
+    return Table("Settings of the variants", ("variant", "settings that differ"), tuple(rows), words=(0, 1))
+
+
+def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table:
+    """What another laboratory needs to repeat the study."""
+    rows = [
+        ("weights of the base", study.weights),
+        ("settings of all variants", " ".join(study.settings) or NONE),
+    ]
+    if "trained" in study.measures:
+        train = studies.trained(study, study.base, budget, 0)[1]
+        data = train.data if train.data != WORLD else train.things or "the drawn world"
+        rows += [
+            ("training data", data),
+            (
+                "training",
+                f"{study.start}, {train.steps} steps of {train.batch} clips, rate {train.learning_rate:g}",
+            ),
+            ("seeds", ", ".join(map(str, range(budget.seeds)))),
+        ]
+    rows.append(
+        ("clips scored", f"{budget.clips} at most" if study.evaluate else f"{budget.clips} of each kind")
+    )
+    made = [r["made_by"] for r in results.values() if "made_by" in r]
+    for name in ("device", "torch", "i2vgen", "code"):
+        rows.append((name, ", ".join(sorted({one[name] for one in made})) or NONE))
+    return Table("Setup", ("what", "value"), tuple(rows), words=(0, 1))
 
 
 def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: Path) -> None:
@@ -190,41 +299,42 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
     whole.write_text(path, file.getvalue())
 
 
-def plots(study: Study, results: dict[Run, dict], costs: dict | None, folder: Path) -> list[Path]:
-    """Loss curves, and each score against the cost of a call."""
+def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
+    """Every score of every variant with its interval, and the losses; names stand beside what they name."""
     from matplotlib.figure import Figure  # without a display and without global state
 
     made = []
+    colours = {name: f"C{i}" for i, name in enumerate(study.variants)}
+    for measure in study.measures:
+        table = {} if measure == "cost" else cells(study, results, measure)
+        if not table:
+            continue
+        rows = len(study.scores)
+        picture = Figure(figsize=(6.4, rows * (0.7 + 0.25 * len(table))), layout="constrained")
+        for axes, score in zip(picture.subplots(rows, 1, squeeze=False)[:, 0], study.scores, strict=True):
+            for place, (variant, line) in enumerate(table.items()):
+                c = line[score]
+                if c.value is not None:
+                    reach = None if c.low is None else [[c.value - c.low], [c.high - c.value]]
+                    axes.errorbar(c.value, place, xerr=reach, fmt="o", color=colours[variant], capsize=3)
+            axes.set(ylim=(len(table) - 0.5, -0.5))
+            axes.set_yticks(range(len(table)), list(table), fontsize=8)
+            axes.set_title(f"{label(study, score)} ({measure})", fontsize=9, loc="left")
+            axes.grid(axis="x", alpha=0.3)
+        made.append(_save(picture, folder / f"scores_{measure}.png"))
     curves = {run: r["loss"] for run, r in results.items() if r["loss"]}
     if curves:
         picture = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = picture.subplots()
-        colours = {name: f"C{i}" for i, name in enumerate(study.variants)}
         for run, curve in curves.items():
-            label = run.variant if run.seed == 0 else None
-            axes.plot(*zip(*curve, strict=True), color=colours[run.variant], label=label, linewidth=1)
-        axes.set(xlabel="step", ylabel="loss", yscale="log")
-        axes.legend(fontsize=8)
+            axes.plot(*zip(*curve, strict=True), color=colours[run.variant], linewidth=1)
+            if run.seed == 0:
+                axes.annotate(
+                    f" {run.variant}", curve[-1], color=colours[run.variant], fontsize=8, va="center"
+                )
+        axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        axes.margins(x=0.15)
         made.append(_save(picture, folder / "loss.png"))
-    measure = "trained" if "trained" in study.measures else "untrained"
-    spent, axis = calls(results, measure), CALLS
-    if costs and not spent:
-        spent, axis = {name: c["flops"] / 1e9 for name, c in costs.items()}, "GFLOP a call"
-    if spent and measure in study.measures:
-        picture = Figure(figsize=(3.2 * len(study.scores), 3.4), layout="constrained")
-        table = cells(study, results, measure)
-        for axes, score in zip(
-            picture.subplots(1, len(study.scores), squeeze=False)[0], study.scores, strict=True
-        ):
-            for i, variant in enumerate(study.variants):
-                c = table[variant][score]
-                if c.value is not None:
-                    reach = None if c.low is None else [[c.value - c.low], [c.high - c.value]]
-                    x = spent[variant]
-                    axes.errorbar(x, c.value, yerr=reach, fmt="o", color=f"C{i}", label=variant, capsize=3)
-            axes.set(xlabel=axis, title=LABELS[score])
-        picture.axes[0].legend(fontsize=7)
-        made.append(_save(picture, folder / "score_against_cost.png"))
     return made
 
 
@@ -236,12 +346,24 @@ def _save(picture, path: Path) -> Path:
 
 def page(study: Study, about: str, tables, pictures: Sequence[Path], runs: Sequence[Run]) -> str:
     figures = [pages.Figure(((p.stem, p.read_bytes()),)) for p in pictures]
-    figures += [
-        pages.Figure(
-            (("clips", (run.folder / STRIP).read_bytes()),), name=run.variant, told=f", {run.measure}"
-        )
-        for run in runs
-        if run.seed == 0
-    ]
     sections = [pages.of_table(table, said) for table, said in tables]
-    return pages.render(study.question, about, [*sections, pages.Section(figures=figures)])
+    clips = pages.Section(
+        "The same clips by every variant",
+        text="Left the true clip, right what the variant made of its first frame and the caption.",
+        figures=as_figures(runs),
+    )
+    return pages.render(study.question, about, [pages.Section(figures=figures), *sections, clips])
+
+
+def as_figures(runs: Sequence[Run]) -> list[pages.Figure]:
+    """Clip by clip, one below the other for all variants."""
+    found: dict[tuple[int, str], list[pages.Figure]] = {}
+    for run in runs:
+        if run.seed == 0:
+            told = json.loads((run.folder / CLIPS).read_text(encoding="utf-8"))
+            for number, clip in enumerate(told):
+                picture = (f"{run.variant}: {clip['caption']}", (run.folder / clip["file"]).read_bytes())
+                said = f"\n{run.variant}, {run.measure}"
+                figure = pages.Figure((picture,), name=clip["caption"], told=said)
+                found.setdefault((number, clip["caption"]), []).append(figure)
+    return [figure for _, figures in sorted(found.items()) for figure in figures]

@@ -7,7 +7,9 @@
       everything: []                       # the first is the base that the others are compared with
       without local tokens: [use.local_tokens=false]
 
-The base is a native weights folder (`weights:`, by default the shipped model) under `settings:`.
+The base is a native weights folder (`weights:`, by default the shipped model) under `settings:`. Variants are
+scored on clips of the drawn world, or with `evaluate: {videos: FOLDER}` on held-out clips of one's own
+(`own_clips.py`).
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from typing import Literal, NamedTuple
 
 from i2vgen.evaluation.scores import SCORES
 from i2vgen.files import checkpoint, fingerprint
+from i2vgen.lab import own_clips
+from i2vgen.scoring.scores import METRICS
 from i2vgen.settings import yaml_text
-from i2vgen.settings.config import SHIPPED, Config
+from i2vgen.settings.config import LAB, Config
 from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_stored_settings
-from i2vgen.training.settings import SECTION, Train, load_settings
+from i2vgen.training.settings import SECTION, WORLD, Train, load_settings
 
 Measure = Literal["cost", "untrained", "trained"]
 LONGEST_SLUG = 200  # letters of a variant's folder
 MEASURES = ("cost", "untrained", "trained")
+OF_WORLD = ("motion_accuracy_basic", "other_motion_accuracy", "first_frame_psnr", "clip_psnr")  # by default
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,9 @@ class Study:
     question: str
     variants: dict[str, tuple[str, ...]]  # name -> settings as on a command line; train.NAME too
     measures: tuple[Measure, ...] = MEASURES
-    scores: tuple[str, ...] = (
-        "motion_accuracy_basic",
-        "other_motion_accuracy",
-        "first_frame_psnr",
-        "clip_psnr",
-    )
-    weights: str = SHIPPED
+    scores: tuple[str, ...] = ()  # to show; empty: OF_WORLD, or all that are measured on one's own clips
+    evaluate: dict = field(default_factory=dict)  # own_clips.SETTINGS; empty: clips of the drawn world
+    weights: str = LAB
     settings: tuple[str, ...] = ()  # of every variant; its own settings override them
     train: dict = field(default_factory=dict)  # training settings
     # Train a new UNet or continue from the base's; VAE and CLIP are the base's in both cases.
@@ -110,8 +111,28 @@ def read(file: str | Path) -> Study:
         raise ValueError(f"{file}: variants needs a base and at least one variant of it")
     variants = {str(name): _texts(words, f"{file}: variant {name!r}") for name, words in variants.items()}
     study = Study(path.stem, first.lstrip("# ").strip(), variants, **held)
+    weights = LAB if study.weights == "lab" else study.weights
+    study = dataclasses.replace(study, weights=weights, scores=study.scores or _scores(study, file))
     _check(study, file)
     return study
+
+
+def _scores(study: Study, file: str | Path) -> tuple[str, ...]:
+    """The scores of a study that names none; ValueError if its `evaluate:` is impossible."""
+    wanted = study.evaluate
+    if not isinstance(wanted, dict) or (wrong := sorted(set(wanted) - set(own_clips.SETTINGS))):
+        what = f"{wrong[0]!r}" if isinstance(wanted, dict) else f"{wanted!r}"
+        raise ValueError(f"{file}: evaluate has {what}; it takes {', '.join(own_clips.SETTINGS)}")
+    if not wanted:
+        return OF_WORLD
+    if not isinstance(wanted.get("videos"), str):
+        raise ValueError(f"{file}: evaluate needs videos: FOLDER, held-out clips with captions")
+    if "metrics" in wanted:
+        wanted["metrics"] = _texts(wanted["metrics"], f"{file}: evaluate: metrics")
+    try:
+        return own_clips.judged(wanted).names
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file}: evaluate: {error}") from error
 
 
 def _texts(value, where: str) -> tuple[str, ...]:
@@ -125,13 +146,15 @@ def _texts(value, where: str) -> tuple[str, ...]:
 def _check(study: Study, file: str | Path) -> None:
     for names, known, what in (
         (study.measures, MEASURES, "measure"),
-        (study.scores, SCORES, "score"),
+        (study.scores, METRICS if study.evaluate else SCORES, "score"),
         ((study.start,), ("scratch", "weights"), "start"),
     ):
         if wrong := [name for name in names if name not in known]:
             raise ValueError(f"{file}: there is no {what} {wrong[0]!r}; choose from {', '.join(known)}")
     if not isinstance(study.train, dict):
         raise ValueError(f"{file}: train is {study.train!r}; give name: value pairs")
+    if study.evaluate and (gone := set(study.scores) - set(own_clips.judged(study.evaluate).names)):
+        raise ValueError(f"{file}: scores has {sorted(gone)[0]}, which evaluate: metrics does not measure")
     folders: dict[str, str] = {}
     for name, words in study.variants.items():
         if not words and name != study.base:
@@ -154,6 +177,8 @@ def _check(study: Study, file: str | Path) -> None:
             raise ValueError(
                 f"{file}: the variant {name!r}: train.lora_rank adapts a trained UNet; write start: weights"
             )
+        for train in (s for s in both[1] if isinstance(s, Train)):
+            _check_data(study, train, f"{file}: the variant {name!r}")
         known[name] = both[1]
         same = next(other for other, held in known.items() if held == both[1])
         if same != name:
@@ -161,6 +186,22 @@ def _check(study: Study, file: str | Path) -> None:
                 f"{file}: the variants {same!r} and {name!r} have the same settings, so there is nothing to "
                 "compare"
             )
+
+
+def _check_data(study: Study, train: Train, where: str) -> None:
+    """What is trained on must fit what is scored."""
+    videos = study.evaluate.get("videos", "")
+    if train.data == WORLD:
+        return
+    if not videos:
+        raise ValueError(
+            f"{where} is trained on train.data: {train.data}, of which scores on the drawn world say nothing"
+            "; write evaluate: {videos: FOLDER} with held-out clips"
+        )
+    try:
+        own_clips.refuse_overlap(videos, train.data)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _settings(study: Study, variant: str, budget: Budget) -> tuple:
@@ -229,15 +270,24 @@ def _nested_update(base: dict, changes: dict) -> dict:
 
 
 def runs(study: Study, budget: Budget, output: Path) -> list[Run]:
-    """All runs of a study, the untrained ones first."""
+    """All runs of a study, the untrained ones first.
+
+    A variant that changes only training has the base's untrained weights and is not measured again.
+    """
     found = []
     for measure, seeds in (("untrained", 1), ("trained", budget.seeds)):
         if measure in study.measures:
             for seed in range(seeds):
                 for variant in study.variants:
+                    if measure == "untrained" and _only_trains(study, variant):
+                        continue
                     name = f"seed{seed}" if measure == "trained" else ""
                     found.append(Run(variant, measure, seed, output / slug(variant) / measure / name))
     return found
+
+
+def _only_trains(study: Study, variant: str) -> bool:
+    return variant != study.base and words_of(study, variant)[0] == words_of(study, study.base)[0]
 
 
 def identity(study: Study, run: Run, budget: Budget) -> str:
@@ -253,6 +303,8 @@ def identity(study: Study, run: Run, budget: Budget) -> str:
         study.train,
     ]
     facts += [study.settings, study.variants[run.variant], checkpoint.read_origin(study.weights)]
+    if study.evaluate:
+        facts += [study.evaluate, fingerprint.of_paths([Path(study.evaluate["videos"])])]
     return fingerprint.of_text(json.dumps(facts, sort_keys=True))
 
 

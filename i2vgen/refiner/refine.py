@@ -357,7 +357,7 @@ def homes_of(job: Config, config: Config) -> dict[str, str]:
         return dict.fromkeys(checkpoint.PARTS, settings.RANDOM)
     missing = checkpoint.missing_parts(job.refine_weights)
     homes = {part: job.refine_weights for part in checkpoint.PARTS if part not in missing}
-    others = job.weights not in ("", settings.RANDOM, settings.SHIPPED)
+    others = job.weights not in ("", settings.RANDOM, settings.SHIPPED, settings.LAB)
     for part in missing:
         shared = part != "unet" and getattr(job, part) == getattr(config, part)
         if not (others and shared and part not in checkpoint.missing_parts(job.weights)):

@@ -35,7 +35,8 @@ NEEDS = {
     "lpips": "lpips_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
     "fvd": "fvd_network=FILE.py:NAME, MODULE:NAME or a TorchScript file",
 }
-SETS = ("fvd",)  # scores of a whole set of clips
+# Scores of a whole set of clips, from the features of both sets.
+SETS = {"fvd": stats.frechet, "kvd": stats.kernel_distance}
 
 
 class Metric(NamedTuple):
@@ -55,6 +56,9 @@ METRICS = {
     "reference_ssim": Metric("", "higher", ("reference",), "all frames against the true clip, SSIM"),
     "reference_lpips": Metric("", "lower", ("reference", "lpips"), "all frames against the true clip, LPIPS"),
     "fvd": Metric("", "lower", ("reference", "fvd"), "Fréchet distance to the true clips, all together"),
+    "kvd": Metric(
+        "", "lower", ("reference", "fvd"), "kernel distance to the true clips; unbiased, so for few clips"
+    ),
     "flicker": Metric("levels", "lower", (), "a frame against midway between its neighbours"),
     "warp_error": Metric(
         "levels", "lower", ("opencv",), "a frame against the next, pulled back along the flow"
@@ -283,7 +287,7 @@ def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) ->
     for one, own, true in zip(found, features, true_features, strict=True):
         for name in job.names:
             if name in SETS:
-                one.means[name] = set_distance(own, true)
+                one.means[name] = set_distance(name, own, true)
             else:
                 one.means[name] = stats.mean([row[name] for row in one.rows])
     return found
@@ -326,20 +330,34 @@ def score(
     clip: Clip, frames: np.ndarray, truth: np.ndarray | None, names: Sequence[str], judges: Judges
 ) -> dict[str, float | None]:
     """Frames and true frames uint8 [f h w 3] -> requested scores of one clip. ValueError names the clip."""
-    wanted, picture = set(names), None
+    picture = None
     try:
-        row = scores_without_inputs(frames, wanted)
         if any("picture" in METRICS[name].needs for name in names):
             picture = files.picture(clip, frames.shape[2], frames.shape[1])
-            row |= against_picture(frames, picture, wanted, judges)
-        if truth is not None:
-            row |= against_truth(frames, truth, wanted, judges)
-        if judges.clip is not None:
-            row |= by_clip(clip, frames, picture, wanted, judges.clip)
-        if wrong := [name for name, value in row.items() if value is not None and not math.isfinite(value)]:
-            raise ValueError(f"its {wrong[0]} is {row[wrong[0]]}")
+        return measured(frames, picture, truth, clip.prompt, names, judges)
     except ValueError as error:
         raise ValueError(f"{clip.file}: {error}") from error
+
+
+def measured(
+    frames: np.ndarray,
+    picture: np.ndarray | None,
+    truth: np.ndarray | None,
+    prompt: str | None,
+    names: Sequence[str],
+    judges: Judges,
+) -> dict[str, float | None]:
+    """Frames uint8 [f h w 3], picture [h w 3], true frames [f h w 3] -> requested scores of one clip."""
+    wanted = set(names)
+    row = scores_without_inputs(frames, wanted)
+    if picture is not None:
+        row |= against_picture(frames, picture, wanted, judges)
+    if truth is not None:
+        row |= against_truth(frames, truth, wanted, judges)
+    if judges.clip is not None:
+        row |= by_clip(prompt, frames, picture, wanted, judges.clip)
+    if wrong := [name for name, value in row.items() if value is not None and not math.isfinite(value)]:
+        raise ValueError(f"its {wrong[0]} is {row[wrong[0]]}")
     return {name: row[name] for name in names if name not in SETS}
 
 
@@ -376,7 +394,7 @@ def scores_without_inputs(frames: np.ndarray, wanted: set[str]) -> dict:
 
 
 def by_clip(
-    clip: Clip,
+    prompt: str | None,
     frames: np.ndarray,
     picture: np.ndarray | None,
     wanted: set[str],
@@ -390,22 +408,24 @@ def by_clip(
     if "clip_image" in wanted:
         row["clip_image"] = float((seen @ judge.pictures([picture]).T).mean())
     if "clip_text" in wanted:
-        row["clip_text"] = float((seen @ judge.text(clip.prompt)).mean())
+        row["clip_text"] = float((seen @ judge.text(prompt)).mean())
     return row
 
 
-def set_distance(own: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Mean:
+def set_distance(name: str, own: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> Mean:
     """One number for all clips: it has no interval over them, and no value for a single clip."""
     if len(own) < 2:
-        warnings.warn("fvd compares sets of at least 2 clips, and there is 1; it has no value", stacklevel=2)
+        warnings.warn(
+            f"{name} compares sets of at least 2 clips, and there is 1; it has no value", stacklevel=2
+        )
         return Mean(None, None, None, len(own))
-    if len(own) <= len(own[0]):
+    if name == "fvd" and len(own) <= len(own[0]):
         warnings.warn(
             f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes "
-            "out too high, and only values of as many clips can be compared",
+            "out too high, and only values of as many clips can be compared (kvd has no such bias)",
             stacklevel=2,
         )
-    return Mean(stats.frechet(np.stack(own), np.stack(true)), None, None, len(own))
+    return Mean(SETS[name](np.stack(own), np.stack(true)), None, None, len(own))
 
 
 def differences(one: Found, other: Found, names: Sequence[str]) -> dict[str, Mean]:

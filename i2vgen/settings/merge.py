@@ -28,6 +28,7 @@ from i2vgen.settings.config import (
     FORMAT,
     FREE,
     IN_A_CALL,
+    LAB,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
@@ -39,6 +40,7 @@ from i2vgen.settings.config import (
     REMOVED,
     SECTIONS,
     SETTINGS_FILE,
+    SHIPPED,
     SHORT,
     STRUCTURAL_SWITCHES,
     TEXTS,
@@ -53,16 +55,16 @@ def load_config(
     file: str | Path | None = None,
     overrides: Iterable[str] = (),
     *,
-    default_weights: str = "",
+    sampling: bool = False,
     **literals: str,
 ) -> Config:
     """Merge defaults, the weights folder's stored settings, a YAML file and `name=value` overrides.
 
     `overrides` are what a command line holds, e.g. `["sample.steps=20", "prompt=a cat: it runs"]`; a
     repeated `image=` or `prompt=` makes a list. `literals` are the literal fields by keyword
-    (`weights="folder"`), never parsed. `default_weights` are taken where nothing names any; who samples
-    gives SHIPPED. Raises ValueError on an unknown name, a value of the wrong type,
-    an impossible combination, and an architecture setting that contradicts the weights.
+    (`weights="folder"`), never parsed. With `sampling`, the shipped model is taken where nothing names
+    weights. Raises ValueError on an unknown name, a value of the wrong type, an impossible combination, and
+    an architecture setting that contradicts the weights.
     """
     yaml_settings, yaml_literals = _read_yaml(file) if file is not None else ({}, {})
     cli_settings, cli_literals = parse_overrides(overrides)
@@ -72,7 +74,7 @@ def load_config(
         )
     texts = {**yaml_literals, **cli_literals, **{k: _listed(k, v) for k, v in literals.items()}}
     texts = {name: _expanded(name, value) for name, value in texts.items()}
-    weights = texts["weights"] = texts.get("weights") or default_weights
+    weights = texts["weights"] = texts.get("weights") or (SHIPPED if sampling else "")
     stored = read_stored_settings(weights) if weights not in ("", RANDOM) else {}
     second = texts.get("refine_weights", "")
     refiner = read_stored_settings(second) if second not in ("", RANDOM) else {}
@@ -288,6 +290,8 @@ def _listed(name: str, value: Any) -> Any:
 
 def _expanded(name: str, value: Any) -> Any:
     """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
+    if name == "weights" and value == "lab":  # a folder of that name is ./lab
+        return LAB
     if name not in PATHS:
         return value
     values = value if name in LISTS else (value,)

@@ -91,6 +91,9 @@ class Train:
     clip_unread: bool = False
     vae_mse: float = 1.0  # part=vae: added to the mean absolute error
     vae_kl: float = 1e-5  # part=vae: weight of the KL divergence per latent number
+    # part=vae: false trains the decoder alone. Latents and `vae.scale` stay as they are, so a UNet that was
+    # trained on them keeps working.
+    vae_encoder: bool = True
     # part=vae: 1 / standard deviation of the latents, or vae.scale as set.
     vae_scale: Literal["measured", "given"] = "measured"
     precision: Literal["auto", "float32", "bf16", "fp16"] = (
@@ -198,6 +201,10 @@ class Train:
             raise ValueError(
                 f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
                 f"{self.first_stage_made} are shares of all clips; their sum must be at most 1"
+            )
+        if not self.vae_encoder and self.part != "vae":
+            raise ValueError(
+                f"train.vae_encoder needs train.part=vae, but train.part is {self.part}; leave it out"
             )
         if self.clip_unread and self.part != "clip":
             raise ValueError(

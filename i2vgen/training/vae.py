@@ -62,7 +62,14 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     """The autoencoder of `weights=`, or a new one, with its loss and inputs."""
     vae = load_or_create("vae", config, train, device)
     if not config.weights or "vae" in checkpoint.missing_parts(config.weights):
+        if not train.vae_encoder:
+            raise ValueError(
+                "train.vae_encoder=false trains the decoder of a trained autoencoder; name it: weights="
+            )
         initialise(vae, train.seed)
+    if not train.vae_encoder:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     bucket = buckets(config, train)[0]
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -73,7 +80,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     @torch.no_grad()
     def finish(settings: Config) -> Config:
         """Measure `vae.scale` on clips of the run, because the diffusion expects latents of unit variance."""
-        if train.vae_scale == "given":
+        if train.vae_scale == "given" or not train.vae_encoder:
             return settings
         squares, count = 0.0, 0
         for position in range(SCALE_CLIPS):

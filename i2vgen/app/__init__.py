@@ -1,0 +1,1 @@
+"""The demo in the browser: `i2vgen app`."""
