@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,26 +16,28 @@ from i2vgen.model.temporal import TemporalTransformer
 from i2vgen.training import optimisers, plans
 from i2vgen.training.settings import buckets, load_settings
 
+ROOT = Path(__file__).parents[1]
 M_MMAP_THRESHOLD = -3
 ON_CPU = plans.Place("cpu", torch.float32)
 ON_GPU = plans.Place("cuda", torch.bfloat16)
 # Wide enough that the tensors of a step are most of what a process grows by.
 WORDS = [
-    "device=cpu", "sample.width=32", "sample.height=32", "sample.frames=4", "unet.base_width=64",
-    "unet.width_multipliers=[1,2]", "unet.attention_levels=[true,true]", "unet.blocks_per_level=1",
-    "unet.head_width=32", "unet.norm_groups=8", "train.batch=1", "train.ema=0", "vae.width_multipliers=[1,2]",
-    "train.precision=float32",
+    "device=cpu", "sample.width=64", "sample.height=64", "sample.frames=4", "sample.fps=4",
+    "vae.width_multipliers=[1,2]", "unet.base_width=64", "unet.width_multipliers=[1]",
+    "unet.attention_levels=[true]", "unet.head_width=32",
+    "train.part=diffusion", "train.batch=1", "train.ema=0", "train.precision=float32",
+    "train.frame_lengths=[]", "train.sample_fps=[]",
 ]  # fmt: skip
 
 
 def settings(*words):
-    return load_settings(None, [*WORDS, *words])
+    return load_settings(ROOT / "configs/train/tiny_vae.yaml", [*WORDS, *words])
 
 
 def growth_of_steps(config, trains):
     """Bytes by which this process grows in a step that is not its first, which makes the moments."""
     torch.set_num_threads(1)
-    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**18)  # what is freed is given back, not kept for later
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 2**16)  # what is freed is given back, not kept for later
     return [growth_of_a_step(config, train) for train in trains]
 
 
@@ -133,7 +136,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     with pytest.raises(ValueError, match=r"train\.checkpointing=true would fit .*check_memory=false"):
         plans.refuse(config, train, ON_GPU, lean, ledger)
     with pytest.raises(
-        ValueError, match="32 x 32 x 4 with batch 1 .* smaller size or fewer frames, or split it"
+        ValueError, match=r"64 x 64 x 4 with batch 1 .* smaller size or fewer frames, or split it"
     ):
         plans.refuse(config, train, ON_GPU, 2**20, ledger)
     unchecked = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, check_memory=False))

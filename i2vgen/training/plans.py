@@ -37,12 +37,7 @@ NORMS = (nn.LayerNorm, nn.GroupNorm)
 PRODUCTS = (nn.Linear, nn.Conv2d)
 LEAN_COPIES = 5  # of the largest tensor in float32, while its lean moments are computed
 # What to change first where a training does not fit; each comes on top of those before.
-SAVINGS: tuple[dict[str, object], ...] = (
-    {"checkpointing": True},
-    {"ema_device": "cpu"},
-    {"moments": "eight_bit"},
-    {"batch": 1},
-)
+SAVINGS = {"checkpointing": True, "ema_device": "cpu", "moments": "eight_bit", "batch": 1}
 ADAPTERS = {"lora_rank": 16, "frozen": "bf16"}
 
 
@@ -112,17 +107,12 @@ class Ledger:
         }
         waiting = gradients if train.accumulate > 1 and not buffers else 0
         update = (0 if buffers else gradients) + (0 if train.moments == "float32" else LEAN_COPIES * largest)
-        if not beside:
-            saved = (
-                _split(trained, n) if train.ema and train.shard == "none" else 0
-            )  # the average takes its place
-        else:
-            saved = _split(trained, n)
+        copied = train.ema and (beside or train.shard == "none")  # the average takes the place of the weights
         steps = {
             "encoding": waiting + self._encoding(train, place),
             "forward and backward": used + gathered + (gradients if train.shard == "full" else 0),
             "update": update,
-            "saving": saved,
+            "saving": _split(trained, n) if copied else 0,
         }
         return Estimate(held, steps, average if beside else 0)
 
@@ -339,19 +329,17 @@ def _advice(config: Config, train: Train, place: Place, free: int, ledger: Ledge
 
 def leaner(train: Train, place: Place) -> Iterator[tuple[str, Train]]:
     """Settings that take less, and their words: savings one on top of the other, then adapters."""
-    changed: dict[str, object] = {}
-    for saving in SAVINGS:
-        (name, value), *_ = saving.items()
-        beside_gpu = name != "ema_device" or place.device != "cpu"
-        mine = name != "checkpointing" or train.part == "diffusion"
-        useful = name != "ema_device" or train.ema
-        if getattr(train, name) != value and beside_gpu and mine and useful:
+    diffusion, changed = train.part == "diffusion", {}
+    useless = {
+        "checkpointing": not diffusion,
+        "ema_device": not train.ema or place.device == "cpu",
+        "batch": bool(train.bucket_batch) or train.part == "clip",  # CLIP contrasts the clips of a batch
+    }
+    for name, value in SAVINGS.items():
+        if getattr(train, name) != value and not useless.get(name):
             changed[name] = value
-            if name == "batch" and (train.bucket_batch or train.part == "clip"):
-                changed.pop(name)
-                continue
             yield _words(changed), dataclasses.replace(train, **changed)
-    if train.part == "diffusion" and not train.lora_rank and not train.text_encoder and train.shard == "none":
+    if diffusion and not train.lora_rank and not train.text_encoder and train.shard == "none":
         changed = {"checkpointing": True, **ADAPTERS}
         yield _words(changed), dataclasses.replace(train, **changed)
 
