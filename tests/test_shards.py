@@ -52,9 +52,14 @@ def one(settings, tmp_path_factory):
     return folder, *processes.fit(0, 1, *settings("train.accumulate=4"), folder, double=True)
 
 
+NEEDS_CPUS = "train.shard=full works on CPUs from PyTorch 2.7"
+
+
 @pytest.fixture(scope="module")
 def four(settings, tmp_path_factory):
     """The same on four processes, and a few steps on two copies of two shards; what each rank tells"""
+    if not shards.CPUS:
+        pytest.skip(NEEDS_CPUS)
     folder = tmp_path_factory.mktemp("four")
     copies = settings(
         FULL, "train.replicas=2", "train.moments=eight_bit", "train.steps=3", "train.sample_every=3"
@@ -149,6 +154,7 @@ def test_a_damaged_sharded_checkpoint_is_not_used(four, tmp_path):
     assert [path.name for path in loop.checkpoints(run)] == ["checkpoint-00000010"]
 
 
+@pytest.mark.skipif(not shards.CPUS, reason=NEEDS_CPUS)
 def test_the_death_of_one_process_ends_all(root, parts, tmp_path):
     words = [str(root / "configs/train/tiny_diffusion.yaml"), f"weights={parts}", *WORDS, FULL]
     words.append(f"output={tmp_path / 'run'}")

@@ -29,10 +29,16 @@ from i2vgen.memory.plans import amount, empty
 from i2vgen.model.attention import Attention
 from i2vgen.model.conditioning import Conditions
 from i2vgen.settings.config import Config
+from i2vgen.training.clip import freeze_what_the_unet_reads
 from i2vgen.training.diffusion import DiffusionLoss, chunk_size
 from i2vgen.training.settings import Bucket, Train, buckets
-from i2vgen.training.vae import VaeLoss
+from i2vgen.training.vae import VaeLoss, freeze
 
+# Settings that decide what the network computes and keeps; others only add up.
+DECIDE = (
+    "part", "lora_rank", "lora_modules", "frozen", "checkpointing", "text_encoder", "shard", "vae_encoder",
+    "clip_unread",
+)  # fmt: skip
 NORMS = (nn.LayerNorm, nn.GroupNorm)
 PRODUCTS = (nn.Linear, nn.Conv2d)
 LEAN_COPIES = 5  # of the largest tensor in float32, while its lean moments are computed
@@ -117,10 +123,9 @@ class Ledger:
         return Estimate(held, steps, average if beside else 0)
 
     def _step(self, train: Train, place: Place) -> tuple[int, ...]:
-        names = ("part", "lora_rank", "lora_modules", "frozen", "checkpointing", "text_encoder", "shard")
         accumulated = train.accumulate > 1 and place.ranks == 1
         bucket = max(buckets(self.config, train), key=lambda one: one.batch * one.frames)
-        key = (*(getattr(train, name) for name in names), bucket, place, accumulated)
+        key = (*(getattr(train, name) for name in DECIDE), bucket, place, accumulated)
         if key not in self.counted:
             self.counted[key] = self._count(train, place, bucket, accumulated)
         return self.counted[key]
@@ -206,7 +211,7 @@ def make(config: Config, train: Train, bucket: Bucket) -> Work:
     if train.part == "vae":
         return _vae(config, train, bucket)
     if train.part == "clip":
-        return _clip(config, bucket)
+        return _clip(config, train, bucket)
     unet = checkpoint.build("unet", config).train()
     trained: nn.Module = unet
     set_checkpointing(unet, train.checkpointing)
@@ -240,6 +245,7 @@ def make(config: Config, train: Train, bucket: Bucket) -> Work:
 
 def _vae(config: Config, train: Train, bucket: Bucket) -> Work:
     vae, n = checkpoint.build("vae", config).train(), bucket.batch * bucket.frames
+    freeze(vae, train)
     sizes = (config.vae.channels, config.sample.height, config.sample.width)
     return Work(
         VaeLoss(vae, train),
@@ -261,8 +267,10 @@ class _Contrast(nn.Module):
         return {"loss": (model.encode_image(pixels).float() @ model.encode_text(tokens).float().T).sum()}
 
 
-def _clip(config: Config, bucket: Bucket) -> Work:
+def _clip(config: Config, train: Train, bucket: Bucket) -> Work:
     clip, b, side = checkpoint.build("clip", config).train(), bucket.batch, config.clip.image_size
+    if train.clip_unread:
+        freeze_what_the_unet_reads(clip)
     tokens = (b, config.clip.text_length)
     return Work(
         _Contrast(clip), clip, [], lambda: (empty(b, 3, side, side), empty(*tokens, dtype=torch.int64))

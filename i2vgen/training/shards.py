@@ -34,6 +34,8 @@ from i2vgen.model.unet import UNet
 from i2vgen.settings.config import RANDOM, Config
 from i2vgen.training.settings import Train
 
+# The streams of CPUs, which do nothing, learned in 2.7 what fully_shard asks of streams.
+CPUS = getattr(torch.cpu.Stream, "record_event", None) is not None
 METADATA = ".metadata"  # the file that makes a folder one of PyTorch's distributed checkpoints
 TIMEOUT = timedelta(minutes=30)  # for a process that waits for the others
 # What gloo says once the process at the other end is gone; NCCL raises errors of its own type.
@@ -79,6 +81,11 @@ def make_mesh(train: Train, device: torch.device) -> DeviceMesh:
     """All processes as [shards], or as [replicas shards]: neighbours hold the shards of one copy."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     check(train, ranks)
+    if device.type == "cpu" and not CPUS:
+        raise ValueError(
+            f"train.shard=full on CPUs needs PyTorch 2.7 or newer, here is {torch.__version__}; use GPUs, or "
+            "leave it out"
+        )
     if train.replicas == 1:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shards",))
     shape = (train.replicas, ranks // train.replicas)
