@@ -22,7 +22,7 @@ ON_CPU = plans.Place("cpu", torch.float32)
 ON_GPU = plans.Place("cuda", torch.bfloat16)
 # Wide enough that the tensors of a step are most of what a process grows by.
 WORDS = [
-    "device=cpu", "sample.width=64", "sample.height=64", "sample.frames=4", "sample.fps=4",
+    "device=cpu", "sample.width=64", "sample.height=64", "sample.frames=2", "sample.fps=4",
     "vae.width_multipliers=[1,2]", "unet.base_width=64", "unet.width_multipliers=[1]",
     "unet.attention_levels=[true]", "unet.head_width=32",
     "train.part=diffusion", "train.batch=1", "train.ema=0", "train.precision=float32",
@@ -136,7 +136,7 @@ def test_what_cannot_fit_is_refused_with_what_would():
     with pytest.raises(ValueError, match=r"train\.checkpointing=true would fit .*check_memory=false"):
         plans.refuse(config, train, ON_GPU, lean, ledger)
     with pytest.raises(
-        ValueError, match=r"64 x 64 x 4 with batch 1 .* smaller size or fewer frames, or split it"
+        ValueError, match=r"64 x 64 x 2 with batch 1 .* smaller size or fewer frames, or split it"
     ):
         plans.refuse(config, train, ON_GPU, 2**20, ledger)
     unchecked = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, check_memory=False))
