@@ -371,7 +371,8 @@ def _facts(path: Path) -> dict | None:
 
 def _bytes(path: Path) -> int:
     """The size of a checkpoint's tensors."""
-    return sum(file.stat().st_size for file in path.iterdir() if file.name != FACTS)
+    files = shards.files(path) if shards.is_sharded(path) else [path / STATE]
+    return sum(file.stat().st_size for file in files)
 
 
 def open_folder(

@@ -330,6 +330,10 @@ def is_sharded(path: Path) -> bool:
     return (path / METADATA).is_file()
 
 
+def files(path: Path) -> list[Path]:
+    return [path / METADATA, *path.glob("*.distcp")]
+
+
 def stored_names(path: Path) -> set[str]:
     return set(FileSystemReader(path).read_metadata().state_dict_metadata)
 
