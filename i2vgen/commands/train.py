@@ -20,6 +20,8 @@
                         train.validate
     plugins=FILE.py     a Python file that changes the model after it is built: docs/laboratory.md
     --print-config      print the merged settings as YAML and stop
+    --plan              print the memory that these settings and leaner ones take, counted, and stop; with
+                        device=cuda for a GPU that need not be here
     --resume            require a checkpoint, and allow changed training settings (never another model)
 
 A run whose output folder already holds its checkpoints continues from the newest one automatically.
@@ -41,10 +43,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from i2vgen import cli
 from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
-from i2vgen.training import clip, data, diffusion, loop, vae
+from i2vgen.memory.free import free_memory
+from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
 from i2vgen.training.settings import SECTION, load_settings
 
-FLAGS = ("--print-config", "--resume")
+FLAGS = ("--print-config", "--plan", "--resume")
 PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
 
 
@@ -55,19 +58,29 @@ def main(argv: list[str]) -> int:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}
         print(yaml.safe_dump(own, sort_keys=False) + config.to_yaml(), end="")
         return 0
-    if os.environ.get("RANK", "0") == "0":
+    rank, ranks, local = processes()
+    if "--plan" in flags:
+        print(plans.table(train, planned_place(config, train, ranks), plans.Ledger(config)))
+        return 0
+    if rank == 0:
         cli.tell_plugins(config)
     if not config.output:
         raise ValueError("no output given; name a folder with output=")
     whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
-    rank, ranks, local = processes()
+    shards.check(train, ranks)
     config, device = place(config, ranks, local)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
+    if device.type != "cpu" or local == 0:  # the processes of a machine share the CPU's memory
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)) if device.type == "cpu" else 1
+        free = free_memory(device) // beside
+        needed = plans.refuse(config, train, planned_place(config, train, ranks), free, plans.Ledger(config))
+        if rank == 0:
+            print(f"memory of each process, counted: {needed}")
 
     if ranks > 1:
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        shards.join(device)
     try:
         source = data.open_source(config, train)
         data.refuse_too_few(source, train, ranks)
@@ -95,6 +108,13 @@ def main(argv: list[str]) -> int:
                 resume="--resume" in flags,
                 on_step=lambda step, figures: advance(bar, step, figures),
             )
+    except RuntimeError as error:
+        if ranks > 1 and shards.peer_gone(error):
+            raise ValueError(
+                f"process {rank} of {ranks} stops, because another one ended (its own message says why); the "
+                f"same command resumes from the newest checkpoint in {config.output}"
+            ) from error
+        raise
     finally:
         if ranks > 1:
             torch.distributed.destroy_process_group()
@@ -109,10 +129,21 @@ def processes() -> tuple[int, int, int]:
     return tuple(int(os.environ.get(name, default)) for name, default in names.items())
 
 
+def planned_place(config, train, ranks: int) -> plans.Place:
+    """Where the training is to run, as the planner wants it; a GPU that is not here computes in bf16."""
+    name = config.runtime.device
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        dtype = torch.float32 if train.precision == "float32" else torch.bfloat16
+        return plans.Place("cuda", dtype, ranks)
+    device = runtime.device(config.runtime)
+    return plans.Place(device.type, loop.precision(train, device), ranks)
+
+
 def place(config, ranks: int, local: int):
     """-> settings with this process's device, and the device"""
     device = runtime.device(config.runtime)
     if ranks > 1 and device.type == "cuda":
+        shards.check_device(local, torch.cuda.device_count())
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
         config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=str(device)))

@@ -5,13 +5,15 @@ It trades a second forward for the memory of nearly all activations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from i2vgen.model.unet import Block
+from i2vgen.model.temporal import TemporalTransformer
+from i2vgen.model.unet import Block, UNet
 
 
 class CheckpointedBlock(Block):
@@ -29,14 +31,28 @@ class CheckpointedBlock(Block):
         return x
 
 
-def run(part: nn.Module, *inputs: Any) -> Tensor:
+class CheckpointedTemporal(TemporalTransformer):
+    """A temporal transformer that is checkpointed as one, for the UNet's first, which is in no block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [b f h w c] -> same"""
+        return run(super().forward, x)
+
+
+def run(part: Callable[..., Tensor], *inputs: Any) -> Tensor:
     if torch.is_grad_enabled():
         return checkpoint(part, *inputs, use_reentrant=False)
     return part(*inputs)
 
 
 def set_checkpointing(network: nn.Module, on: bool) -> None:
-    """Switch it on or off for every block of a network that is exactly ours."""
-    wanted = {Block: CheckpointedBlock} if on else {CheckpointedBlock: Block}
+    """Switch it on or off for all transformers and blocks of a UNet that are exactly ours."""
     for module in network.modules():
-        module.__class__ = wanted.get(type(module), type(module))
+        if isinstance(module, UNet):
+            _switch(module.temporal_in, TemporalTransformer, CheckpointedTemporal, on)
+        _switch(module, Block, CheckpointedBlock, on)
+
+
+def _switch(module: nn.Module | None, plain: type, checkpointed: type, on: bool) -> None:
+    if type(module) is (plain if on else checkpointed):
+        module.__class__ = checkpointed if on else plain

@@ -165,12 +165,20 @@ def fill(
     dtype: torch.dtype | None = None,
     source: str = "the state dict",
     initial: Callable[[list[str]], Mapping[str, Tensor]] | None = None,
+    place: Callable[[str, Tensor], Tensor] | None = None,
 ) -> None:
     """Put a state dict into a model built on `meta`: strictly, tensor by tensor, cast on the way.
 
     ValueError lists what is missing, left over or of another shape. Dropped tensors are left out; for added
-    ones that the state lacks, `initial` is called, with a warning.
+    ones that the state lacks, `initial` is called, with a warning. `place` makes of each tensor what the
+    model will hold; by default it is moved to `device` in `dtype`.
     """
+
+    def moved(name: str, tensor: Tensor) -> Tensor:
+        cast = dtype if tensor.is_floating_point() else None
+        return tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
+
+    place = place or moved
     wanted = shapes(model)
     filled: dict[str, Tensor] = {}
     problems, slices = [], dict(changed.slices)
@@ -184,15 +192,14 @@ def fill(
         elif tuple(tensor.shape) != wanted[name]:
             problems.append(f"{name} has shape {tuple(tensor.shape)}, the model's is {wanted[name]}")
         else:
-            cast = dtype if tensor.is_floating_point() else None
-            filled[name] = tensor.to(device=device, dtype=cast or tensor.dtype).contiguous()
+            filled[name] = place(name, tensor)
     new = [name for name in wanted if name not in filled and name in changed.added]
     if new and initial is not None:
         warnings.warn(
             f"{source} lacks {len(new)} tensors that the settings add ({new[0]}, ...): they start untrained",
             stacklevel=3,
         )
-        filled |= {name: t.to(device=device, dtype=dtype or t.dtype) for name, t in initial(new).items()}
+        filled |= {name: place(name, t) for name, t in initial(new).items()}
     problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
     if problems:
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -78,13 +78,18 @@ def write_safetensors(
     `on_bytes` is called with the number of bytes of each piece just written. ValueError if a name comes
     twice, a dtype has no safetensors name, or what an entry reads is not what it announced.
     """
-    entries = sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))
+    entries = in_order(entries)
     head = _header(entries, metadata)
     with whole.replacing(path, sync=True) as temporary, temporary.open("wb") as file:
         _put(file, head, on_bytes)
         for item in entries:
             for piece in _pieces(item):
                 _put(file, piece, on_bytes)
+
+
+def in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The order in which entries are read and written"""
+    return sorted(entries, key=lambda e: (-e.dtype.itemsize, e.name))
 
 
 def _header(entries: Sequence[Entry], metadata: Mapping[str, str] | None) -> bytes:

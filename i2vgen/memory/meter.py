@@ -32,7 +32,31 @@ def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None)
     return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
+@torch.library.custom_op("i2vgen_meter::attention_backward", mutates_args=())
+def attention_backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    raise NotImplementedError("the meter's attention has gradients on meta only")
+
+
+@attention_backward.register_fake
+def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    q, k, v, *_ = inputs
+    ctx.save_for_backward(q, k, v, output)  # the fused kernels keep no scores, only a number per query more
+
+
+def _attention_gradients(ctx, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return (*attention_backward(gradient, *ctx.saved_tensors), None, None)
+
+
+attention.register_autograd(_attention_gradients, setup_context=_keep_for_backward)
+
 ATTENTION = torch.ops.i2vgen_meter.attention.default
+ATTENTION_BACKWARD = torch.ops.i2vgen_meter.attention_backward.default
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -58,6 +82,10 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest) -> int:
     return 2 * q[..., 0].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
+def _attention_backward(out: tuple[Tensor, ...], gradient: Tensor, q: Tensor, k: Tensor, *rest) -> int:
+    return 10 * q.numel() * k.shape[-2]  # the scores once more, and four products
+
+
 def _frame_attention(out: Tensor, q: Tensor, *rest) -> int:
     return 4 * q.numel() * q.shape[1]  # [b f p c]: every value meets f keys and f weights
 
@@ -71,6 +99,7 @@ ARITHMETIC = {
     aten.baddbmm.default: _addmm,
     aten.convolution.default: _convolution,
     ATTENTION: _attention,
+    ATTENTION_BACKWARD: _attention_backward,
     torch.ops.i2vgen.frame_attention.default: _frame_attention,
 }
 

@@ -292,13 +292,13 @@ def dtype(part: str, runtime_: Runtime) -> torch.dtype:
     return runtime.dtype(runtime_) if part == "unet" else runtime.DTYPES[names[part]]
 
 
-def peak(run: Callable[[], object]) -> int:
+def peak(run: Callable[[], object], *, gradients: bool = False) -> int:
     """The most bytes alive at once while `run` runs on `meta`; 0, with a warning, if it cannot run there.
 
     A tensor with more elements than PyTorch can count takes UNCOUNTABLE bytes.
     """
     try:
-        with torch.no_grad(), Meter() as meter:
+        with torch.set_grad_enabled(gradients), Meter() as meter:
             run()
     except (RuntimeError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]

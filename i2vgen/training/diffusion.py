@@ -34,14 +34,15 @@ from i2vgen.model.spatial import Downsample, ResBlock, SpatialTransformer, Upsam
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings.config import RANDOM, Config
-from i2vgen.training import refiner_clips, validation
+from i2vgen.training import refiner_clips, shards, validation
 from i2vgen.training.draws import Clips, Encoded, Source
-from i2vgen.training.loop import Part
+from i2vgen.training.loop import Part, precision
 from i2vgen.training.prepared import Prepared
 from i2vgen.training.settings import Bucket, Train, buckets
 
 INHERITED = (ResBlock, SpatialTransformer, Downsample, Upsample)
 STRIP_CLIPS = 4
+MOST_PIXELS = 2**20  # encoded at once: 16 frames of 256 x 256, one of 1280 x 704
 
 
 class DiffusionLoss(nn.Module):
@@ -116,7 +117,8 @@ class Encoding:
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Clips [b c f H W] -> mean and std of their latents, unscaled, both [b c f h w]."""
         b, frames = len(pixels), rearrange(pixels, "b c f h w -> (b f) c h w")
-        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(self.train.encode_chunk)]
+        size = chunk_size(self.train, *pixels.shape[-2:])
+        found = [self.vae.posterior(chunk.to(self.device)) for chunk in frames.split(size)]
         both = (torch.cat([p.mean for p in found]), torch.cat([p.std for p in found]))
         mean, std = (rearrange(one.float(), "(b f) c h w -> b c f h w", b=b) for one in both)
         return mean, std
@@ -254,6 +256,11 @@ class Cached:
         return self.kept[key]
 
 
+def chunk_size(train: Train, height: int, width: int) -> int:
+    """How many frames the VAE encodes at once: `train.encode_chunk`, and fewer where frames are large."""
+    return max(1, min(train.encode_chunk, MOST_PIXELS // (height * width)))
+
+
 def clip_pixels(pixels: Tensor, config: Config) -> Tensor:
     """First frames [b 3 H W] in [-1, 1] -> CLIP's input [b 3 s s], prepared exactly as for sampling."""
     return torch.stack([pipeline.prepare_views(picture(frame), config).clip_pixels for frame in pixels])
@@ -301,9 +308,12 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     else:
         vae, clip = load_vae(config, device), load_clip(config, train, device)
         others = {"vae": vae, "clip": clip}
-    unet = load_or_create("unet", config, train, device)
+    if train.shard == "full":
+        unet = shards.make_unet(config, train, device, precision(train, device))
+    else:
+        unet = load_or_create("unet", config, train, device)
+        set_checkpointing(unet, train.checkpointing)
     adapters = adapt(unet, config, train) if train.lora_rank else None
-    set_checkpointing(unet, train.checkpointing)
     bucket = buckets(config, train)[0]
     first_stage = refiner_clips.load_first_stage(config, train, device) if train.first_stage else None
     negative = negative_text(source, config, train, device) if isinstance(source, Prepared) else None
@@ -441,6 +451,8 @@ def adapt(unet: UNet, config: Config, train: Train) -> lora.Adapters:
             f"train.lora_rank adapts a trained UNet, but the weights folder {config.weights} holds none"
         )
     unet.requires_grad_(False)
+    if train.frozen == "bf16":
+        unet.bfloat16()
     torch.manual_seed(train.seed)
     return lora.attach(unet, train.lora_modules, rank=train.lora_rank)
 

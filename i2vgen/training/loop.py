@@ -6,6 +6,7 @@ killed run resumes bit-identically on the same machine.
 
     OUT/checkpoint-00001000/state.safetensors   weights, average, moments of the optimiser
     OUT/checkpoint-00001000/state.json          step, settings, gradient scaler, losses not yet logged
+    OUT/checkpoint-00001000/*.distcp            instead of state.safetensors, under train.shard=full
     OUT/log.jsonl                               one line per `log_every` steps: means since the last line
     OUT/weights/                                native weights folder, of the average if there is one;
                                                 OUT/adapter/ if only adapters are trained
@@ -40,16 +41,15 @@ from i2vgen.files import checkpoint, plugins, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.settings.merge import flat
-from i2vgen.training import data, validation
+from i2vgen.training import data, optimisers, shards, validation
 from i2vgen.training.data import Clips, Source
 from i2vgen.training.settings import FREE, Bucket, Train, buckets
 
 LOGGER = logging.getLogger(__name__)
 STATE, FACTS, LOG = "state.safetensors", "state.json", "log.jsonl"
 CHECKPOINT = re.compile(r"checkpoint-(\d{8})")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 # Keys that make the random streams of a step independent.
-BUCKET_STREAM, INPUT_STREAM, DROPOUT_STREAM = 0, 1, 2
+BUCKET_STREAM, INPUT_STREAM, DROPOUT_STREAM, MOMENT_STREAM = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class State:
     """Everything that changes from step to step, and so goes into a checkpoint."""
 
     step: int
-    parameters: dict[str, nn.Parameter]
+    parameters: dict[str, nn.Parameter]  # of a sharded model: this process's parts, as `ema` and moments
     optimiser: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    ema: dict[str, Tensor]  # exponential moving average; empty if there is none
+    ema: dict[str, Tensor]  # exponential moving average, on `train.ema_device`; empty if there is none
     pending: list[dict[str, float]]  # figures of the steps since the last log line
     best: tuple[float, int] = (math.inf, 0)  # lowest validation loss, and its step
 
@@ -102,19 +102,25 @@ def fit(
     it. `on_step` is called with (steps done, figures) after every step. ValueError if `folder` holds another
     run; FloatingPointError if the loss is not finite.
     """
-    folder = Path(folder)
+    folder, sharded = Path(folder), train.shard == "full"
     state = start(part, train, device)
     if device.type == "cpu" and precision(train, device) in half.HALF:
         half.prepare_training(part.step)
     contents = data.contents(source)
     newest = open_folder(folder, config, train, resume=resume, contents=contents)
+    if ranks > 1:
+        shards.agree("checkpoints", None if newest is None else newest.name)
     if newest is not None:
         restore(newest, state, part.model)
         if resume and best_is_later(folder, state.step):
             state.best = (math.inf, 0)  # best/ is of the run that this one departs from
     step = part.step
-    if ranks > 1:
-        step = DistributedDataParallel(step, device_ids=[device] if device.type == "cuda" else None)
+    if ranks > 1 and not sharded:
+        step = DistributedDataParallel(
+            step,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,  # the buckets that are sent are the gradients, not a copy
+        )
     kinds = buckets(config, train)
     if rank == 0:
         whole.sweep(folder, alone=True)  # nobody else may train in this folder
@@ -129,6 +135,7 @@ def fit(
     with contextlib.ExitStack() as stack:
         if writer is not None:
             stack.enter_context(writer)
+        saver = stack.enter_context(shards.Saver(rank)) if sharded else None
         draw = _batch_reader(part.source or source, plan, train, stack)
 
         @torch.no_grad()
@@ -152,18 +159,21 @@ def fit(
                 state.pending = []
             if part.held_out and (last or state.step % train.validate_every == 0):
                 validate(part, state, config, train, folder, writer, device=device, rank=rank, ranks=ranks)
-            if rank == 0 and (last or state.step % train.save_every == 0):
-                save(folder, state, part.model, config, train, contents)
-                prune(folder, train.keep)
-                save_weights(folder, state, part, config, train)
-            if rank == 0 and train.sample_every and state.step % train.sample_every == 0:
+            if saver is not None:
+                saver.look()
+            if (rank == 0 or sharded) and (last or state.step % train.save_every == 0):
+                save(folder, state, part.model, config, train, contents, saver)
+                save_weights(folder, state, part, config, train, rank=rank)
+            if (rank == 0 or sharded) and train.sample_every and state.step % train.sample_every == 0:
                 save_strip(folder, state, part, writer)
             if on_step is not None:
                 on_step(state.step, figures)
+    if sharded:
+        torch.distributed.barrier()  # until the weights are there, so that all see the same
     place = folder / (part.name if part.write else "weights")
     gone = not place.is_dir() if part.write else part.name in checkpoint.missing_parts(place)
-    if rank == 0 and gone:
-        save_weights(folder, state, part, config, train)  # the run was killed just before writing them
+    if (rank == 0 or sharded) and gone:  # the run was killed just before writing them
+        save_weights(folder, state, part, config, train, rank=rank)
     return place
 
 
@@ -214,8 +224,8 @@ def validate(
     better = loss < state.best[0]
     if better:
         state.best = (loss, state.step)
-        if rank == 0:
-            save_weights(folder, state, part, config, train, name="best")
+        if rank == 0 or train.shard == "full":
+            save_weights(folder, state, part, config, train, rank=rank, name="best")
     if log is not None:
         log.add(state.step, {**figures, "best_step": state.best[1]})
 
@@ -252,7 +262,7 @@ def _stream_key(train: Train, index: int, rank: int, ranks: int) -> tuple[int, i
 def start(part: Part, train: Train, device: torch.device) -> State:
     """The state before the first step; ValueError if `part.slow` names no parameter of the model."""
     model = checkpoint.inner(part.model)
-    parameters = dict(model.named_parameters())
+    parameters = {name: shards.handle(parameter) for name, parameter in model.named_parameters()}
     if unknown := part.slow - parameters.keys():
         raise ValueError(f"{part.name} has no parameter {sorted(unknown)[0]}")
     factor = train.spatial_factor if train.spatial_scale_mode == "lr" else 1.0
@@ -260,15 +270,11 @@ def start(part: Part, train: Train, device: torch.device) -> State:
         {"params": [p for n, p in parameters.items() if (n in part.slow) == slow], "scale": scale}
         for slow, scale in ((False, 1.0), (True, factor))
     ]
-    optimiser = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=train.learning_rate,
-        betas=tuple(train.betas),
-        weight_decay=train.weight_decay,
-        fused=device.type == "cpu" or None,  # one pass instead of five; elsewhere PyTorch chooses
-    )
+    optimiser = optimisers.make(train, [group for group in groups if group["params"]], device)
     scaler = torch.amp.GradScaler(device.type, enabled=precision(train, device) == torch.float16)
-    ema = {n: t.detach().clone() for n, t in model.state_dict().items()} if train.ema else {}
+    place = {"device": "cpu"} if train.ema_device == "cpu" else {}
+    held = model.state_dict() if train.ema else {}
+    ema = {name: shards.local(t).detach().to(**place, copy=True) for name, t in held.items()}
     return State(0, parameters, optimiser, scaler, ema, [])
 
 
@@ -291,29 +297,37 @@ def update(
         # Dropout layers use the global generator.
         torch.manual_seed(data.derived_seed(*_stream_key(train, index, rank, ranks), DROPOUT_STREAM))
         last = micro == train.accumulate - 1
-        wait = step.no_sync() if ranks > 1 and not last else contextlib.nullcontext()
+        # Shards of gradients are summed in every pass, because a whole gradient would fit no process.
+        wait = (
+            step.no_sync() if ranks > 1 and not last and train.shard == "none" else contextlib.nullcontext()
+        )
         with wait:
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 figures = step(*inputs)
             state.scaler.scale(figures["loss"] / train.accumulate).backward()
         for name, value in figures.items():
-            sums[name] = sums.get(name, 0) + value.detach().float() / train.accumulate
+            wide = torch.promote_types(value.dtype, torch.float32)
+            sums[name] = sums.get(name, 0) + value.detach().to(wide) / train.accumulate
 
     state.scaler.unscale_(state.optimiser)
+    model = checkpoint.inner(part.model)
     if train.spatial_scale_mode == "grad":
-        for name in part.slow:
-            if state.parameters[name].grad is not None:
-                state.parameters[name].grad.mul_(train.spatial_factor)
-    norm = nn.utils.clip_grad_norm_(state.parameters.values(), train.clip_norm or math.inf)
+        for name, parameter in model.named_parameters():
+            if name in part.slow and parameter.grad is not None:
+                shards.local(parameter.grad).mul_(train.spatial_factor)
+    norm = shards.clip(model, state.parameters, train.clip_norm or math.inf)
     rate = learning_rate(train, state.step)
     for group in state.optimiser.param_groups:
         group["lr"] = rate * group["scale"]
+    # Moments of few bits are rounded at random, alike in all processes.
+    torch.manual_seed(data.derived_seed(train.seed, state.step, MOMENT_STREAM))
     state.scaler.step(state.optimiser)
     state.scaler.update()
     state.optimiser.zero_grad(set_to_none=True)
-    if state.ema:
-        average(state.ema, checkpoint.inner(part.model).state_dict(), ema_decay(train, state.step))
+    model.zero_grad(set_to_none=True)
     state.step += 1
+    if state.ema and (state.step % train.ema_every == 0 or state.step == train.steps):
+        average(state.ema, model.state_dict(), decay_since_last(train, state.step))
     if state.step < train.steps:
         ready.ahead(state.step * train.accumulate)
 
@@ -339,13 +353,24 @@ def ema_decay(train: Train, step: int) -> float:
     return min(train.ema, (1 + step) / (10 + step)) if train.ema_warmup else train.ema
 
 
+def decay_since_last(train: Train, done: int) -> float:
+    """The decay over the updates since the average last moved, when `done` have been made."""
+    last = (done - 1) // train.ema_every * train.ema_every
+    return math.prod(ema_decay(train, step) for step in range(last, done))
+
+
 @torch.no_grad()
 def average(ema: dict[str, Tensor], state: Mapping[str, Tensor], decay: float) -> None:
     """ema <- decay ema + (1 - decay) state, in place; integer tensors are copied."""
-    floats = [name for name, tensor in ema.items() if tensor.is_floating_point()]
-    torch._foreach_lerp_([ema[n] for n in floats], [state[n] for n in floats], 1 - decay)
-    for name in ema.keys() - set(floats):
-        ema[name].copy_(state[name])
+    pairs = [(tensor, shards.local(state[name])) for name, tensor in ema.items()]
+    here = [(kept, new) for kept, new in pairs if kept.is_floating_point() and kept.device == new.device]
+    if here:
+        torch._foreach_lerp_(*zip(*here, strict=True), 1 - decay)
+    for kept, new in pairs:
+        if not kept.is_floating_point():
+            kept.copy_(new)
+        elif kept.device != new.device:
+            kept.lerp_(new.to(kept.device), 1 - decay)
 
 
 def precision(train: Train, device: torch.device) -> torch.dtype:
@@ -362,16 +387,16 @@ def precision(train: Train, device: torch.device) -> torch.dtype:
 @contextlib.contextmanager
 def averaged(model: nn.Module, ema: Mapping[str, Tensor]) -> Iterator[None]:
     """Context in which the model holds its average, if there is one, and is in eval mode."""
-    inner = checkpoint.inner(model)
-    held = {name: tensor.detach().clone() for name, tensor in inner.state_dict().items()} if ema else {}
-    if ema:
-        inner.load_state_dict(ema, strict=True)
+    parts = {name: shards.local(tensor).detach() for name, tensor in _state(model).items()} if ema else {}
+    held = {name: part.clone() for name, part in parts.items()}
+    for name, part in parts.items():
+        part.copy_(ema[name])
     try:
         with evaluating(model):
             yield
     finally:
-        if held:
-            inner.load_state_dict(held, strict=True)
+        for name, part in parts.items():
+            part.copy_(held[name])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -389,10 +414,16 @@ def _facts(path: Path) -> dict | None:
     """The contents of state.json, or None if the checkpoint is incomplete."""
     try:
         facts = json.loads((path / FACTS).read_text(encoding="utf-8"))
-        return facts if (path / STATE).stat().st_size == facts["bytes"] else None
+        return facts if _bytes(path) == facts["bytes"] else None
     except (OSError, json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError, RecursionError):
         LOGGER.warning("%s is damaged; ignoring it", path)
         return None
+
+
+def _bytes(path: Path) -> int:
+    """The size of a checkpoint's tensors."""
+    files = shards.files(path) if shards.is_sharded(path) else [path / STATE]
+    return sum(file.stat().st_size for file in files)
 
 
 def open_folder(
@@ -464,7 +495,9 @@ def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
 def _architectural(name: str) -> bool:
     section, _, leaf = name.partition(".")
     return (
-        section in ARCHITECTURE or (section == "use" and leaf in STRUCTURAL_SWITCHES) or name == "train.part"
+        section in ARCHITECTURE
+        or (section == "use" and leaf in STRUCTURAL_SWITCHES)
+        or name in ("train.part", "train.moments")
     )
 
 
@@ -475,63 +508,90 @@ def save(
     config: Config,
     train: Train,
     contents: Mapping[str, str] | None = None,
+    saver: shards.Saver | None = None,
 ) -> Path:
-    """Write a checkpoint, whole or not at all; a damaged one of this step is replaced."""
-    place = folder / f"checkpoint-{state.step:08d}"
+    """Write a checkpoint, whole or not at all; a damaged one of this step is replaced.
+
+    With a `saver` all processes write their shards, in the background. Older checkpoints than `train.keep`
+    go once the new one is there.
+    """
+    place, tensors = folder / f"checkpoint-{state.step:08d}", _tensors(state, model)
+    facts = {
+        "step": state.step,
+        "scaler": state.scaler.state_dict(),
+        "pending": state.pending,
+        "best": list(state.best) if state.best[1] else None,
+        "settings": settings_record(config, train),
+        "contents": dict(contents or {}),
+    }
+
+    def finish(temporary: Path) -> None:
+        whole.write_json(temporary / FACTS, facts | {"bytes": _bytes(temporary)}, indent=1)
+
+    if saver is not None:
+        saver.save(place, tensors, finish, lambda: prune(folder, train.keep))
+        return place
     with whole.replacing_folder(place, sync=True) as temporary:
-        tensors = _tensors(state, model)
         entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in tensors.items()]
         write_safetensors(temporary / STATE, entries)
-        facts = {
-            "step": state.step,
-            "bytes": (temporary / STATE).stat().st_size,
-            "scaler": state.scaler.state_dict(),
-            "pending": state.pending,
-            "best": list(state.best) if state.best[1] else None,
-            "settings": settings_record(config, train),
-            "contents": dict(contents or {}),
-        }
-        whole.write_json(temporary / FACTS, facts, indent=1)
+        finish(temporary)
+    prune(folder, train.keep)
     return place
 
 
+def _state(model: nn.Module) -> Mapping[str, Tensor]:
+    return checkpoint.inner(model).state_dict()
+
+
 def _tensors(state: State, model: nn.Module) -> dict[str, Tensor]:
-    tensors = {f"model/{n}": t for n, t in checkpoint.inner(model).state_dict().items()}
-    tensors |= {f"ema/{n}": t for n, t in state.ema.items()}
+    held = _state(model)
+    tensors = {f"model/{n}": t for n, t in held.items()}
+    tensors |= {f"ema/{n}": shards.like(t, held[n]) for n, t in state.ema.items()}
     for name, parameter in state.parameters.items():
         moments = state.optimiser.state.get(parameter, {})
-        tensors |= {f"{key}/{name}": moments[key] for key in MOMENTS if key in moments}
+        tensors |= {f"{key}/{name}": shards.like(t, held[name]) for key, t in moments.items()}
     return tensors
 
 
 def restore(path: Path, state: State, model: nn.Module) -> None:
-    """Load a checkpoint into state and model; ValueError if it is damaged or does not fit them."""
+    """Load a checkpoint into state and model, tensor by tensor; ValueError if it is damaged or unfit.
+
+    It may have been written with or without shards, by any number of processes.
+    """
     facts = _facts(path)
-    held: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("model", "ema", *MOMENTS)}
     try:
-        with safe_open(path / STATE, "pt") as file:
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                kind, _, name = key.partition("/")
-                held[kind][name] = file.get_tensor(key)
+        names = _names(path)
+        if {n for n in names if n.startswith("model/")} != {f"model/{n}" for n in _state(model)}:
+            raise ValueError(f"{path} holds other tensors than the model; choose another output")
+        for name, parameter in state.parameters.items():
+            if f"step/{name}" in names:
+                state.optimiser.state[parameter] = optimisers.blank(state.optimiser, parameter)
+        targets = _tensors(state, model)
+        found = {name: targets[name] for name in targets if name in names}
+        if shards.is_sharded(path):
+            shards.load(path, found)
+        else:
+            with safe_open(path / STATE, "pt") as file:
+                for name, target in found.items():
+                    shards.copy_into(target, file.get_tensor(name))
     except (SafetensorError, KeyError) as error:
         raise ValueError(
             f"{path / STATE} is damaged ({error}); remove {path} to resume from the checkpoint before it"
         ) from error
-    if held["model"].keys() != checkpoint.inner(model).state_dict().keys():
-        raise ValueError(f"{path} holds other tensors than the model; choose another output")
-    checkpoint.inner(model).load_state_dict(held["model"], strict=True)
     for name, tensor in state.ema.items():
-        tensor.copy_(held["ema"].get(name, held["model"][name]))
-    for name, parameter in state.parameters.items():
-        if name in held["exp_avg"]:
-            moments = {key: held[key][name] for key in MOMENTS}
-            state.optimiser.state[parameter] = {
-                key: value if key == "step" else value.to(parameter.device) for key, value in moments.items()
-            }
+        source = "ema" if f"ema/{name}" in names else "model"
+        tensor.copy_(shards.local(targets[f"{source}/{name}"]).detach())
     if facts["scaler"] and state.scaler.is_enabled():
         state.scaler.load_state_dict(facts["scaler"])
     state.step, state.pending = facts["step"], facts["pending"]
     state.best = tuple(facts.get("best") or state.best)
+
+
+def _names(path: Path) -> set[str]:
+    if shards.is_sharded(path):
+        return shards.stored_names(path)
+    with safe_open(path / STATE, "pt") as file:
+        return set(file.keys())
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -540,10 +600,21 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def save_weights(
-    folder: Path, state: State, part: Part, config: Config, train: Train, *, name: str = ""
+    folder: Path, state: State, part: Part, config: Config, train: Train, *, rank: int = 0, name: str = ""
 ) -> Path:
-    """Write OUT/weights, or `name`: the trained part (its average, if any) and those it was trained with."""
-    with averaged(part.model, state.ema):
+    """Write OUT/weights, or `name`: the trained part (its average, if any) and those it was trained with.
+
+    Shards are gathered tensor by tensor, in all processes, and written by the first.
+    """
+    entries = []
+    if train.shard == "full":
+        held = _state(part.model)
+        entries = shards.entries({n: shards.like(t, held[n]) for n, t in (state.ema or held).items()})
+    if rank > 0:
+        for entry in entries:
+            entry.read()
+        return folder / (name or "weights")
+    with averaged(part.model, {} if entries else state.ema):
         if part.write is not None:
             return part.write(folder / (name or part.name))
         settings = part.finish(config)
@@ -555,15 +626,19 @@ def save_weights(
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
             **({"plugins": plugins.described(config)} if config.plugins else {}),
         }
-        parts = {**part.others, part.name: part.saved or part.model}
+        trained = {entry.name: entry for entry in entries} or part.saved or part.model
+        parts = {**part.others, part.name: trained}
         return checkpoint.save(folder / (name or "weights"), parts, settings, origin=origin)
 
 
-def save_strip(folder: Path, state: State, part: Part, log: Log) -> None:
+def save_strip(folder: Path, state: State, part: Part, log: Log | None) -> None:
+    """Sample with the present weights; without a log, only take part in it."""
     if part.strip is None:
         return
     with averaged(part.model, state.ema), evaluating(part.step):
         strip = part.strip()
+    if log is None:
+        return
     picture = Image.fromarray(strip)
     if log.board is not None:
         log.board.add_image("samples", strip, state.step, dataformats="HWC")

@@ -31,7 +31,14 @@ MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly
 # Settings that do not affect what is learned; they may differ from those of a checkpoint.
 FREE = (
     "cache", "save_every", "sample_every", "log_every", "validate_every", "keep", "workers", "encode_chunk",
+    "shard", "replicas", "ema_device",
 )  # fmt: skip
+# What train.shard=full cannot do, and why.
+UNSHARDED = {
+    "part": "only the UNet is split; the autoencoder and CLIP fit every device",
+    "lora_rank": "adapters are small, and train.frozen=bf16 halves the UNet under them",
+    "text_encoder": "only the UNet is split",
+}
 
 
 class Bucket(NamedTuple):
@@ -95,8 +102,18 @@ class Train:
     # Above 0: part=diffusion trains only low-rank adapters (LoRA) of this rank on the matching modules.
     lora_rank: int = 0
     lora_modules: tuple[str, ...] = ("*attention*.to_*",)
+    # With `lora_rank`: precision of the UNet that is adapted. bf16 halves its memory.
+    frozen: Literal["float32", "bf16"] = "float32"
     checkpointing: bool = False  # gradient checkpointing of the UNet: less memory, more time
-    encode_chunk: int = 64  # chunk size in frames for the frozen VAE
+    # AdamW's moments: 8 bytes a parameter, 4 in bfloat16, 2 in eight_bit
+    moments: Literal["float32", "bfloat16", "eight_bit"] = "float32"
+    ema_device: Literal["same", "cpu"] = "same"  # where the weights' average lies
+    ema_every: int = 1  # updates between two of the average, which then moves as far as in all of them
+    # part=diffusion under torchrun: full splits weights, gradients, moments and average of the UNet over the
+    # processes (training/shards.py); none keeps a copy in each.
+    shard: Literal["none", "full"] = "none"
+    replicas: int = 1  # shard=full: copies of the UNet, each split over a group of neighbouring processes
+    encode_chunk: int = 64  # chunk size in frames for the frozen VAE; smaller where frames are large
     # One entry per bucket. A single entry applies to all buckets; empty means the value of `sample`.
     frame_lengths: tuple[int, ...] = ()
     sample_fps: tuple[int, ...] = ()
@@ -129,8 +146,8 @@ class Train:
     keep: int = 2  # number of checkpoints to keep
 
     def __post_init__(self):
-        for name in ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk",
-                     "validate_every", "validate_clips"):  # fmt: skip
+        counts = ("steps", "batch", "accumulate", "save_every", "log_every", "keep", "encode_chunk")
+        for name in (*counts, "ema_every", "replicas", "validate_every", "validate_clips"):
             _check(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup", "num_clips", "workers", "sample_every", "lora_rank"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
@@ -213,6 +230,27 @@ class Train:
             raise ValueError(
                 f"train.lora_rank = {self.lora_rank} trains only adapters of the UNet; leave "
                 "train.text_encoder out"
+            )
+        if self.frozen != "float32" and not self.lora_rank:
+            raise ValueError(
+                f"train.frozen = {self.frozen} is for a UNet under adapters, but train.lora_rank is 0; leave "
+                "it out"
+            )
+        for name in ("ema_device", "ema_every"):
+            if not self.ema and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(
+                    f"train.{name} = {getattr(self, name)} is for the average, but train.ema is 0; leave it "
+                    "out"
+                )
+        if self.shard == "full":
+            for name, why in UNSHARDED.items():
+                if getattr(self, name) != getattr(type(self), name):
+                    raise ValueError(
+                        f"train.shard=full does not go with train.{name}={getattr(self, name)}: {why}"
+                    )
+        elif self.replicas != 1:
+            raise ValueError(
+                f"train.replicas = {self.replicas} needs train.shard=full; without it every process is one"
             )
         if self.first_stage and self.sample_every:
             raise ValueError(

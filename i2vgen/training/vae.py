@@ -58,6 +58,12 @@ def initialise(vae: AutoencoderKL, seed: int) -> None:
             module.conv2.weight.mul_(0.1)
 
 
+def freeze(vae: AutoencoderKL, train: Train) -> None:
+    """Leave out of the training what `train.vae_encoder=false` leaves as it is."""
+    vae.encoder.requires_grad_(train.vae_encoder)
+    vae.quant_conv.requires_grad_(train.vae_encoder)
+
+
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
     """The autoencoder of `weights=`, or a new one, with its loss and inputs."""
     vae = load_or_create("vae", config, train, device)
@@ -67,9 +73,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
                 "train.vae_encoder=false trains the decoder of a trained autoencoder; name it: weights="
             )
         initialise(vae, train.seed)
-    if not train.vae_encoder:
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    freeze(vae, train)
     bucket = buckets(config, train)[0]
 
     def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
