@@ -62,8 +62,9 @@ def four(settings, tmp_path_factory):
         pytest.skip(NEEDS_CPUS)
     folder = tmp_path_factory.mktemp("four")
     copies = settings(
-        FULL, "train.replicas=2", "train.moments=eight_bit", "train.steps=3", "train.sample_every=3"
-    )
+        FULL, "train.replicas=2", "train.moments=eight_bit", "train.steps=3", "train.sample_every=3",
+        "train.validate=world", "train.validate_clips=3", "train.validate_every=2",
+    )  # fmt: skip
     jobs = [
         ("double", *settings(FULL), folder / "double", True),
         ("copies", *copies, folder / "copies", False),
@@ -120,10 +121,13 @@ def test_weights_and_checkpoints_are_whole(one, four):
     assert not list(folder.glob(".*"))
 
 
-def test_copies_of_shards_stay_alike_and_sample(four):
-    folder = four[0] / "copies"
+def test_copies_of_shards_stay_alike_validate_and_sample(four):
+    folder, log = four[0] / "copies", four[1][0]["copies"][0]
+    found = [line["validation_loss"] for line in log if "validation_loss" in line]
+    assert len(found) == 2 and all(map(np.isfinite, found))
+    assert checkpoint.missing_parts(folder / "best") == []
     assert (folder / "samples/00000003.png").is_file()
-    assert all(np.isfinite(line["loss"]) for line in four[1][0]["copies"][0])
+    assert all(np.isfinite(line["loss"]) for line in log if "loss" in line)
     assert checkpoint.missing_parts(folder / "weights") == []
 
 

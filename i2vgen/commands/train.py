@@ -45,7 +45,8 @@ from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
 from i2vgen.memory.free import free_memory
 from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
-from i2vgen.training.settings import SECTION, load_settings
+from i2vgen.training.prepared import is_prepared
+from i2vgen.training.settings import SECTION, WORLD, load_settings
 
 FLAGS = ("--print-config", "--plan", "--resume")
 PARTS = {"diffusion": diffusion.make, "vae": vae.make, "clip": clip.make}
@@ -131,12 +132,12 @@ def processes() -> tuple[int, int, int]:
 
 def planned_place(config, train, ranks: int) -> plans.Place:
     """Where the training is to run, as the planner wants it; a GPU that is not here computes in bf16."""
-    name = config.runtime.device
+    name, encoded = config.runtime.device, train.data != WORLD and is_prepared(Path(train.data))
     if name.startswith("cuda") and not torch.cuda.is_available():
         dtype = torch.float32 if train.precision == "float32" else torch.bfloat16
-        return plans.Place("cuda", dtype, ranks)
+        return plans.Place("cuda", dtype, ranks, encoded)
     device = runtime.device(config.runtime)
-    return plans.Place(device.type, loop.precision(train, device), ranks)
+    return plans.Place(device.type, loop.precision(train, device), ranks, encoded)
 
 
 def place(config, ranks: int, local: int):

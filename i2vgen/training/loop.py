@@ -157,10 +157,10 @@ def fit(
                 if writer is not None:
                     writer.write(state.step, state.pending)
                 state.pending = []
-            if part.held_out and (last or state.step % train.validate_every == 0):
-                validate(part, state, config, train, folder, writer, device=device, rank=rank, ranks=ranks)
             if saver is not None:
                 saver.look()
+            if part.held_out and (last or state.step % train.validate_every == 0):
+                validate(part, state, config, train, folder, writer, device=device, rank=rank, ranks=ranks)
             if (rank == 0 or sharded) and (last or state.step % train.save_every == 0):
                 save(folder, state, part.model, config, train, contents, saver)
                 save_weights(folder, state, part, config, train, rank=rank)
