@@ -1,13 +1,18 @@
 """Training with train.shard=full on several processes equals training on one."""
 
 import dataclasses
+import os
+import pickle
 import re
 import shutil
+import warnings
+from pathlib import Path
 
 import numpy as np
 import processes
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from test_training import SMALLER
 from torch import nn
@@ -157,6 +162,36 @@ def test_a_damaged_sharded_checkpoint_is_not_used(four, tmp_path):
 
 
 @pytest.mark.skipif(not shards.CPUS, reason=NEEDS_CPUS)
+class Command:
+    """What a pickle of it would run."""
+
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (pickle.dumps(Command()), r"names \w+\.system, which describes no tensor"),
+        (pickle.dumps(Path("x"))[:-2], "damaged"),
+        (b"", "damaged"),
+    ],
+)
+def test_reading_a_sharded_checkpoint_runs_no_code(tmp_path, monkeypatch, content, message):
+    monkeypatch.chdir(tmp_path)
+    tensors = {"a": torch.randn(3, 4), "steps": torch.tensor(7)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter("checkpoint"))
+    again = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    shards.load(Path("checkpoint"), again)
+    assert all(torch.equal(again[name], t) for name, t in tensors.items())
+    Path("checkpoint", shards.METADATA).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        shards.stored_names(Path("checkpoint"))
+    assert not Path("executed").exists()
+
+
 def test_the_death_of_one_process_ends_all(root, parts, tmp_path):
     words = [str(root / "configs/train/tiny_diffusion.yaml"), f"weights={parts}", *WORDS, FULL]
     words.append(f"output={tmp_path / 'run'}")

@@ -11,6 +11,8 @@ Functions without a word about sharding take plain tensors too.
 from __future__ import annotations
 
 import contextlib
+import io
+import pickle
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
@@ -334,8 +337,45 @@ def files(path: Path) -> list[Path]:
     return [path / METADATA, *path.glob("*.distcp")]
 
 
+class Reader(FileSystemReader):
+    """PyTorch's, which reads a pickle: here one that can hold nothing but what describes tensors."""
+
+    def read_metadata(self, rank: int | None = None) -> Metadata:  # all ranks read the same
+        file = Path(self.path) / METADATA
+        try:
+            metadata = Descriptions(io.BytesIO(file.read_bytes())).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, IndexError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}); remove {file.parent}") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+# Module -> names that the metadata of a checkpoint of tensors holds.
+DESCRIBING = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "TensorStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
+        "StorageMeta", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
+    "pathlib._local": {"PosixPath", "WindowsPath"},
+}  # fmt: skip
+
+
+class Descriptions(pickle.Unpickler):
+    """Reads the metadata of a distributed checkpoint; ValueError for anything else, which could run code."""
+
+    def find_class(self, module: str, name: str):
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or (module, name) == ("torch", "Size") or name in DESCRIBING.get(module, ()):
+            return super().find_class(module, name)
+        raise ValueError(f"the metadata of a checkpoint names {module}.{name}, which describes no tensor")
+
+
 def stored_names(path: Path) -> set[str]:
-    return set(FileSystemReader(path).read_metadata().state_dict_metadata)
+    return set(Reader(path).read_metadata().state_dict_metadata)
 
 
 def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -344,7 +384,7 @@ def load(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with _quiet():
         dcp.load(
             {n: t.detach() for n, t in tensors.items()},
-            storage_reader=FileSystemReader(path),
+            storage_reader=Reader(path),
             no_dist=not sharded,
         )
 
