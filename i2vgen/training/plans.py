@@ -29,6 +29,7 @@ from i2vgen.memory.plans import amount, empty
 from i2vgen.model.attention import Attention
 from i2vgen.model.conditioning import Conditions
 from i2vgen.settings.config import Config
+from i2vgen.training import refiner_clips
 from i2vgen.training.clip import freeze_what_the_unet_reads
 from i2vgen.training.diffusion import DiffusionLoss, chunk_size
 from i2vgen.training.settings import Bucket, Train, buckets
@@ -152,13 +153,12 @@ class Ledger:
 
     def _others(self, train: Train, place: Place) -> int:
         """Weights that are there to encode clips, or wait to be saved"""
-        names = [part for part in ("vae", "clip") if part != train.part and not place.prepared]
+        in_step = {train.part} | ({"clip"} if train.text_encoder else set())
+        names = [part for part in ("vae", "clip") if part not in in_step and not place.prepared]
         if train.part != "diffusion":  # they wait in the CPU's memory
             return self._weights(names, torch.float32) if place.device == "cpu" and self.config.weights else 0
         settings = self.config.runtime
         dtypes = {"vae": settings.vae_dtype, "clip": settings.encoder_dtype}
-        if train.text_encoder:
-            names.remove("clip")  # it is in the step
         return sum(self._weights([part], runtime.DTYPES[dtypes[part]]) for part in names)
 
     def _weights(self, names: list[str], dtype: torch.dtype) -> int:
@@ -239,7 +239,8 @@ def make(config: Config, train: Train, bucket: Bucket) -> Work:
         )
         return x0, torch.zeros(b, dtype=torch.int64), noise, conditions
 
-    step = DiffusionLoss(unet, pipeline.make_schedule(config), clip)
+    schedule = refiner_clips.schedule(config) if train.first_stage else pipeline.make_schedule(config)
+    step = DiffusionLoss(unet, schedule, clip)
     return Work(step, trained, list(unet.blocks()), inputs)
 
 
