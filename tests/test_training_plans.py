@@ -61,7 +61,7 @@ def growth_of_a_step(config, train):
 
 @pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status here")
 def test_the_count_is_what_a_process_grows_by():
-    config, train = settings()
+    config, train = settings("train.batch=6")  # so that Python's own objects weigh little
     trains = [train, dataclasses.replace(train, checkpointing=True)]
     ledger = plans.Ledger(config)
     counted = [ledger.estimate(one, ON_CPU).steps["forward and backward"] for one in trains]
