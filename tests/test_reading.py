@@ -13,6 +13,8 @@ from PIL import Image
 
 from i2vgen.files import reading, video
 
+TS_PACKET = 188  # bytes
+
 
 def clip(num_frames=12, height=32, width=48):
     """Grey and a wandering bar tell the frames apart, a bright corner and a dark edge the orientation."""
@@ -358,17 +360,23 @@ def test_what_is_there_is_used_and_the_cut_is_told(tmp_path, ending):
     else:
         codec = "libvpx-vp9" if ending == "webm" else "libx264"
         media_files.write_video(path, noise, codec=codec)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        path.write_bytes(path.read_bytes()[: inside_a_packet(path.stat().st_size // 2)])
     got, _, notes = told(path)
     assert 10 < len(got) < 35
     assert "cut short" in notes and "variable" not in notes
 
 
+def inside_a_packet(size: int) -> int:
+    """A cut between two packets of a transport stream leaves no trace; sizes depend on x264 and the CPU."""
+    return size // TS_PACKET * TS_PACKET + TS_PACKET // 2
+
+
 @pytest.mark.parametrize("left", [0.5, 0.51, 0.6, 1])
 def test_a_stream_that_ends_inside_a_packet_is_told(tmp_path, left):
     path = media_files.write_video(tmp_path / "a.ts", clip(40))
-    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
-    assert ("cut short" in told(path)[2]) == (path.stat().st_size % 188 > 0) == (left < 1)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes()[: size if left == 1 else inside_a_packet(int(left * size))])
+    assert ("cut short" in told(path)[2]) == (path.stat().st_size % TS_PACKET > 0) == (left < 1)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "front.mp4", "a.webp"])

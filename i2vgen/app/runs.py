@@ -18,11 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
 from i2vgen import pipeline
 from i2vgen.diffusion.sampler import StepInfo
-from i2vgen.files import records, whole
+from i2vgen.files import records, video, whole
 
 NONE: Mapping[str, object] = {}
 PREVIEWS = 8  # at most so many previews a run
@@ -120,13 +119,6 @@ class Runs:
                 break
         path = clip.save(path)
         animation = path.with_suffix(".webp")
-        first, *rest = (self._enlarged(frame) for frame in clip.frames)
-        with whole.replacing(animation) as temporary:
-            timing = {"duration": round(1000 / clip.rate), "loop": 0}
-            first.save(temporary, "WEBP", save_all=True, append_images=rest, quality=90, **timing)
+        times = max(1, round(THUMBNAIL / clip.frames.shape[1]))
+        video.save(clip.frames, animation, fps=clip.rate, quality=9, enlarge=times)
         return Clip(path, records.path_of(path), animation, f"{clip.prompt} (seed {clip.seed})", notes)
-
-    def _enlarged(self, frame: np.ndarray) -> Image.Image:
-        height, width = frame.shape[:2]
-        times = max(1, round(THUMBNAIL / height))
-        return Image.fromarray(frame).resize((width * times, height * times), Image.Resampling.NEAREST)

@@ -35,7 +35,8 @@ from i2vgen import cli
 from i2vgen.commands import train as training
 from i2vgen.fast import runtime
 from i2vgen.files import checkpoint, whole
-from i2vgen.settings.config import RANDOM, SHIPPED, Config
+from i2vgen.settings.config import RANDOM, Config
+from i2vgen.settings.merge import load_config
 from i2vgen.training import prepare, prepared
 from i2vgen.training.settings import WORLD, Train, load_settings
 
@@ -93,7 +94,7 @@ def settings(argv: list[str]) -> tuple[Config, Train, prepare.Form]:
         raise ValueError(f"data={data} is prepared already; give the folder of videos")
     rest = [f"train.{word}" if word.partition("=")[0] in OWN else word for word in rest]
     if not any(word.startswith("weights=") for word in rest):
-        rest.append(f"weights={SHIPPED}")
+        rest.append(f"weights={load_config(sampling=True).weights}")
     config, train = load_settings(None, [f"train.data={FOLDER}", *rest])
     if config.weights == RANDOM or {"vae", "clip"} & set(checkpoint.missing_parts(config.weights)):
         raise ValueError(f"weights={config.weights} lacks a VAE or CLIP, which encode the clips")

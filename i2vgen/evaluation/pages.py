@@ -165,26 +165,27 @@ def strip(frames: np.ndarray) -> Image.Image:
     """Up to MAX_FRAMES frames of uint8 [f h w 3], evenly spread, side by side at about FRAME_HEIGHT."""
     count, height, width, _ = frames.shape
     chosen = np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int)
-    if height <= FRAME_HEIGHT:
-        times = round(FRAME_HEIGHT / height)
-        size, how = (width * times, height * times), Image.Resampling.NEAREST
-    else:
-        size, how = (round(width * FRAME_HEIGHT / height), FRAME_HEIGHT), Image.Resampling.BOX
+    size = shown_size(width, height)
     row = Image.new("RGBA", (len(chosen) * (size[0] + GAP) - GAP, size[1]))  # the gaps let the page through
     for place, number in enumerate(chosen):
-        row.paste(Image.fromarray(frames[number]).resize(size, how), (place * (size[0] + GAP), 0))
+        row.paste(
+            Image.fromarray(frames[number]).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0)
+        )
     return row
+
+
+def shown_size(width: int, height: int) -> tuple[int, int]:
+    """About FRAME_HEIGHT pixels high: small frames by a whole number, so that every pixel is a square."""
+    if height > FRAME_HEIGHT:
+        return round(width * FRAME_HEIGHT / height), FRAME_HEIGHT
+    times = round(FRAME_HEIGHT / height)
+    return width * times, height * times
 
 
 def animated(clips: Sequence[np.ndarray], fps: int = 8) -> bytes:
     """Clips uint8 [f h w 3] of equal length and height -> an animated PNG of them side by side."""
     height, width = clips[0].shape[1:3]
-    times = max(1, round(FRAME_HEIGHT / height))
-    size = (
-        (width * times, height * times)
-        if height < FRAME_HEIGHT
-        else (round(width * FRAME_HEIGHT / height), FRAME_HEIGHT)
-    )
+    size = shown_size(width, height)
     rows = []
     for frames in zip(*clips, strict=True):
         row = Image.new("RGB", (len(clips) * (size[0] + GAP) - GAP, size[1]), "white")

@@ -36,19 +36,23 @@ def _pair(entry: Entry) -> list[Entry]:
     rows = (entry.shape[0], *(1 for _ in entry.shape[1:]))
     return [
         Entry(entry.name + SCALE, rows, torch.float16, lambda: scale_of(entry.read())),
-        Entry(entry.name, entry.shape, torch.int8, lambda: whole_numbers(entry.read())),
+        Entry(entry.name, entry.shape, torch.int8, lambda: whole_numbers(w := entry.read(), scale_of(w))),
     ]
 
 
 def scale_of(weight: Tensor) -> Tensor:
     """[o ...] -> float16 [o 1 ...]"""
-    largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
-    return (largest.float() / LARGEST).clamp(min=1e-7).half()
+    return (largest(weight) / LARGEST).clamp(min=1e-7).half()
 
 
-def whole_numbers(weight: Tensor) -> Tensor:
-    """[o ...] -> int8 [o ...]"""
-    return (weight.float() / scale_of(weight).float()).round().clamp(-LARGEST, LARGEST).to(torch.int8)
+def largest(weight: Tensor) -> Tensor:
+    """The largest magnitude in each output channel: [o ...] -> float32 [o 1 ...]"""
+    return weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).float()
+
+
+def whole_numbers(weight: Tensor, scale: Tensor) -> Tensor:
+    """[o ...], [o 1 ...] -> int8 [o ...]"""
+    return (weight.float() / scale.float()).round().clamp(-LARGEST, LARGEST).to(torch.int8)
 
 
 class Widened(Mapping[str, Tensor]):

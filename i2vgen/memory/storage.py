@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from i2vgen.files import eight_bits
+
 SMALLEST = 2**12  # values; smaller weights stay as they are
 LARGEST = {"int8": 127.0, "float8": 448.0}  # the greatest number of each storage
 
@@ -23,12 +25,10 @@ class EightBits(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight [o ...] -> stored [o ...] in eight bits, scale [o 1 ...] in the weight's dtype"""
-        largest = weight.abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True)
-        scale = (largest.float() / LARGEST[self.storage]).clamp(min=1e-12).to(weight.dtype)
-        scaled = weight.float() / scale.float()
+        scale = (eight_bits.largest(weight) / LARGEST[self.storage]).clamp(min=1e-12).to(weight.dtype)
         if self.storage == "int8":
-            return scaled.round().clamp(-127, 127).to(torch.int8), scale
-        return scaled.clamp(-448, 448).to(torch.float8_e4m3fn), scale
+            return eight_bits.whole_numbers(weight, scale), scale
+        return (weight.float() / scale.float()).clamp(-448, 448).to(torch.float8_e4m3fn), scale
 
     def forward(self, stored: Tensor, scale: Tensor) -> Tensor:
         return stored.to(scale.dtype) * scale
