@@ -22,6 +22,7 @@ from i2vgen.model.layers import GroupNorm
 
 HALF = (torch.bfloat16, torch.float16)
 PIECE = 2**20  # scores that attention holds at once: they stay in the caches
+FEW_KEYS = 16  # up to so many, as over frames, PyTorch's softmax takes twice as long as its parts
 
 
 def here(x: Tensor) -> bool:
@@ -41,14 +42,23 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     n, m, t, _ = q.shape
     sequences = PIECE // (m * t * k.shape[-1])
     if sequences >= n:
-        return (q @ k).softmax(-1) @ v
+        return softmax(q @ k) @ v
     pieces = []
     for i in range(0, n, max(sequences, 1)):
         some, of_k, of_v = (x[i : i + max(sequences, 1)] for x in (q, k, v))
         rows = t if sequences else max(PIECE // (m * k.shape[-1]), 1)
-        done = [(part @ of_k).softmax(-1) @ of_v for part in some.split(rows, dim=2)]
+        done = [softmax(part @ of_k) @ of_v for part in some.split(rows, dim=2)]
         pieces.append(torch.cat(done, dim=2) if len(done) > 1 else done[0])
     return torch.cat(pieces)
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Over the last axis, [... k] -> same; few scores in float32, by parts that PyTorch computes in vectors"""
+    if scores.shape[-1] > FEW_KEYS:
+        return scores.softmax(-1)
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    weights = (wide - wide.detach().amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)).to(scores.dtype)
 
 
 @torch.autocast("cpu", enabled=False)
