@@ -53,7 +53,7 @@ def attend_by_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Over the last axis, [... k] -> same; few scores in float32, by parts that PyTorch computes in vectors"""
+    """Over the last axis, [... k] -> same; a few scores in float32, by parts, which are vectors to PyTorch"""
     if scores.shape[-1] > FEW_KEYS:
         return scores.softmax(-1)
     wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
