@@ -88,6 +88,17 @@ def test_an_output_from_the_picture_reaches_both_branches(make_unet, branches, n
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["batched", "chunked"])
+def test_a_warped_output_reaches_both_branches(make_unet, branches, name):
+    use = Use(output="warped")
+    inputs = branches(2, 3)
+    plain = guidance_step(make_unet(use), *inputs)
+    unet = make_unet(use)
+    savings.apply(unet, RUNTIMES[name], META)
+    torch.testing.assert_close(guidance_step(unet, *inputs), plain, **EXACT)
+
+
+@torch.no_grad()
 def test_what_differs_is_not_shared(make_unet, make_inputs):
     unet = make_unet()
     savings.apply(unet, Runtime())

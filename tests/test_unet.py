@@ -12,7 +12,7 @@ from i2vgen.files import checkpoint
 from i2vgen.model import attention
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.layers import Conv
-from i2vgen.model.unet import Block, UNet
+from i2vgen.model.unet import Block, UNet, warped
 from i2vgen.model.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import Use
@@ -212,6 +212,39 @@ def test_an_output_from_the_picture_begins_as_a_still_clip(make_unet, make_input
         for part in (unet.conv_out.weight, unet.conv_out.bias):
             part.zero_()
         assert torch.equal(unet(x, t, prepared), picture.expand_as(x))
+
+
+@torch.no_grad()
+def test_a_flow_takes_pixels_of_the_picture_from_elsewhere(make_inputs):
+    """By whole pixels it is a shift with the edge repeated, by half a pixel the mean of two neighbours."""
+    picture = make_inputs(batch=2)[2].image_latent
+    b, _, h, w = picture.shape
+    flow = torch.zeros(b, 2, 3, h, w, dtype=picture.dtype)
+    flow[:, 0, 1] = 2 / w  # one pixel: the whole width is 2
+    flow[:, 1, 2] = -2 / h / 2
+    still, left, down = warped(picture[:, :, None], flow).unbind(2)
+    torch.testing.assert_close(still, picture, rtol=0, atol=1e-12)
+    torch.testing.assert_close(left[..., :-1], picture[..., 1:], rtol=0, atol=1e-12)
+    torch.testing.assert_close(left[..., -1], picture[..., -1], rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        down[..., 1:, :], (picture[..., 1:, :] + picture[..., :-1, :]) / 2, rtol=0, atol=1e-12
+    )
+
+
+@torch.no_grad()
+def test_a_warped_output_begins_as_a_change_of_the_picture_and_learns_a_flow(make_unet, make_inputs):
+    still, unet = make_unet(Use(output="from_picture")), make_unet(Use(output="warped"))
+    added = unet.state_dict().keys() - still.state_dict().keys()
+    assert added == {"flow_out.weight", "flow_out.bias"}
+    unet.load_state_dict(still.state_dict(), strict=False)
+    for parameter in unet.flow_out.parameters():
+        parameter.zero_()
+    inputs = make_inputs()
+    torch.testing.assert_close(predict(unet, inputs), predict(still, inputs), rtol=0, atol=1e-12)
+    with torch.enable_grad():
+        unet.requires_grad_(True)
+        predict(unet, inputs).square().sum().backward()
+    assert unet.flow_out.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("later", ["zeros", "picture"])

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.adapt.context import Context, Keys, as_context, concatenate, tokens_of
@@ -160,9 +159,8 @@ class FastUNet(UNet):
         return self.head(x)
 
     def head(self, x: Tensor) -> Tensor:
-        """[b f h w c] -> prediction [b c f h w]"""
-        b, frames = len(x), self.conv_out(norm_silu(self.norm_out, x.flatten(0, 1)))
-        return rearrange(frames, "(b f) h w c -> b c f h w", b=b).contiguous()
+        """[b f h w c] -> output [b c f h w]"""
+        return self.leave(norm_silu(self.norm_out, x.flatten(0, 1)).unflatten(0, x.shape[:2]))
 
 
 def projected(unet: UNet, prepared: Prepared) -> Prepared:

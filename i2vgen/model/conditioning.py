@@ -101,7 +101,7 @@ class ConditionStem(nn.Module):
         fps_embedding = None
         if self.use.fps:
             fps_embedding = self.fps(sinusoid(fps, self.base_width, self.use.sinusoid).to(dtype))
-        picture = latent[:, :, None] if self.use.concat and self.use.output == "from_picture" else None
+        picture = latent[:, :, None] if self.use.concat and self.use.output != "plain" else None
         return Prepared(torch.cat(context, dim=1), concat, fps_embedding, picture)
 
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from i2vgen.model.conditioning import Conditions, ConditionStem, Prepared
-from i2vgen.model.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid
+from i2vgen.model.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid, zero_
 from i2vgen.model.spatial import SKIP_FILTERS, Downsample, ResBlock, SpatialTransformer, Upsample, filter_skip
 from i2vgen.model.temporal import TemporalConv, TemporalTransformer
 from i2vgen.settings import config
@@ -142,6 +142,10 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(unet.norm_groups, width, eps=RES_EPS)
         self.conv_out = Conv(width, unet.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # its bias keeps the default, as in the official code
+        self.flow_out = None
+        if use.output == "warped" and use.concat:
+            self.flow_out = Conv(width, 2, 3, padding=1)
+            zero_(self.flow_out)
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not depend on the timestep; computed once per video."""
@@ -183,12 +187,23 @@ class UNet(nn.Module):
             if level.resample is not None:
                 x = level.resample(x)
 
-        x = per_frame(self.conv_out, F.silu(per_frame(self.norm_out, x)))
-        return self.from_picture(rearrange(x, "b f h w c -> b c f h w").contiguous(), prepared)
+        x = F.silu(per_frame(self.norm_out, x))
+        return self.from_picture(self.leave(x), prepared)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=warped`, two channels of flow follow."""
+        out = per_frame(self.conv_out, x)
+        if self.flow_out is not None:
+            out = torch.cat([out, per_frame(self.flow_out, x)], dim=-1)
+        return rearrange(out, "b f h w c -> b c f h w").contiguous()
 
     def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
-        """Output [b c f h w] -> prediction: with `use.output=from_picture`, the output is a change of it"""
-        return out if prepared.picture is None else out + prepared.picture
+        """Output [b c f h w] -> prediction, which may be a change of the picture (`use.output`)"""
+        if prepared.picture is None:
+            return out
+        if self.flow_out is None:
+            return out + prepared.picture
+        return out[:, :-2] + warped(prepared.picture, out[:, -2:])
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""
@@ -226,6 +241,24 @@ class UNet(nn.Module):
                     f"the adapter adds {given} residuals to `{name}`, but this network has {there}: it was "
                     "made for another architecture"
                 )
+
+
+def warped(picture: Tensor, flow: Tensor) -> Tensor:
+    """Each frame's pixels, taken from the picture [b c 1 h w] as the flow says -> [b c f h w].
+
+    flow [b 2 f h w]: how far to the right and below a pixel's source lies, in halves of the frame's width and
+    height, so that it means the same at every size. Between pixels the source is bilinear; outside, the edge.
+    """
+    b, _, f, h, w = flow.shape
+    precise = torch.float64 if flow.dtype == torch.float64 else torch.float32
+    y, x = (
+        (torch.arange(n, device=flow.device, dtype=precise) * 2 + 1) / n - 1 for n in (h, w)
+    )  # pixel centres, from -1 to 1
+    here = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
+    source = here + rearrange(flow.to(precise), "b c f h w -> (b f) h w c")
+    frames = rearrange(picture.to(precise).expand(-1, -1, f, -1, -1), "b c f h w -> (b f) c h w")
+    taken = F.grid_sample(frames.contiguous(), source, padding_mode="border", align_corners=False)
+    return rearrange(taken, "(b f) c h w -> b c f h w", b=b).to(flow.dtype)
 
 
 def temporal_transformer(

@@ -86,8 +86,9 @@ class Use:
     # (official), zeros, or the picture again.
     later_frames: Literal["position", "zeros", "picture"] = "position"
     # "from_picture": the output is added to the first-frame latent in every frame, so that zero means a still
-    # clip. For schedule.prediction=x0; it belongs to the concat branch and goes with it.
-    output: Literal["plain", "from_picture"] = "plain"
+    # clip. "warped": a second output layer says from where in that latent each pixel is taken, so that a moving
+    # thing need not be drawn anew. For schedule.prediction=x0; they belong to the concat branch and go with it.
+    output: Literal["plain", "from_picture", "warped"] = "plain"
     # "half": every level has half the rows and columns of the one above it. "margin" (the refiners): one
     # extra row at the top and bottom, removed when upsampling. It restricts the heights, see `UNet.margin`.
     resampling: Literal["half", "margin"] = "half"
@@ -718,9 +719,9 @@ class Config:
                 f"vae.embed_dim is {vae.embed_dim} but unet.image_channels is {unet.image_channels}; "
                 "the UNet gets the first frame as the VAE's latent, so they must be equal"
             )
-        if self.use.output == "from_picture" and self.schedule.prediction != "x0":
+        if self.use.output != "plain" and self.schedule.prediction != "x0":
             raise ValueError(
-                f"use.output is from_picture, but schedule.prediction is {self.schedule.prediction}: only an "
+                f"use.output is {self.use.output}, but schedule.prediction is {self.schedule.prediction}: only an "
                 "estimate of the clean latent can start from the picture's; use schedule.prediction=x0"
             )
         if self.use.text and clip.text["width"] != unet.context_width:
