@@ -199,11 +199,10 @@ class UNet(nn.Module):
 
     def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
         """Output [b c f h w] -> prediction, which may be a change of the picture (`use.output`)"""
+        change, flow = (out, None) if self.flow_out is None else (out[:, :-2], out[:, -2:])
         if prepared.picture is None:
-            return out
-        if self.flow_out is None:
-            return out + prepared.picture
-        return out[:, :-2] + warped(prepared.picture, out[:, -2:])
+            return change
+        return change + (prepared.picture if flow is None else warped(prepared.picture, flow))
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""
