@@ -287,6 +287,22 @@ def test_text_encoder_trains_the_text_tower_and_nothing_else_of_clip(root, stage
     pipeline.load_parts(dataclasses.replace(config, weights=str(whole / "weights")))
 
 
+@torch.no_grad()
+def test_the_word_loss_reads_each_word_and_all_words_from_the_padding(root, stages):
+    config, train = settings(root, stages, "clip")
+    made = clip.make(config, train, data.World(config, train), CPU).step
+    tokens = made.clip.tokenize(["a red circle moves left", "grows"])
+    read = made.clip.text(tokens) @ made.clip.model.token_embedding.weight.T
+    logs, own, padding = read.log_softmax(dim=-1), [], []
+    for b, row in enumerate(tokens.tolist()):
+        end = row.index(max(row))
+        own += [-logs[b, k, row[k]] for k in range(end + 1)]
+        words = row[1:end]
+        padding += [-sum(logs[b, k, word] for word in words) / len(words) for k in range(end + 1, len(row))]
+    want = torch.stack(own).mean() + torch.stack(padding).mean()
+    torch.testing.assert_close(made.word_loss(tokens), want, rtol=1e-5, atol=1e-5)
+
+
 def test_clip_unread_trains_only_what_the_unet_does_not_read(root, stages, tmp_path):
     words = [f"weights={stages}/diffusion/weights", "train.steps=2", "train.save_every=2", "train.batch=2"]
     config, train = settings(root, stages, "clip", *words, "train.clip_unread=true")

@@ -45,13 +45,21 @@ class ClipLoss(nn.Module):
         return {"loss": loss + self.words * words, "accuracy": accuracy, "words": words}
 
     def word_loss(self, tokens: Tensor) -> Tensor:
-        """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it.
+        """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it, plus that of
+        predicting all of them from each token of the padding, which is most of what the UNet reads.
 
         A first frame does not show "left" or "right", so the contrastive loss alone forgets such words.
         """
-        read = self.clip.text(tokens).float() @ self.clip.model.token_embedding.weight.float().T
-        padding = tokens.argmax(dim=1, keepdim=True) < torch.arange(tokens.shape[1], device=tokens.device)
-        return F.cross_entropy(read[~padding], tokens[~padding])
+        read = (self.clip.text(tokens) @ self.clip.model.token_embedding.weight.T).float()
+        end = tokens.argmax(dim=1, keepdim=True)
+        place = torch.arange(tokens.shape[1], device=tokens.device)
+        loss = F.cross_entropy(read[place <= end], tokens[place <= end])
+        padding = place > end
+        if padding.any():
+            words = ((place > 0) & (place < end)).float()
+            share = torch.zeros_like(read[:, 0]).scatter_add_(1, tokens, words / words.sum(1, keepdim=True))
+            loss = loss + F.cross_entropy(read[padding], share.repeat_interleave(padding.sum(1), dim=0))
+        return loss
 
 
 def make(config: Config, train: Train, source: Source, device: torch.device) -> Part:
