@@ -358,12 +358,6 @@ def test_readme_commands(readme):
     assert check[-1].split()[-1] == "pytest"
 
 
-def test_readme_links(readme):
-    for target in re.findall(r"\]\(([^)#]+)", readme):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
-
-
 def test_readme_names_settings_that_exist(readme):
     from i2vgen.settings import config
 
