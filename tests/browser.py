@@ -111,7 +111,7 @@ def drive(address: str, folder: Path) -> None:
 
 
 def screenshot(page: Page, path: str) -> None:
-    """The page down to the earlier clips, in few colours: a small file."""
+    """The page down to the earlier clips, as the README shows it: small, in few colours."""
     page.wait_for_timeout(2000)
     gallery = (
         page.get_by_text("Earlier clips")
@@ -123,7 +123,9 @@ def screenshot(page: Page, path: str) -> None:
         full_page=True,
         clip={"x": 100, "y": 0, "width": 1000, "height": gallery["y"] + gallery["height"] + 10},
     )
-    Image.open(path).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture = Image.open(path).convert("RGB")
+    picture = picture.resize((720, round(picture.height * 0.72)), Image.Resampling.LANCZOS)
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def upload(page: Page, file: Path) -> None:

@@ -188,7 +188,7 @@ def animated(clips: Sequence[np.ndarray], fps: int = 8) -> bytes:
     size = shown_size(width, height)
     rows = []
     for frames in zip(*clips, strict=True):
-        row = Image.new("RGB", (len(clips) * (size[0] + GAP) - GAP, size[1]), "white")
+        row = Image.new("RGBA", (len(clips) * (size[0] + GAP) - GAP, size[1]))
         for place, frame in enumerate(frames):
             row.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0))
         rows.append(row)

@@ -20,6 +20,7 @@ class Figure(NamedTuple):
     name: str = ""
     told: str = ""  # follows the name, "\n" to begin a line
     wrong: str = ""  # the end of the caption, in the colour of mistakes
+    plot: bool = False  # dark lines on white, which turn over on dark paper; else pixels
 
 
 class Section(NamedTuple):

@@ -345,7 +345,7 @@ def _save(picture, path: Path) -> Path:
 
 
 def page(study: Study, about: str, tables, pictures: Sequence[Path], runs: Sequence[Run]) -> str:
-    figures = [pages.Figure(((p.stem, p.read_bytes()),)) for p in pictures]
+    figures = [pages.Figure(((p.stem, p.read_bytes()),), plot=True) for p in pictures]
     sections = [pages.of_table(table, said) for table, said in tables]
     clips = pages.Section(
         "The same clips by every variant",
