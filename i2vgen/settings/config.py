@@ -604,7 +604,7 @@ REMOVED = {
 class Runtime:
     """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
 
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    device: str = "auto"  # auto: cuda where there is one, else cpu; mps is untested
     # auto: float16 on CUDA, as the official sampler; bfloat16 on CPUs with units for it, for UNets of 64
     # channels or more; else float32
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
