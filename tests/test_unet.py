@@ -232,19 +232,24 @@ def test_a_flow_takes_pixels_of_the_picture_from_elsewhere(make_inputs):
 
 
 @torch.no_grad()
-def test_a_warped_output_begins_as_a_change_of_the_picture_and_learns_a_flow(make_unet, make_inputs):
+def test_a_warped_output_begins_as_a_change_of_the_picture_and_leaves_it(make_unet, make_inputs):
     still, unet = make_unet(Use(output="from_picture")), make_unet(Use(output="warped"))
+    plain = make_unet()
+    plain.load_state_dict(still.state_dict())
     added = unet.state_dict().keys() - still.state_dict().keys()
-    assert added == {"flow_out.weight", "flow_out.bias"}
+    assert added == {"warp_out.weight", "warp_out.bias"}
     unet.load_state_dict(still.state_dict(), strict=False)
-    for parameter in unet.flow_out.parameters():
+    for parameter in unet.warp_out.parameters():
         parameter.zero_()
     inputs = make_inputs()
     torch.testing.assert_close(predict(unet, inputs), predict(still, inputs), rtol=0, atol=1e-12)
     with torch.enable_grad():
         unet.requires_grad_(True)
         predict(unet, inputs).square().sum().backward()
-    assert unet.flow_out.weight.grad.abs().max() > 0
+    assert unet.warp_out.weight.grad.flatten(1).abs().amax(dim=1).min() > 0  # of the flow, and what it hides
+    with torch.no_grad():
+        unet.warp_out.bias[2] = 1.0  # nothing of the picture is left
+    torch.testing.assert_close(predict(unet, inputs), predict(plain, inputs), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("later", ["zeros", "picture"])

@@ -142,10 +142,10 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(unet.norm_groups, width, eps=RES_EPS)
         self.conv_out = Conv(width, unet.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # its bias keeps the default, as in the official code
-        self.flow_out = None
+        self.warp_out = None  # two channels of flow and one of how much of the picture is left out
         if use.output == "warped" and use.concat:
-            self.flow_out = Conv(width, 2, 3, padding=1)
-            zero_(self.flow_out)
+            self.warp_out = Conv(width, 3, 3, padding=1)
+            zero_(self.warp_out)
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not depend on the timestep; computed once per video."""
@@ -191,19 +191,18 @@ class UNet(nn.Module):
         return self.from_picture(self.leave(x), prepared)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=warped`, two channels of flow follow."""
+        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=warped`, three channels follow."""
         out = per_frame(self.conv_out, x)
-        if self.flow_out is not None:
-            out = torch.cat([out, per_frame(self.flow_out, x)], dim=-1)
+        if self.warp_out is not None:
+            out = torch.cat([out, per_frame(self.warp_out, x)], dim=-1)
         return rearrange(out, "b f h w c -> b c f h w").contiguous()
 
     def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
         """Output [b c f h w] -> prediction, which may be a change of the picture (`use.output`)"""
-        if prepared.picture is None:
-            return out
-        if self.flow_out is None:
-            return out + prepared.picture
-        return out[:, :-2] + warped(prepared.picture, out[:, -2:])
+        if self.warp_out is None:
+            return out if prepared.picture is None else out + prepared.picture
+        change, flow, hidden = out.split([out.shape[1] - 3, 2, 1], dim=1)
+        return change if prepared.picture is None else change + (1 - hidden) * warped(prepared.picture, flow)
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""
