@@ -133,16 +133,18 @@ print(threads == torch.get_num_threads(), tf32 == torch.backends.cuda.matmul.all
 
 
 def test_ours_is_a_small_part_of_what_importing_costs():
-    """CPU seconds of everything below i2vgen, PyTorch apart; the most that was measured is half of it."""
+    """CPU seconds of everything below i2vgen, as a part of PyTorch's: 0.15 to 0.28 were measured."""
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+between = time.process_time()
 import i2vgen
 i2vgen.load
-print(time.process_time() - start)
+print((time.process_time() - between) / (between - start))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.3
+    assert float(done.stdout) < 0.5
 
 
 def test_names_that_are_not_there_are_missing():

@@ -1,4 +1,4 @@
-"""The notebooks, run from top to bottom in a kernel of their own; the lesson shows what it showed when stored.
+"""The notebooks, run from top to bottom in a kernel of their own; the lesson shows what it once did.
 
 After a change: `jupyter execute --inplace examples/architecture.ipynb` (of nbclient), and look at it.
 """

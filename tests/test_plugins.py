@@ -117,11 +117,10 @@ def test_a_training_under_a_plugin_and_its_weights(script_at, tmp_path, root):
     assert status == 2 and "error: plugins is None here" in err
 
 
-@pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_attention_by_a_module_with_weights_of_its_own(plugin, script_at, tmp_path, precision):
+def test_attention_by_a_module_with_weights_of_its_own(plugin, script_at, tmp_path):
     file = plugin(DISTANCES)
     words = ["weights=lab", "device=cpu", "train.data=world", "train.steps=2", "train.batch=1", "output=run"]
-    words += ["train.num_clips=2", f"train.precision={precision}", "train.sample_every=0", "train.warmup=0"]
+    words += ["train.num_clips=2", "train.precision=bf16", "train.sample_every=0", "train.warmup=0"]
     status, _, err = script_at("train")(*words, f"plugins={file}", "train.ema=0.1")
     assert status == 0, err
     model = pipeline.load(

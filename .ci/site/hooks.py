@@ -47,7 +47,7 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown, page, **_):
-    """Links as they are in the repository become links of the site; a file that it does not hold, its name."""
+    """Links of the repository become links of the site; one to a file that it does not hold, the name."""
     sources = {name: source for source, name in PAGES.items()}
     here = (ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
 

@@ -63,7 +63,7 @@ def render(title: str, about: str, sections: Sequence[Section], *, settings: dic
 
 
 def strip(frames: np.ndarray) -> bytes:
-    """Up to MAX_FRAMES frames of uint8 [f h w 3], evenly spread, side by side: a PNG about FRAME_HEIGHT high."""
+    """Up to MAX_FRAMES frames of uint8 [f h w 3], side by side: a PNG about FRAME_HEIGHT high."""
     count, height, width, _ = frames.shape
     chosen = np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int)
     size = shown_size(width, height)
