@@ -722,8 +722,9 @@ class Config:
             )
         if self.use.output != "plain" and self.schedule.prediction != "x0":
             raise ValueError(
-                f"use.output is {self.use.output}, but schedule.prediction is {self.schedule.prediction}: only "
-                "an estimate of the clean latent can start from the picture's; use schedule.prediction=x0"
+                f"use.output is {self.use.output}, but schedule.prediction is {self.schedule.prediction}: "
+                "only an estimate of the clean latent can start from the picture's; use "
+                "schedule.prediction=x0"
             )
         if self.use.text and clip.text["width"] != unet.context_width:
             raise ValueError(
