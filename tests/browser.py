@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from urllib.request import urlopen
 
+from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 STAR = Path(__file__).parents[1] / "i2vgen" / "assets" / "star.png"
@@ -69,10 +70,6 @@ def drive(address: str, folder: Path) -> None:
             page.locator("a[download$='.mp4.json']").first.click()
         record = json.loads(Path(download.value.path()).read_text())
         assert record["settings"]["prompt"] == ["a yellow star moves to the left"]
-        page.wait_for_timeout(1500)
-        if len(sys.argv) > 1:
-            page.screenshot(path=sys.argv[1])
-
         page.get_by_role("button", name="Settings").click()
         steps = page.get_by_label("Steps")
         steps.fill("0")
@@ -86,14 +83,18 @@ def drive(address: str, folder: Path) -> None:
         page.get_by_text("Stopped.").wait_for()
         assert len(list((folder / "clips").glob("*.mp4"))) == 1
 
-        steps.fill("4")
+        steps.fill("8")
         page.get_by_role("tab", name="Same picture, four sentences").click()
         page.get_by_role("button", name="Make four clips").click()
         page.get_by_text("4 of 4 made").wait_for()
         assert len(list((folder / "clips").glob("*.mp4"))) == 5
 
-        page.locator(".gallery-item, .thumbnail-item").first.click()
+        page.locator(".gallery-item, .thumbnail-item").last.click()
         page.get_by_text("Settings of the chosen clip").wait_for()
+        if len(sys.argv) > 1:
+            page.get_by_role("tab", name="One sentence").click()
+            page.get_by_role("button", name="Settings").first.click()
+            screenshot(page, sys.argv[1])
 
         broken = folder / "broken.png"
         broken.write_text("no picture")
@@ -107,6 +108,24 @@ def drive(address: str, folder: Path) -> None:
         foreign = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
         assert not foreign, foreign
         browser.close()
+
+
+def screenshot(page: Page, path: str) -> None:
+    """The page down to the earlier clips, as the README shows it: small, in few colours."""
+    page.wait_for_timeout(2000)
+    gallery = (
+        page.get_by_text("Earlier clips")
+        .locator("xpath=ancestor::div[contains(@class, 'block')][1]")
+        .bounding_box()
+    )
+    page.screenshot(
+        path=path,
+        full_page=True,
+        clip={"x": 100, "y": 0, "width": 1000, "height": gallery["y"] + gallery["height"] + 10},
+    )
+    picture = Image.open(path).convert("RGB")
+    picture = picture.resize((720, round(picture.height * 0.72)), Image.Resampling.LANCZOS)
+    picture.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def upload(page: Page, file: Path) -> None:

@@ -292,6 +292,13 @@ def test_an_old_folder_is_replaced_completely(folder, settings, state):
     assert not (folder / "unet.safetensors").exists() and names_beside(folder) == ["weights"]
 
 
+def test_a_model_card_stays_when_its_weights_are_replaced(folder, settings, state):
+    (folder / "README.md").write_text("words of mine", encoding="utf-8")
+    checkpoint.save(folder, {"unet": state}, settings)
+    assert (folder / "README.md").read_text(encoding="utf-8") == "words of mine"
+    assert checkpoint.missing_parts(folder) == ["vae", "clip"]
+
+
 def test_other_folders_and_files_are_not_touched(tmp_path, settings, state):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"cat")

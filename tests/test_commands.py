@@ -302,8 +302,8 @@ def test_examples_come_whole_or_not_at_all(run, monkeypatch):
 # --- what the documentation says
 
 
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "i2vgen/assets/README.md"]
-PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "i2vgen/assets").rglob("README.md")]
+PAGES = [page for page in sorted(PAGES) if page.name != "CHANGELOG.md"]
 CODE = re.compile(r"^```[a-z]*\n(.*?)^```|^    (\S.*?)$|`([^`\n]+)`", re.M | re.S)
 COMMAND = re.compile(r"^(?:torchrun \S+ \S+ -m |python -m )?i2vgen ([a-z].*)")
 
@@ -336,7 +336,7 @@ def wrong(name, words):
     return found
 
 
-@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *CONFIGS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_in_the_documentation_exist(page):
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".yaml":
@@ -377,3 +377,17 @@ def test_the_readmes_commands_work_in_any_folder(run):
     exec(python.replace("i2vgen.load()", f"i2vgen.load(overrides={QUICK})"), {})
     made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
     assert made == {"star.mp4", "left.gif", "right.gif", "grow.gif"}
+
+
+def test_what_the_model_cards_show_works(run):
+    """Their lines and their Python, in the order of the cascade."""
+    assert run("examples", "mine")[0] == 0
+    for card in ("small", "small_refiner"):
+        text = (ROOT / f"i2vgen/assets/{card}/README.md").read_text(encoding="utf-8")
+        for line in re.findall(r"^i2vgen .*", text, re.M):
+            status, out, err = run(*shlex.split(line)[1:], *QUICK)
+            assert status == 0 and "NOISE" not in err + out, err
+        for python in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            exec(python.replace("i2vgen.load()", f"i2vgen.load(overrides={QUICK})"), {})
+    made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
+    assert made == {"left.gif", "right.gif", "star64.mp4", "left64.mp4"}

@@ -133,16 +133,18 @@ print(threads == torch.get_num_threads(), tf32 == torch.backends.cuda.matmul.all
 
 
 def test_ours_is_a_small_part_of_what_importing_costs():
-    """CPU seconds of everything below i2vgen, PyTorch apart; the most that was measured is half of it."""
+    """CPU seconds of everything below i2vgen, as a part of PyTorch's: 0.15 to 0.28 were measured."""
     code = """
-import time, torch
+import time
 start = time.process_time()
+import torch
+between = time.process_time()
 import i2vgen
 i2vgen.load
-print(time.process_time() - start)
+print((time.process_time() - between) / (between - start))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 0.3
+    assert float(done.stdout) < 0.5
 
 
 def test_names_that_are_not_there_are_missing():
@@ -356,12 +358,6 @@ def test_readme_commands(readme):
     assert any(line.startswith("pip install") for line in make)
     assert any(line.startswith("i2vgen generate") for line in make)
     assert check[-1].split()[-1] == "pytest"
-
-
-def test_readme_links(readme):
-    for target in re.findall(r"\]\(([^)#]+)", readme):
-        if "://" not in target:
-            assert (ROOT / target).exists(), target
 
 
 def test_readme_names_settings_that_exist(readme):

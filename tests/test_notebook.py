@@ -1,4 +1,4 @@
-"""The notebook, run from top to bottom in a kernel of its own: it shows what it showed when it was stored.
+"""The notebooks, run from top to bottom in a kernel of their own; the lesson shows what it once did.
 
 After a change: `jupyter execute --inplace examples/architecture.ipynb` (of nbclient), and look at it.
 """
@@ -15,11 +15,21 @@ pytest.importorskip("ipykernel")
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "examples" / "architecture.ipynb"
+TOUR = ROOT / "examples" / "tour.ipynb"
 
 
 @pytest.fixture(scope="module")
 def stored():
     return nbformat.read(FILE, as_version=4)
+
+
+def run(file, folder, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    fresh = nbformat.read(file, as_version=4)
+    resources = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(fresh, timeout=600, startup_timeout=300, resources=resources).execute()
+    assert list(folder.iterdir()) == []  # it leaves nothing behind where it is opened
+    return fresh
 
 
 def shown(notebook):
@@ -36,24 +46,30 @@ def shown(notebook):
 
 
 def test_it_runs_and_shows_what_is_stored(stored, tmp_path, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
-    fresh = nbformat.read(FILE, as_version=4)
-    resources = {"metadata": {"path": str(tmp_path)}}
-    nbclient.NotebookClient(fresh, timeout=600, startup_timeout=300, resources=resources).execute()
-    assert shown(fresh) == shown(stored)
-    assert list(tmp_path.iterdir()) == []  # it leaves nothing behind where it is opened
+    assert shown(run(FILE, tmp_path, monkeypatch)) == shown(stored)
 
 
-def test_it_is_small_whole_and_of_no_machine(stored):
-    text = FILE.read_text()
+@pytest.mark.slow
+def test_the_tour_runs(tmp_path, monkeypatch):
+    """What it prints depends on rounding; that it prints, shows and trains does not."""
+    fresh, stored = run(TOUR, tmp_path, monkeypatch), nbformat.read(TOUR, as_version=4)
+    for (now, kinds), (before, then) in zip(shown(fresh), shown(stored), strict=True):
+        assert kinds == then and len(now.splitlines()) == len(before.splitlines())
+
+
+@pytest.mark.parametrize("file", [FILE, TOUR], ids=lambda file: file.name)
+def test_it_is_small_whole_and_of_no_machine(file):
+    text, stored = file.read_text(), nbformat.read(file, as_version=4)
     assert len(text) < 300_000
     assert str(ROOT) not in text and "/home/" not in text and "site-packages" not in text
     code = [cell for cell in stored.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
-    assert {kind for _, kinds in shown(stored) for kind in kinds} == {"image/png", "image/gif"}
+    kinds = {kind for _, kinds in shown(stored) for kind in kinds}
+    assert kinds == {"image/png", "image/gif" if file == FILE else "text/html"}
     assert all(len(cell.source.splitlines()) <= 30 for cell in code)  # a lesson, not a program
 
 
-def test_it_is_in_the_docs():
+def test_they_are_in_the_docs():
     for page in ("README.md", "docs/laboratory.md"):
-        assert "examples/architecture.ipynb" in (ROOT / page).read_text()
+        for file in (FILE, TOUR):
+            assert f"examples/{file.name}" in (ROOT / page).read_text()

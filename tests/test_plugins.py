@@ -10,6 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 from i2vgen import pipeline
+from i2vgen.adapt import taps
 from i2vgen.files import checkpoint, plugins, records
 from i2vgen.lab import measure
 from i2vgen.lab import study as studies
@@ -38,6 +39,25 @@ def plugin(tmp_path):
         return tmp_path / name
 
     return write
+
+
+DISTANCES = """import torch
+import torch.nn.functional as F
+from torch import nn
+ADDS = ("unet.*.backend.bias",)
+class Distances(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(heads, 63))
+    def forward(self, q, k, v):
+        place = torch.arange(q.shape[-2], device=q.device)
+        bias = self.bias[:, place[:, None] - place + 31]
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+def change(parts, config):
+    for block in parts["unet"].blocks():
+        if block.temporal is not None:
+            block.temporal.attention1.backend = Distances(block.temporal.attention1.heads)
+"""
 
 
 # --- what it does
@@ -95,6 +115,26 @@ def test_a_training_under_a_plugin_and_its_weights(script_at, tmp_path, root):
     assert loop.settings_record(config, settings)["plugins"] == plugins.described(config)
     status, _, err = train(*settings_, "train.steps=2")
     assert status == 2 and "error: plugins is None here" in err
+
+
+def test_attention_by_a_module_with_weights_of_its_own(plugin, script_at, tmp_path):
+    file = plugin(DISTANCES)
+    words = ["weights=lab", "device=cpu", "train.data=world", "train.steps=2", "train.batch=1", "output=run"]
+    words += ["train.num_clips=2", "train.precision=bf16", "train.sample_every=0", "train.warmup=0"]
+    status, _, err = script_at("train")(*words, f"plugins={file}", "train.ema=0.1")
+    assert status == 0, err
+    model = pipeline.load(
+        tmp_path / "run" / "weights", plugins=str(file), overrides=["device=cpu", "steps=2"]
+    )
+    biases = [p for name, p in model.unet.named_parameters() if name.endswith("backend.bias")]
+    assert biases and all(bias.abs().max() > 0 for bias in biases)
+
+    made = [model(shipped.STAR, "it grows", seed=1).frames]
+    seen = {}
+    with taps.attention_maps(model.unet, {"*.temporal.attention1": seen.setdefault}):
+        made.append(model(shipped.STAR, "it grows", seed=1).frames)  # by the map, without the bias
+    made.append(model(shipped.STAR, "it grows", seed=1).frames)
+    assert len(seen) == len(biases) and np.array_equal(made[0], made[2])
 
 
 def test_weights_that_fit_without_their_plugin_say_so(plugin, tmp_path):

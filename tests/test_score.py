@@ -3,10 +3,13 @@
 LPIPS, FVD and open_clip run on tiny random networks, which tests the code path but no published value.
 """
 
+import base64
 import dataclasses
 import functools
+import io
 import json
 import math
+import re
 from pathlib import Path
 
 import media_files
@@ -80,6 +83,27 @@ def scored(run, *words):
     status, out, err = run(*words, "json=scores.json")
     assert status == 0, err
     return json.loads(Path("scores.json").read_text()), out
+
+
+# --- the page
+
+
+def test_the_page_shows_scores_and_moving_clips(run, tmp_path):
+    for folder, step in (("one", 2), ("two", 1)):
+        for seed in range(2):
+            write(tmp_path / folder, f"{seed}.mp4", moving(step, seed=seed), prompt=f"<b> moves {seed}")
+    status, out, err = run("videos=one", "against=two", "metrics=flicker", "output=report")
+    assert status == 0 and "page in report/index.html" in out, err
+    page = Path("report/index.html").read_text(encoding="utf-8")
+    assert json.loads(Path("report/scores.json").read_text())["scores"]["flicker"]["clips"] == 2
+    assert page.count("<figure>") == 2 and page.count("&lt;b&gt; moves 0") == 1 and "http" not in page
+    assert page.count("flicker") >= 5  # the table, and each clip with its own
+    png = re.search(r"base64,([^\"]+)", page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(png))).n_frames == 4
+
+    Path("report/scores.json").unlink()
+    status, out, err = run("videos=one", "metrics=flicker", "output=report")
+    assert status == 2 and "not from an earlier run" in err
 
 
 # --- numbers

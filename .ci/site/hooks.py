@@ -24,27 +24,46 @@ API = {
 }  # fmt: skip
 
 
+# Pages that lie elsewhere in the repository -> their names in the site.
+PAGES = {
+    "README.md": "index.md",
+    "i2vgen/assets/README.md": "models.md",
+    "i2vgen/assets/small/README.md": "small.md",
+    "i2vgen/assets/small_refiner/README.md": "small_refiner.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+}
+LINK = re.compile(r"(!?)\[([^]]*)\]\(([^)#\s]+)(#[^)]*)?\)")
+
+
 def on_files(files, config):
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("(docs/", "(")
     reference = ["# Reference", ""]
     for title, names in API.items():
         reference += [f"## {title}", "", *(f"::: {name}" for name in names), ""]
-    pages = {
-        "index.md": readme,
-        "models.md": (ROOT / "i2vgen/assets/README.md").read_text(encoding="utf-8"),
-        "changelog.md": (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"),
-        "api.md": "\n".join(reference),
-    }
-    for name, text in pages.items():
+    pages = {name: (ROOT / source).read_text(encoding="utf-8") for source, name in PAGES.items()}
+    for name, text in {**pages, "api.md": "\n".join(reference)}.items():
         files.append(File.generated(config, name, content=text))
     return files
 
 
-def on_page_markdown(markdown, **_):
-    """Links to files of the repository become their names: the site does not hold them."""
-    markdown = markdown.replace("(../i2vgen/assets/README.md)", "(models.md)").replace(
-        "(i2vgen/assets/README.md)", "(models.md)"
-    )
-    return re.sub(
-        r"\[([^]]+)\]\((?:\.\./)?((?:i2vgen|examples|configs|tests|scripts)/[^)]*)\)", r"\1 (`\2`)", markdown
-    )
+def on_page_markdown(markdown, page, **_):
+    """Links of the repository become links of the site; one to a file that it does not hold, the name."""
+    sources = {name: source for source, name in PAGES.items()}
+    here = (ROOT / sources.get(page.file.src_uri, f"docs/{page.file.src_uri}")).parent
+
+    def moved(link):
+        picture, text, target, anchor = link.groups(default="")
+        if "://" in target:
+            return link[0]
+        if not (here / target).exists():  # code that looks like a link; the tests find dead ones
+            return link[0]
+        place = (here / target).resolve().relative_to(ROOT).as_posix()
+        if found := PAGES.get(place):
+            place = found
+        elif place.startswith("docs/"):
+            place = place.removeprefix("docs/")
+        else:
+            return text if text.strip("`") == place else f"{text} (`{place}`)"
+        return f"{picture}[{text}]({place}{anchor})"
+
+    return LINK.sub(moved, markdown)

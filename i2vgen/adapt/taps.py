@@ -119,12 +119,17 @@ def _attentions(network: nn.Module, pattern: str) -> dict[str, Attention]:
 def _backends(chosen: Mapping[Attention, AttentionFunction]) -> Iterator[None]:
     before = {module: module.backend for module in chosen}
     try:
-        for module, function in chosen.items():
-            module.backend = function
+        _set_backends(chosen)
         yield
     finally:
-        for module, backend in before.items():
-            module.backend = backend
+        _set_backends(before)
+
+
+def _set_backends(chosen: Mapping[Attention, str | AttentionFunction]) -> None:
+    for module, backend in chosen.items():
+        if isinstance(module.backend, nn.Module):  # PyTorch puts nothing else in a module's place
+            del module.backend
+        module.backend = backend
 
 
 @contextlib.contextmanager

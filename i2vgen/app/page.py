@@ -17,12 +17,14 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 LARGEST_UPLOAD = "20mb"
 MAX_SEED = 2**31 - 1
 TITLE = "I2VGen-XL: a picture and a sentence become a clip"
+SUBJECT = "a yellow star"  # of the shipped picture
 FOUR = ("moves to the left", "moves to the right", "grows", "shrinks")
 
 
 def page(runs: Runs) -> gr.Blocks:
     """The whole page; `launch` serves it."""
     sample = runs.model.config.sample
+    subject = SUBJECT if runs.model.config.clip.words else "it"  # a model of few words does not know "it"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {TITLE}\n\n{describe(runs)}")
         stop = gr.State(threading.Event)
@@ -38,7 +40,7 @@ def page(runs: Runs) -> gr.Blocks:
                     make = gr.Button("Make a clip", variant="primary")
                 with gr.Tab("Same picture, four sentences"):
                     four = [
-                        gr.Textbox(label=f"Sentence {i + 1}", value=f"it {text}")
+                        gr.Textbox(label=f"Sentence {i + 1}", value=f"{subject} {text}")
                         for i, text in enumerate(FOUR)
                     ]
                     make_four = gr.Button("Make four clips", variant="primary")
@@ -56,7 +58,9 @@ def page(runs: Runs) -> gr.Blocks:
                         frames = gr.Number(sample.frames, label="Frames", precision=0)
             with gr.Column():
                 state = gr.Markdown("Ready.")
-                preview = gr.Image(label="On the way: the middle frame", interactive=False, height=200)
+                preview = gr.Image(
+                    label="On the way: the middle frame", interactive=False, height=200, visible=False
+                )
                 video = gr.Video(label="Clip", autoplay=True, loop=True, interactive=False)
                 files = gr.Files(label="Clip and its record", interactive=False)
         gallery = gr.Gallery(
@@ -90,7 +94,7 @@ def describe(runs: Runs) -> str:
 
 def examples() -> list[list[str]]:
     """Shipped pictures with a sentence each."""
-    return [[str(shipped.STAR), "a yellow star moves to the left"]]
+    return [[str(shipped.STAR), f"{SUBJECT} {FOUR[0]}"]]
 
 
 class Runner:
@@ -111,7 +115,8 @@ class Runner:
             raise gr.Error("Give a picture first: upload one, paste one, or choose an example.")
         if empty := [name for name, value in settings.items() if value is None]:
             raise gr.Error(f"{empty[0]} is empty; give a number.")
-        yield "Waiting for the model ...", None, None, None, same, seed
+        hidden = gr.Image(None, visible=False)
+        yield "Waiting for the model ...", hidden, None, None, same, seed
         try:
             for item in self.runs(picture, [prompt or "" for prompt in prompts], stop, settings):
                 if isinstance(item, Clip):
@@ -127,7 +132,7 @@ class Runner:
                     )
                 else:
                     label = f"Clip {item.clip} of {item.clips}, step {item.number} of {item.steps}"
-                    shown = same if item.preview is None else item.preview
+                    shown = same if item.preview is None else gr.Image(item.preview, visible=True)
                     yield label, shown, same, same, same, same
         except (ValueError, OSError) as error:
             raise gr.Error(str(error)) from error
@@ -135,7 +140,7 @@ class Runner:
             f"{len(clips)} of {len(prompts)} made, seed {seed}." if len(clips) == len(prompts) else "Stopped."
         )
         said += "".join(f"\n\nNote: {note}" for note in notes)
-        yield said, None, same, same, self.all(), same
+        yield said, hidden, same, same, self.all(), same
 
     def all(self) -> list[tuple[str, str]]:
         return [(str(clip.picture), clip.caption) for clip in self.runs.clips]

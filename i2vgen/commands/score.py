@@ -1,7 +1,7 @@
 """Score your own videos, from any model: fidelity to the picture, steadiness, motion.
 
     i2vgen score videos=FOLDER [against=FOLDER] [reference=FOLDER] [metrics=NAME,NAME]
-    [json=OUT.json] [setting=value ...]
+    [json=OUT.json] [output=FOLDER] [setting=value ...]
 
     i2vgen score videos=outputs/mine
     i2vgen score videos=outputs/mine against=outputs/theirs metrics=flicker,motion
@@ -18,6 +18,7 @@
     lpips_network=, fvd_network=    FILE.py:NAME, MODULE:NAME or a TorchScript file
     device=         auto, cpu, cuda
     json=           file for all results, per clip and overall
+    output=         folder for index.html (one page with the scores and the first clips) and scores.json
     --list          print every metric with its definition, and stop
 
 A network for LPIPS or FVD is a program: use only your own or one you trust. See docs/evaluation.md.
@@ -45,8 +46,10 @@ def main(argv: list[str]) -> int:
         return 0
     if file is not None:
         raise ValueError(f"{file} is no setting; write videos={file}")
-    given = cli.take_all(words, numbers=("frames",), texts=(*TEXTS, "json"))
+    given = cli.take_all(words, numbers=("frames",), texts=(*TEXTS, "json", "output"))
     json_path = cli.check_file("json", given.pop("json"), argv) if "json" in given else None
+    folder = given.pop("output", None)
+    folder = whole.check_results("output=", folder, report.FILES) if folder else None
     if "videos" not in given:
         raise ValueError("no videos given; write videos=FOLDER")
     if "metrics" in given:
@@ -56,17 +59,13 @@ def main(argv: list[str]) -> int:
 
     with tqdm(total=sum(len(model.clips) for model in job.models), unit="clip", mininterval=0.5) as bar:
         found = scores.run(job, judges, on_clip=bar.update)
-    print(describe(found))
+    print(report.describe(found))
     print(report.table(found, job.names))
     for line in report.notes(job, found):
         print(line)
     if json_path is not None:
         whole.write_json(json_path, report.to_dict(job, found), allow_nan=False)
         print(f"scores in {cli.shown(json_path)}")
+    if folder is not None:
+        print(f"page in {cli.shown(report.write_page(job, found, folder))}")
     return 0
-
-
-def describe(found: list[scores.Found]) -> str:
-    if len(found) == 1:
-        return f"{found[0].place}: {len(found[0].rows)} clips"
-    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips with the same names"

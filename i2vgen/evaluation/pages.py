@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
-from PIL import Image
 
 from i2vgen.evaluation.evaluate import Evaluation
 from i2vgen.evaluation.scores import ACCURACIES, MEANS, SCORES, SHAPES, Made, Scores, asked
@@ -55,7 +50,6 @@ BRIEF = {  # of a sweep over ways of sampling
 }
 SHARES = (*ACCURACIES, "identity")
 FILES = ("scores.json", "table.md", "index.html")
-FRAME_HEIGHT, MAX_FRAMES, GAP = 96, 8, 3  # of the strips, in pixels
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
@@ -153,54 +147,12 @@ def summary(evaluation: Evaluation) -> str:
 def as_figure(one: Made) -> pages.Figure:
     told = f"\n{one.item.set} {one.item.seed}: asked {asked(one.item.facts)}, read {one.read}, "
     return pages.Figure(
-        tuple((alt, encoded(strip(frames)))
+        tuple((alt, pages.strip(frames))
               for alt, frames in (("true clip", one.truth), ("generated clip", one.frames))),
         name=one.item.caption,
         told=told + "right" if one.motion_right else told,
         wrong="" if one.motion_right else "wrong",
     )  # fmt: skip
-
-
-def strip(frames: np.ndarray) -> Image.Image:
-    """Up to MAX_FRAMES frames of uint8 [f h w 3], evenly spread, side by side at about FRAME_HEIGHT."""
-    count, height, width, _ = frames.shape
-    chosen = np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int)
-    size = shown_size(width, height)
-    row = Image.new("RGBA", (len(chosen) * (size[0] + GAP) - GAP, size[1]))  # the gaps let the page through
-    for place, number in enumerate(chosen):
-        row.paste(
-            Image.fromarray(frames[number]).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0)
-        )
-    return row
-
-
-def shown_size(width: int, height: int) -> tuple[int, int]:
-    """About FRAME_HEIGHT pixels high: small frames by a whole number, so that every pixel is a square."""
-    if height > FRAME_HEIGHT:
-        return round(width * FRAME_HEIGHT / height), FRAME_HEIGHT
-    times = round(FRAME_HEIGHT / height)
-    return width * times, height * times
-
-
-def animated(clips: Sequence[np.ndarray], fps: int = 8) -> bytes:
-    """Clips uint8 [f h w 3] of equal length and height -> an animated PNG of them side by side."""
-    height, width = clips[0].shape[1:3]
-    size = shown_size(width, height)
-    rows = []
-    for frames in zip(*clips, strict=True):
-        row = Image.new("RGB", (len(clips) * (size[0] + GAP) - GAP, size[1]), "white")
-        for place, frame in enumerate(frames):
-            row.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0))
-        rows.append(row)
-    file = io.BytesIO()
-    rows[0].save(file, "PNG", save_all=True, append_images=rows[1:], duration=1000 / fps, loop=0)
-    return file.getvalue()
-
-
-def encoded(picture: Image.Image) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, "PNG", optimize=True)
-    return file.getvalue()
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ class _Backend:
 
     @property
     def backend(self) -> str | AttentionFunction:
-        wanted = vars(self)["backend"]
+        # A module of a plugin's lies where PyTorch puts modules.
+        wanted = vars(self)["backend"] if "backend" in vars(self) else self._modules["backend"]
         return functools.partial(_attend, wanted=wanted) if wanted in ("sdpa", "auto") else wanted
 
     @backend.setter

@@ -30,7 +30,9 @@ def device(runtime: Runtime) -> torch.device:
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("runtime.device is mps but PyTorch sees no such device here")
     if chosen.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"runtime.device is {runtime.device}; known are auto, cpu, cuda, cuda:1 and mps")
+        raise ValueError(
+            f"runtime.device is {runtime.device}; known are auto, cpu, cuda, cuda:1 and mps (untested)"
+        )
     return chosen
 
 

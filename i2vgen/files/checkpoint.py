@@ -17,6 +17,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,8 +42,9 @@ from i2vgen.settings.config import SETTINGS_FILE, Config, Use
 from i2vgen.settings.merge import from_dict, read_stored_settings
 
 ORIGIN_FILE = "origin.json"
+CARD_FILE = "README.md"  # a model card, by hand: never read, and kept when the weights are replaced
 # Files of a weights folder, and what systems put into any folder.
-OF_FOLDER = re.compile(r"(settings|origin)\.json|.*\.safetensors(\.index\.json)?|\..*")
+OF_FOLDER = re.compile(r"(settings|origin)\.json|README\.md|.*\.safetensors(\.index\.json)?|\..*")
 PARTS = ("unet", "vae", "clip")  # clip: both towers of one open_clip model, in open_clip's names
 
 
@@ -359,6 +361,8 @@ def save(
                 stored.pop(name, None)
         whole.write_json(temporary / ORIGIN_FILE, dict(origin or {}))
         whole.write_json(temporary / SETTINGS_FILE, {"format": settings.FORMAT, "settings": stored})
+        if (folder / CARD_FILE).is_file():
+            shutil.copyfile(folder / CARD_FILE, temporary / CARD_FILE)
     return folder
 
 
@@ -376,7 +380,7 @@ def computed_state(model: nn.Module) -> dict[str, Tensor | Entry]:
 def check_place(folder: str | Path) -> Path:
     """ValueError unless a weights folder can be written here: nothing there yet, or an older one.
 
-    The older one is replaced, so it must hold nothing else.
+    The older one is replaced, so it must hold nothing else, except a model card, which stays.
     """
     folder = Path(folder)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

@@ -23,6 +23,7 @@ from i2vgen.evaluation.drift import Sampled, counting
 from i2vgen.evaluation.evaluate import Plan
 from i2vgen.fast import runtime, savings
 from i2vgen.files import checkpoint, fingerprint, plugins, whole
+from i2vgen.files.pages import animated
 from i2vgen.lab import own_clips, summary, trace
 from i2vgen.lab import study as studies
 from i2vgen.lab.study import Budget, Run, Study
@@ -247,7 +248,7 @@ def save_shown(folder: Path, clips: Sequence[tuple[str, np.ndarray, np.ndarray]]
     for number, (caption, truth, frames) in enumerate(clips):
         told.append({"caption": caption, "file": f"clip_{number}.png"})
         with whole.replacing(folder / told[-1]["file"]) as temporary:
-            temporary.write_bytes(pages.animated([truth, frames]))
+            temporary.write_bytes(animated([truth, frames]))
     whole.write_json(folder / CLIPS, told)
 
 

@@ -320,6 +320,7 @@ def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
             axes.set(ylim=(len(table) - 0.5, -0.5))
             axes.set_yticks(range(len(table)), list(table), fontsize=8)
             axes.set_title(f"{label(study, score)} ({measure})", fontsize=9, loc="left")
+            axes.tick_params(axis="x", labelsize=8)
             axes.grid(axis="x", alpha=0.3)
         made.append(_save(picture, folder / f"scores_{measure}.png"))
     curves = {run: r["loss"] for run, r in results.items() if r["loss"]}
@@ -327,12 +328,16 @@ def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
         picture = Figure(figsize=(6.4, 3.6), layout="constrained")
         axes = picture.subplots()
         for run, curve in curves.items():
-            axes.plot(*zip(*curve, strict=True), color=colours[run.variant], linewidth=1)
+            dot = "o" if len(curve) == 1 else None
+            axes.plot(*zip(*curve, strict=True), color=colours[run.variant], linewidth=1, marker=dot)
             if run.seed == 0:
                 axes.annotate(
                     f" {run.variant}", curve[-1], color=colours[run.variant], fontsize=8, va="center"
                 )
         axes.set(xlabel="step", ylabel="training loss", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis("{x:g}")  # not in powers of ten
+        axes.tick_params(which="both", labelsize=8)
         axes.margins(x=0.15)
         made.append(_save(picture, folder / "loss.png"))
     return made
@@ -345,7 +350,7 @@ def _save(picture, path: Path) -> Path:
 
 
 def page(study: Study, about: str, tables, pictures: Sequence[Path], runs: Sequence[Run]) -> str:
-    figures = [pages.Figure(((p.stem, p.read_bytes()),)) for p in pictures]
+    figures = [pages.Figure(((p.stem, p.read_bytes()),), plot=True) for p in pictures]
     sections = [pages.of_table(table, said) for table, said in tables]
     clips = pages.Section(
         "The same clips by every variant",

@@ -1,19 +1,23 @@
-"""The scores of one model, or of two side by side, as tables and as JSON."""
+"""The scores of one model, or of two side by side, as tables, as JSON and as a page."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
-from i2vgen.files import records
+from i2vgen.files import pages, records, whole
 from i2vgen.files.tables import NONE, Table
+from i2vgen.scoring.clips import frames
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
 
 ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
 INSIDE = "inside the error bars"
 UNJUDGED = "no interval"
+SHOWN = 8  # clips on the page
+FILES = ("index.html", "scores.json")
 DIGITS = 4  # significant ones; of numbers below 1, behind the point
 
 
@@ -82,6 +86,47 @@ def notes(job: Job, found: Sequence[Found]) -> list[str]:
     return lines
 
 
+# ---------------------------------------------------------------------------------------------------
+# A page
+
+
+def write_page(job: Job, found: Sequence[Found], folder: Path) -> Path:
+    """index.html and scores.json -> the page: the scores, and the first clips with theirs, moving."""
+    scores = pages.Section("Scores", table(found, job.names), text="\n".join(notes(job, found)))
+    clips = pages.Section(
+        "The first clips",
+        text="Above one of videos, below its partner in against." if len(found) == 2 else "",
+        figures=[as_figure(job, found, number) for number in range(min(SHOWN, len(found[0].clips)))],
+    )
+    page, told = (folder / name for name in FILES)
+    whole.write_json(told, to_dict(job, found), allow_nan=False)
+    settings = to_dict(job, found)["settings"]
+    text = pages.render("Scores of videos", describe(found), [scores, clips], settings=settings)
+    whole.write_text(page, text)
+    return page
+
+
+def as_figure(job: Job, found: Sequence[Found], number: int) -> pages.Figure:
+    pictures, told = [], ""
+    for one, which in zip(found, ("videos", "against"), strict=False):
+        clip, row = one.clips[number], one.rows[number]
+        pictures.append((which, pages.animated([frames(clip, job.plan.frames)])))
+        scored = (f"{name} {figure(row[name])}" for name in job.names if row.get(name) is not None)
+        told += f"\n{which if len(found) == 2 else clip.name}: {', '.join(scored)}"
+    clip = found[0].clips[number]
+    return pages.Figure(tuple(pictures), name=clip.prompt or clip.name, told=told)
+
+
+def describe(found: Sequence[Found]) -> str:
+    if len(found) == 1:
+        return f"{found[0].place}: {len(found[0].rows)} clips"
+    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips with the same names"
+
+
+# ---------------------------------------------------------------------------------------------------
+# JSON
+
+
 def to_dict(job: Job, found: Sequence[Found]) -> dict:
     """Everything, per clip and in all; what is not there is null."""
     plan = {k: v for k, v in dataclasses.asdict(job.plan).items() if v not in ("", (), 0)}
@@ -118,7 +163,7 @@ def listing() -> str:
     for name, metric in METRICS.items():
         unit = f" [{metric.unit}]" if metric.unit else ""
         needs = f"; needs {', '.join(metric.needs)}" if metric.needs else ""
-        whole = "; one number for all clips" if name in SETS else ""
+        one_for_all = "; one number for all clips" if name in SETS else ""
         better = f"{metric.better} is better" if metric.better else "describes, neither is better"
-        lines.append(f"{name:18} {metric.says}{unit}; {better}{needs}{whole}")
+        lines.append(f"{name:18} {metric.says}{unit}; {better}{needs}{one_for_all}")
     return "\n".join(lines)

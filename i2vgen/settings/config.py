@@ -605,7 +605,7 @@ REMOVED = {
 class Runtime:
     """Where and in which precision to compute. Nothing here changes what is computed beyond rounding."""
 
-    device: str = "auto"  # auto: cuda where there is one, else cpu
+    device: str = "auto"  # auto: cuda where there is one, else cpu; mps is untested
     # auto: float16 on CUDA, as the official sampler; bfloat16 on CPUs with units for it, for UNets of 64
     # channels or more; else float32
     dtype: Literal["auto", "float64", "float32", "bfloat16", "float16"] = "auto"
@@ -722,8 +722,9 @@ class Config:
             )
         if self.use.output != "plain" and self.schedule.prediction != "x0":
             raise ValueError(
-                f"use.output is {self.use.output}, but schedule.prediction is {self.schedule.prediction}: only an "
-                "estimate of the clean latent can start from the picture's; use schedule.prediction=x0"
+                f"use.output is {self.use.output}, but schedule.prediction is {self.schedule.prediction}: "
+                "only an estimate of the clean latent can start from the picture's; use "
+                "schedule.prediction=x0"
             )
         if self.use.text and clip.text["width"] != unet.context_width:
             raise ValueError(

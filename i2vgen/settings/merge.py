@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from i2vgen.settings import yaml_text
+from i2vgen.settings import shipped, yaml_text
 from i2vgen.settings.config import (
     ARCHITECTURE,
     DEFAULTS,
@@ -308,6 +308,8 @@ def _expanded(name: str, value: Any) -> Any:
     """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
     if name == "weights" and value == "lab":  # a folder of that name is ./lab
         return LAB
+    if name in ("weights", "refine_weights"):
+        value = shipped.weights(value)
     if name not in PATHS:
         return value
     values = value if name in LISTS else (value,)

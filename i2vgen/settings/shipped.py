@@ -33,3 +33,13 @@ def config(name: str) -> str:
             warnings.warn(f"{name} is the shipped file {found}", stacklevel=2)
             return str(found)
     return name
+
+
+def weights(name: str) -> str:
+    """A weights folder by its path in a clone, `i2vgen/assets/small`, is found from any folder."""
+    path = Path(name)
+    if path.parts[:2] == ("i2vgen", "assets") and not os.path.lexists(path):
+        found = PACKAGE.joinpath(*path.parts[1:])
+        if ".." not in path.parts and found.is_dir():
+            return str(found)
+    return name

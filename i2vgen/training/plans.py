@@ -223,7 +223,8 @@ def make(config: Config, train: Train, bucket: Bucket) -> Work:
         clip = checkpoint.build("clip", config).requires_grad_(False)
         trained = nn.ModuleDict({"unet": unet, "text": clip.text_path().requires_grad_(True)})
     for module in unet.modules():
-        if isinstance(module, Attention):  # the fused kernels that `auto` takes keep no scores
+        # The fused kernels that `auto` takes keep no scores; a plugin's module is counted as it is.
+        if isinstance(module, Attention) and not isinstance(module.backend, nn.Module):
             module.backend = _attention
     b, c, (h, w) = bucket.batch, config.vae.embed_dim, config.latent_size
 
