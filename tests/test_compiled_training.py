@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import shutil
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ from i2vgen.files import checkpoint
 from i2vgen.model.unet import UNet
 from i2vgen.settings import config
 from i2vgen.settings.config import LAB
+from i2vgen.settings.merge import load_config
 
 CPU = torch.device("cpu")
 # Few kinds of blocks, with and without attention: each takes seconds to compile.
@@ -99,10 +99,12 @@ def test_a_real_compiler_computes_the_same(make_inputs, compiling):
 def test_a_run_goes_on_with_and_without(run, tmp_path, compiling):  # noqa: F811
     """The checkpoints of either fit the other, and the weights have the ordinary names."""
     compiling("aot_eager")
-    weights = tmp_path / "start"  # for a new UNet with few kinds of blocks
-    shutil.copytree(LAB, weights, ignore=shutil.ignore_patterns("unet*"))
+    held = {part: dict(checkpoint.read_part(LAB, part)) for part in ("vae", "clip")}
+    settings = load_config(None, ["weights=lab"])
+    few = {"width_multipliers": (1,), "attention_levels": (False,), "blocks_per_level": 1}
+    few = dataclasses.replace(settings, unet=dataclasses.replace(settings.unet, **few))
+    weights = checkpoint.save(tmp_path / "start", held, few)  # for a new UNet with few kinds of blocks
     words = [f"weights={weights}", *RUN, "train.precision=float32", "train.save_every=1", "train.batch=1"]
-    words += ["unet.width_multipliers=[1]", "unet.attention_levels=[false]", "unet.blocks_per_level=1"]
     for steps, (output, on) in itertools.product((1, 2), {"eager": (), "mixed": (1,)}.items()):
         how = [f"train.compile={str(steps in on).lower()}", f"train.steps={steps}"]
         run("train", *words, *how, f"output={output}", "train.decay=constant", *["--resume"] * (steps - 1))
