@@ -24,7 +24,7 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor, nn
 
-from i2vgen.adapt import lora
+from i2vgen.adapt import lora, lora_files
 from i2vgen.diffusion.noise import SampleNoise, draw_all
 from i2vgen.diffusion.sampler import (
     Noise,
@@ -294,7 +294,7 @@ class I2VGenXL:
 
         ValueError for adapters of another architecture, and while others are attached.
         """
-        made = lora.load(self.unet, source, scale=scale)
+        made = load_adapter(self.unet, source, self.config, scale)
         self.adapters[os.fspath(source)] = made
         return made
 
@@ -717,8 +717,22 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
         for part in checkpoint.PARTS
     )
     if config.adapter:
-        lora.load(unet, config.adapter, scale=config.sample.adapter_scale).merge()
+        load_adapter(unet, config.adapter, config, config.sample.adapter_scale).merge()
     return assemble(config, unet, vae, clip, device, asked, ranks)
+
+
+def load_adapter(unet: UNet, source: str | Path, config: Config, scale: float) -> lora.Adapters:
+    """`lora.load`, with a warning about plugins that it was trained with and that the settings lack."""
+    lacking = plugins.missing(lora_files.origin(source), config, subject="it was")
+    try:
+        made = lora.load(unet, source, scale=scale)
+    except ValueError as error:
+        if lacking:
+            raise ValueError(f"{error}; {lacking}") from error
+        raise
+    if lacking:
+        warnings.warn(f"the adapter {source}: {lacking}", stacklevel=3)
+    return made
 
 
 def assemble(

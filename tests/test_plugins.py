@@ -137,6 +137,41 @@ def test_attention_by_a_module_with_weights_of_its_own(plugin, script_at, tmp_pa
     assert len(seen) == len(biases) and np.array_equal(made[0], made[2])
 
 
+def test_an_adapter_asks_for_its_plugin(script_at, plugin, tmp_path, root):
+    """One that sets an attention function, which no name and no shape in the adapter tells."""
+    text = """def mean(q, k, v):
+    return v.mean(2, keepdim=True).expand_as(q)
+def change(parts, config):
+    parts["unet"].mid1.temporal.attention1.backend = mean
+"""
+    file = plugin(text)
+    train = script_at("train", str(root / "configs" / "train" / "tiny_diffusion.yaml"))
+    words = ["weights=lab", "device=cpu", "train.batch=1", "train.steps=1", "train.sample_every=0"]
+    words += [f"train.{name}=[]" for name in ("frame_lengths", "sample_fps", "bucket_batch")]
+    words += ["train.lora_rank=2", "train.lora_modules=mid1.temporal.*", "train.warmup=0", "output=run"]
+    status, _, err = train(*words, "train.learning_rate=0.1", "train.workers=0", f"plugins={file}")
+    assert status == 0, err
+    sha256 = records.sha256(file)
+    adapter = tmp_path / "run" / "adapter"
+    held = json.loads((adapter / "origin.json").read_text(encoding="utf-8"))
+    assert held["plugins"] == [{"file": str(file), "sha256": sha256}] and held["steps"] == 1
+
+    asked = f"it was trained with the plugin {file} (sha256 {sha256[:12]}), which is not given"
+    run = script_at("generate")
+    status, _, err = run(*ONE, f"adapter={adapter}", "output=without.png")
+    assert status == 0 and asked in err and f"plugins=[{file}] names it" in err
+    status, _, err = run(*ONE, f"adapter={adapter}", f"plugins={file}", "output=with.png")
+    assert status == 0 and "trained with" not in err
+    # Under another plugin, which drops what the adapter adapts.
+    status, _, err = run(*ONE, f"adapter={adapter}", f"plugins={EXAMPLE}", "output=other.png")
+    assert status == 2 and "this network has no mid1.temporal" in err and asked in err
+    out = script_at("export")(adapter, "shared", "layout=diffusers", "weights=lab")[1]
+    assert f"note: trained with the plugin {file} (sha256 {sha256[:12]}), which is not exported" in out
+    # The file that holds the matrices is as good a name as its folder.
+    with pytest.warns(UserWarning, match=r"adapter_model\.safetensors: it was trained with the plugin"):
+        pipeline.load("lab", device="cpu").lora(adapter / "adapter_model.safetensors")
+
+
 def test_weights_that_fit_without_their_plugin_say_so(plugin, tmp_path):
     """One that sets an attention function leaves every tensor as it was."""
     folder = tmp_path / "weights"
@@ -249,6 +284,9 @@ def test_a_file_that_is_no_plugin_is_named_before_any_work(script_at, plugin, tm
     status, _, err = script_at("generate")(*ONE, f"plugins={file}", "output=never.png")
     (said,) = err.splitlines()
     assert status == 2 and said.startswith(f"error: plugins={file}")
+    if "line" in line:  # also where it is named as it is from here
+        _, _, err = script_at("generate")(*ONE, f"plugins={file.name}", "output=never.png")
+        assert f"error: plugins={file.name}" in err and line.partition(":")[0].split("fails ")[1] in err
     with pytest.raises(ValueError, match=line):
         plugins.of(load_config(plugins=[str(file)])) and checkpoint.build(
             "unet", load_config(weights="lab", plugins=[str(file)])

@@ -102,6 +102,7 @@ def fit(config, train, folder, **how):
         (["train.bucket_batch=[1,2]"], r"train\.bucket_batch has 2 entries for 1 buckets"),
         (["train.part=clip", "train.batch=1"], r"train\.part=clip contrasts"),
         (["train.part=vae", "train.checkpointing=true"], r"train\.checkpointing needs train\.part=diffusion"),
+        (["train.part=clip", "train.compile=true"], r"train\.compile needs train\.part=diffusion"),
         (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder needs train\.part=diffusion"),
         (["train.part=vae", "train.clip_unread=true"], r"clip_unread needs train\.part=clip"),
         (["train.part=clip", "train.vae_encoder=false"], r"vae_encoder needs train\.part=vae"),

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 from test_prepare import CPU, RUN, SIZE, log, run, write_clips  # noqa: F401 (run is a fixture)
 
-from i2vgen.files import checkpoint
+from i2vgen.files import checkpoint, fingerprint
 from i2vgen.settings.config import SHIPPED
-from i2vgen.training import data, diffusion, loop, validation
+from i2vgen.training import copies, data, diffusion, loop, validation
 from i2vgen.training.settings import Bucket, load_settings
 
 BANDS = [f"validation_loss_{low}_{low + 200}" for low in range(0, 1000, 200)]
@@ -206,6 +206,59 @@ def test_a_validation_folder_inside_the_training_folder_is_refused(run, clips, t
     assert not (tmp_path / "out/log.jsonl").exists()
 
 
+def test_copies_under_other_names_are_refused(run, clips, tmp_path):  # noqa: F811
+    """A file and a folder of frames, raw or prepared on either side; clips that only look alike are not."""
+    shutil.copytree(clips, "videos")
+    held = write_clips(tmp_path / "held", frames=5)
+    opened("train.data=videos", "train.validate=held")
+    shutil.copy("videos/5.mp4", held / "other.mp4")
+    shutil.copytree("videos/4", held / "frames")
+    with (held / "captions.jsonl").open("a") as file:
+        file.writelines(json.dumps({"file": name, "caption": "x"}) + "\n" for name in ("other.mp4", "frames"))
+    for name in ("videos", "held"):
+        run("prepare", f"data={name}", f"output=ready {name}", *SIZE)
+    said = run.refused("train", *WORDS, "train.data=videos", "train.validate=held", "output=out")
+    assert "train.validate=held holds 2 of the clips of train.data=videos: " in said
+    assert not (tmp_path / "out/log.jsonl").exists()
+    for words in (("ready videos", "held"), ("videos", "ready held"), ("ready videos", "ready held")):
+        with pytest.raises(ValueError, match=r"holds 2 of the clips of .*: frames is 4, byte for byte"):
+            opened(f"train.data={words[0]}", f"train.validate={words[1]}")
+
+
+def test_copies_within_a_folder_are_told(clips, tmp_path, caplog):
+    folder = shutil.copytree(clips, tmp_path / "videos")
+    rows = [json.loads(line) for line in (folder / "captions.jsonl").read_text().splitlines()]
+    for number in range(6):
+        shutil.copy(folder / "0.mp4", folder / f"again{number}.mp4")
+        rows.append({"file": f"again{number}.mp4", "caption": "x"})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened(f"train.data={folder}", "train.validate=0.4")
+    assert "clips that are trained on under another name, such as" in caplog.text
+
+
+def test_files_of_one_size_are_read_only_as_far_as_they_agree(tmp_path, monkeypatch):
+    """Of the size of nothing else, of one size only, the same here and there, and the same everywhere."""
+    size = 2**20
+    for folder, at in (("trained", 3), ("held", 5)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"{folder} alone").write_bytes(bytes(at))
+        (tmp_path / folder / "begins differently").write_bytes(bytes([at]) + bytes(size - 1))
+        (tmp_path / folder / "differs once").write_bytes(bytes(99_999) + bytes([at]) + bytes(size))
+        (tmp_path / folder / f"{folder} twin").write_bytes(b"a" * size)
+    made = [copies.Files(tmp_path / f, sorted(os.listdir(tmp_path / f))) for f in ("held", "trained")]
+    read, of_content = [], fingerprint.of_content
+
+    def noted(path, *, spots=0):
+        read.append((path.name, "spots" if spots else "all"))
+        return of_content(path, spots=spots)
+
+    monkeypatch.setattr(fingerprint, "of_content", noted)
+    assert copies.shared(*made) == [("held twin", "trained twin")]
+    whole = {name for name, how in read if how == "all"}
+    assert whole == {"differs once", "held twin", "trained twin"}
+    assert not any("alone" in name for name, _ in read)
+
+
 def test_what_cannot_be_held_out_is_refused(run, clips, tmp_path):  # noqa: F811
     shutil.copytree(clips, "videos")
     first = (tmp_path / "videos/captions.jsonl").read_text().splitlines()[0]
@@ -218,8 +271,8 @@ def test_what_cannot_be_held_out_is_refused(run, clips, tmp_path):  # noqa: F811
 
 
 def test_another_validation_folder_needs_resume(run, clips, tmp_path):  # noqa: F811
-    for name in ("videos", "held"):
-        shutil.copytree(clips, name)
+    shutil.copytree(clips, "videos")
+    write_clips(tmp_path / "held", frames=5)
     words = (*WORDS, "train.data=videos", "train.validate=held", "output=out")
     run("train", *words)
     (tmp_path / "held/captions.jsonl").write_text(json.dumps({"file": "1.gif", "caption": "x"}) + "\n")

@@ -55,7 +55,7 @@ def convert(source: str | Path, out: str | Path, cfg: config.Config, *, dry_run:
             a.reshape(len(a), *weight.shape[1:]), b.reshape(*b.shape[:2], *ones), alpha
         )
     if not dry_run:
-        lora_files.write(out, fitting)
+        lora_files.write(out, fitting, origin=lora_files.origin(source))
     return f"low-rank adapters of {len(fitting)} modules, from {Path(source).name}"
 
 

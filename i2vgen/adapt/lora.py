@@ -90,8 +90,8 @@ class Adapters(nn.Module):
         for module in self.modules_by_path.values():
             parametrize.remove_parametrizations(module, "weight", leave_parametrized=merged)
 
-    def save(self, folder: str | Path) -> Path:
-        """Write the matrices and their settings in peft's format, at scale 1."""
+    def save(self, folder: str | Path, *, origin: Mapping | None = None) -> Path:
+        """Write the matrices and their settings in peft's format, at scale 1, and how they were made."""
         matrices = {}
         for path, module in self.modules_by_path.items():
             kernel = module.parametrizations.weight.original.shape[2:]
@@ -99,7 +99,7 @@ class Adapters(nn.Module):
             if kernel:
                 a, b = a.unflatten(1, (-1, *kernel)), b[..., None, None]
             matrices[path] = Matrices(a, b, self.alphas[path])
-        return write(folder, matrices)
+        return write(folder, matrices, origin=origin)
 
 
 def attach(network: nn.Module, patterns: Sequence[str], *, rank: int, alpha: float | None = None) -> Adapters:

@@ -1,6 +1,7 @@
 """Files of low-rank adapters -> matrices by module, and back.
 
-    folder with adapter_config.json, adapter_model.safetensors    peft's, which `write` writes too
+    folder with adapter_config.json, adapter_model.safetensors    peft's, which `write` writes too, with an
+                                                                  origin.json as in a weights folder
     folder with pytorch_lora_weights.safetensors, or that file    diffusers'
     any other .safetensors file                                   kohya's names, or diffusers'
 
@@ -22,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from i2vgen.files import whole
+from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 
 WEIGHTS_FILE, SETTINGS_FILE = "adapter_model.safetensors", "adapter_config.json"
@@ -211,10 +212,25 @@ def renamed(
     return found, [name for name in matrices if name not in known and name not in flat]
 
 
-def write(folder: str | Path, matrices: Mapping[str, Matrices]) -> Path:
-    """Two files in peft's format: the matrices, float32, and what they are for. Each appears whole."""
+def origin(source: str | Path) -> dict[str, Any]:
+    """How a folder's adapter was made, as far as its origin.json says."""
+    source = Path(source)
+    if source.is_dir() or source.name == WEIGHTS_FILE:
+        return checkpoint.read_origin(source if source.is_dir() else source.parent)
+    return {}
+
+
+def write(folder: str | Path, matrices: Mapping[str, Matrices], *, origin: Mapping | None = None) -> Path:
+    """Files in peft's format: the matrices, float32, and what they are for. Each appears whole.
+
+    `origin`, how they were made, stands beside them as it does in a weights folder.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if origin:
+        whole.write_json(folder / checkpoint.ORIGIN_FILE, dict(origin), indent=1)
+    else:
+        (folder / checkpoint.ORIGIN_FILE).unlink(missing_ok=True)  # of the adapter that was here before
     entries = [
         Entry(f"{PREFIX}{path}.lora_{which}.weight", tuple(t.shape), torch.float32, t.contiguous)
         for path, held in matrices.items()

@@ -16,11 +16,14 @@ docs/conversion.md says what each layout holds.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 
 from i2vgen import cli
+from i2vgen.adapt import lora_files
 from i2vgen.commands.convert import DTYPES, Bars, check_out, size
 from i2vgen.fast import runtime
+from i2vgen.files import checkpoint, plugins
 from i2vgen.settings.merge import load_config
 from weights_conversion import adapters
 from weights_conversion.export import LAYOUTS, export
@@ -43,7 +46,7 @@ def main(argv: list[str]) -> int:
             shard_bytes=arguments.shard_size,
             on_bytes=lambda done, total: bars.show("writing", done, total),
         )
-    tell(arguments.out, notes)
+    tell(arguments.out, notes + plugin_notes(checkpoint.read_origin(arguments.native)))
     if arguments.layout == "diffusers":
         print(f'load it: pipe = diffusers.I2VGenXLPipeline.from_pretrained("{cli.shown(arguments.out)}")')
     return 0
@@ -59,12 +62,18 @@ def export_adapter(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{name}= has no effect on an adapter; leave it out")
     config = load_config(None, [f"weights={arguments.weights}"] if arguments.weights else [])
     notes = adapters.export(arguments.native, arguments.out, config, fold=not arguments.no_fold)
-    tell(arguments.out, notes)
+    tell(arguments.out, notes + plugin_notes(lora_files.origin(arguments.native)))
     print(
         "load it onto the pipeline of its base: pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "
         f'"{cli.shown(arguments.out)}").merge_and_unload()'
     )
     return 0
+
+
+def plugin_notes(origin: Mapping) -> list[str]:
+    """What other programs cannot know of"""
+    trained = plugins.recorded(origin)
+    return [f"trained with the plugin {plugins.named(trained)}, which is not exported"] if trained else []
 
 
 def tell(out: str, notes: list[str]) -> None:

@@ -1,11 +1,12 @@
-"""torch.compile and CUDA graphs, both optional. Where they fail, the run goes on without them.
+"""torch.compile and CUDA graphs, both optional. Where they fail, sampling goes on without them.
 
 Blocks are compiled one by one, so that blocks of one shape are compiled once; compiling the whole UNet takes
 minutes and gains nothing more. A CUDA graph replays a whole guidance step without waiting for the CPU, which
 dominates at small sizes.
 
 Compiled and recorded code does not see hooks. So both are entered only while no module inside is hooked,
-replaced or changed; otherwise the modules are called as usual.
+replaced or changed; otherwise the modules are called as usual. Training (`train.compile`) compiles what it
+finds at its first step, adapters and replaced modules included, and only what has a backward pass.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from i2vgen.diffusion.sampler import Predict
+from i2vgen.fast.checkpointing import CheckpointedBlock
 from i2vgen.fast.guard import undisturbed
 from i2vgen.fast.runtime import compile_quickly
 from i2vgen.model.unet import Block, UNet
@@ -58,9 +60,87 @@ def compile_blocks(unet: UNet) -> None:
     _failed.clear()
     _code.cache_clear()
     blocks = [block for block in unet.blocks() if type(block) is Block]
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 2 * len(blocks))
+    _allow(2 * len(blocks))
     for block in blocks:
         block.__class__ = CompiledBlock
+
+
+class TrainedBlock(Block):
+    """A block whose training, forward and backward, is compiled; without gradients it runs as usual."""
+
+    plain = Block
+
+    def forward(self, *inputs: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        return _training(Block, self, inputs)
+
+
+class CheckpointedTrainedBlock(CheckpointedBlock):
+    """The same of a block that is checkpointed, which the compiler knows to keep."""
+
+    plain = Block
+
+    def forward(self, *inputs: object) -> Tensor:
+        if not torch.is_grad_enabled():
+            return super().forward(*inputs)
+        return _training(CheckpointedBlock, self, inputs)
+
+
+TRAINED = {Block: TrainedBlock, CheckpointedBlock: CheckpointedTrainedBlock}
+
+
+def _training(kind: type[Block], block: Block, inputs: tuple[object, ...]) -> Tensor:
+    try:
+        return _training_code(kind)(block, *inputs)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise _uncompilable(error) from error
+
+
+@functools.cache
+def _training_code(kind: type[Block]) -> Callable[..., Tensor]:
+    """One piece of code for all blocks; each shape of inputs and weights gets a compilation of its own."""
+    return torch.compile(kind.forward, dynamic=False)
+
+
+def compile_training(unet: UNet, shapes: int, device: torch.device) -> None:
+    """Train every block of a UNet that is exactly ours, checkpointed or not, by torch.compile from now on.
+
+    `shapes` says how many shapes of inputs will come. Weights, names and isinstance stay. ValueError if
+    torch.compile does not work here.
+    """
+    compile_quickly()
+    _training_code.cache_clear()
+    _try_out(device)
+    blocks = [block for block in unet.blocks() if type(block) in TRAINED]
+    _allow(len(blocks) * shapes)
+    # It would cut blocks where DistributedDataParallel sends gradients, and cannot cut checkpointed ones.
+    torch._dynamo.config.optimize_ddp = False
+    for block in blocks:
+        block.__class__ = TRAINED[type(block)]
+
+
+def _try_out(device: torch.device) -> None:
+    """Compile a line and its backward pass; ValueError says why that fails, before any work."""
+    x = torch.ones(2, device=device, requires_grad=True)
+    try:
+        torch.compile(lambda x: (x * x).sin(), dynamic=False)(x).sum().backward()
+    except (RuntimeError, ImportError) as error:
+        raise _uncompilable(error) from error
+
+
+def _uncompilable(error: BaseException) -> ValueError:
+    why = _first_line(getattr(error, "inner_exception", error))  # dynamo's own first line names no reason
+    return ValueError(f"train.compile=true does not work here: {why}; leave it out")
+
+
+def _allow(compilations: int) -> None:
+    """Let so many more pieces of code be compiled from one function; those of earlier networks stay."""
+    settings = torch._dynamo.config
+    settings.cache_size_limit += compilations
+    settings.accumulated_cache_size_limit = max(
+        settings.accumulated_cache_size_limit, settings.cache_size_limit
+    )
 
 
 class Recorded:

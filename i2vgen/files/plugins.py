@@ -97,12 +97,13 @@ def _run(path: str, where: str, function: Callable[[], object]) -> None:
         function()
     except ERRORS as error:
         frames = traceback.extract_tb(error.__traceback__)
-        lines = [frame.lineno for frame in frames if frame.filename == os.path.expanduser(path)]
+        place = os.path.abspath(os.path.expanduser(path))  # as an import makes it
+        lines = [frame.lineno for frame in frames if frame.filename == place]
         if isinstance(error, SyntaxError) and error.lineno:
             lines.append(error.lineno)
-        place = f"line {lines[-1]}" if lines else "a line that is not known"
+        line = f"line {lines[-1]}" if lines else "a line that is not known"
         said = f"{type(error).__name__}: {error}".partition("\n")[0]
-        raise ValueError(f"plugins={path}{where} fails in {place}: {said}") from error
+        raise ValueError(f"plugins={path}{where} fails in {line}: {said}") from error
 
 
 def change(parts: dict[str, nn.Module], config: Config, names: Callable[[nn.Module], Names]) -> None:
@@ -145,15 +146,21 @@ def _check(plugin: Plugin, what: str, declared: Sequence[str], found: set[str]) 
             )
 
 
-def missing(origin: Mapping, config: Config) -> str:
-    """What to say where weights were trained with plugins that the settings lack; empty where not."""
-    trained = origin.get("plugins")
-    if not isinstance(trained, list) or not all(isinstance(one, dict) for one in trained):
-        return ""
+def recorded(origin: Mapping) -> list[Mapping]:
+    """The plugins that weights or an adapter were trained with, as `described` wrote them."""
+    found = origin.get("plugins")
+    return found if isinstance(found, list) and all(isinstance(one, dict) for one in found) else []
+
+
+def named(trained: Sequence[Mapping]) -> str:
+    return ", ".join(f"{one.get('file')} (sha256 {str(one.get('sha256'))[:12]})" for one in trained)
+
+
+def missing(origin: Mapping, config: Config, *, subject: str = "they were") -> str:
+    """What to say of weights that were trained with plugins that the settings lack; empty if with none."""
     here = {plugin.sha256 for plugin in of(config)}
-    gone = [one for one in trained if one.get("sha256") not in here]
+    gone = [one for one in recorded(origin) if one.get("sha256") not in here]
     if not gone:
         return ""
-    named = ", ".join(f"{one.get('file')} (sha256 {str(one.get('sha256'))[:12]})" for one in gone)
     files = ",".join(str(one.get("file")) for one in gone)
-    return f"they were trained with the plugin {named}, which is not given: plugins=[{files}] names it"
+    return f"{subject} trained with the plugin {named(gone)}, which is not given: plugins=[{files}] names it"

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from i2vgen.files import fingerprint, images, lists, reading
 from i2vgen.settings.config import Config
-from i2vgen.training import draws, prepared
+from i2vgen.training import copies, draws, prepared
 from i2vgen.training.draws import Clips, Source, derived_seed, generator  # noqa: F401
 from i2vgen.training.prepared import Prepared
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, fraction, world_speed
@@ -61,10 +61,19 @@ def open_source(config: Config, train: Train) -> World | Folder | Prepared:
         source = open_folder(config, train, "train.data")
         if share:
             source = divided(source, share)
+            if found := copies.shared(listed(source.held_out), listed(source)):
+                LOGGER.warning(
+                    "train.validate=%s holds out %d clips that are trained on under another name, such as "
+                    "%s, which is %s; remove the copies, or the loss on them says too little",
+                    train.validate,
+                    len(found),
+                    *found[0],
+                )
     if train.validate and train.validate != WORLD and not share:
         refuse_overlap(train, source)
         there = dataclasses.replace(train, data=train.validate, validate="", flip=False, workers=0)
         source.held_out = open_folder(config, there, "train.validate")
+        refuse_copies(train, source, source.held_out)
     return source
 
 
@@ -105,6 +114,24 @@ def refuse_overlap(train: Train, source: World | Folder | Prepared) -> None:
                     f"({held} and {path}); validation needs clips that are not trained on: give another "
                     "folder, or a fraction such as train.validate=0.05"
                 )
+
+
+def refuse_copies(train: Train, source: World | Folder | Prepared, held: Folder | Prepared) -> None:
+    """ValueError if clips for validation are trained on under other names."""
+    found = [] if isinstance(source, World) else copies.shared(listed(held), listed(source))
+    if found:
+        raise ValueError(
+            f"train.validate={train.validate} holds {len(found)} of the clips of train.data={train.data}: "
+            f"{found[0][0]} is {found[0][1]}, byte for byte; validation needs clips that are not trained on: "
+            "remove them from one of the folders"
+        )
+
+
+def listed(source: Folder | Prepared) -> copies.Clips:
+    """What tells its files apart."""
+    if isinstance(source, Prepared):
+        return copies.Stored(source.folder, source.numbers)
+    return copies.Files(source.folder, source.files)
 
 
 def origins(folder: str | Path) -> list[Path]:

@@ -26,6 +26,7 @@ from i2vgen.diffusion.noise import SampleNoise
 from i2vgen.diffusion.schedule import Schedule
 from i2vgen.fast import runtime
 from i2vgen.fast.checkpointing import set_checkpointing
+from i2vgen.fast.compiled import compile_training
 from i2vgen.files import checkpoint, video
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Unconditional
@@ -313,6 +314,8 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     else:
         unet = load_or_create("unet", config, train, device)
         set_checkpointing(unet, train.checkpointing)
+        if train.compile:
+            compile_training(unet, len(buckets(config, train)), device)
     adapters = adapt(unet, config, train) if train.lora_rank else None
     bucket = buckets(config, train)[0]
     first_stage = refiner_clips.load_first_stage(config, train, device) if train.first_stage else None
@@ -347,7 +350,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         saved=unet,
         others=others,
         strip=strip,
-        write=None if adapters is None else adapters.save,
+        write=None if adapters is None else lambda folder, origin: adapters.save(folder, origin=origin),
         held_out=held,
     )
 

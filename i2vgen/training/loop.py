@@ -66,7 +66,8 @@ class Part:
     others: Mapping[str, nn.Module | Mapping[str, Tensor]] = field(default_factory=dict)  # also saved
     strip: Callable[[], np.ndarray] | None = None  # samples with the present weights, uint8 [H W 3]
     finish: Callable[[Config], Config] = lambda config: config  # settings to save with the weights
-    write: Callable[[Path], Path] | None = None  # saves the model, instead of writing a weights folder
+    # Saves the model and its origin, instead of writing a weights folder.
+    write: Callable[[Path, dict], Path] | None = None
     held_out: validation.HeldOut | None = None  # clips for validation
 
 
@@ -615,9 +616,6 @@ def save_weights(
             entry.read()
         return folder / (name or "weights")
     with averaged(part.model, {} if entries else state.ema):
-        if part.write is not None:
-            return part.write(folder / (name or part.name))
-        settings = part.finish(config)
         origin = {
             "trained": part.name,
             "steps": state.step,
@@ -626,9 +624,11 @@ def save_weights(
             "before": [checkpoint.read_origin(config.weights)] if config.weights else [],
             **({"plugins": plugins.described(config)} if config.plugins else {}),
         }
+        if part.write is not None:
+            return part.write(folder / (name or part.name), origin)
         trained = {entry.name: entry for entry in entries} or part.saved or part.model
         parts = {**part.others, part.name: trained}
-        return checkpoint.save(folder / (name or "weights"), parts, settings, origin=origin)
+        return checkpoint.save(folder / (name or "weights"), parts, part.finish(config), origin=origin)
 
 
 def save_strip(folder: Path, state: State, part: Part, log: Log | None) -> None:

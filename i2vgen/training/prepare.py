@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from i2vgen.fast import runtime
-from i2vgen.files import checkpoint, whole
+from i2vgen.files import checkpoint, fingerprint, whole
 from i2vgen.files.rows import RowFile
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.model.clip import ClipEncoders
@@ -67,6 +67,16 @@ class Crop(NamedTuple):
     kind: int
     start: int
     frames: np.ndarray
+
+
+class Decoded(NamedTuple):
+    """A file of the folder."""
+
+    name: str
+    crops: list[Crop]
+    complaints: list[str]  # why there are not more
+    size: int
+    content: int  # a hash of its bytes
 
 
 class Job:
@@ -187,7 +197,7 @@ class Job:
                     done = self._done()
                     shard = Shard(self, encoding)
                     for i in range(len(self.shards[number])):
-                        shard.add(*next(decoded))
+                        shard.add(next(decoded))
                         on_clips(done + i + 1)
                     shard.write(self.output / prepared.shard_name(number))
         summary = self._finish()
@@ -199,8 +209,8 @@ class Job:
         names = (Path(prepared.shard_name(number)).name for number in range(len(self.shards)))
         return sum(len(clips) for clips, name in zip(self.shards, names, strict=True) if name in there)
 
-    def _decoded(self, numbers: Iterator[int]) -> Iterator[tuple[str, list[Crop], list[str]]]:
-        """Name, crops and complaints of one clip after the other; workers decode those to come."""
+    def _decoded(self, numbers: Iterator[int]) -> Iterator[Decoded]:
+        """One clip after the other; workers decode those to come."""
         workers, form = self.train.workers, self.form
         if not workers:
             for number in numbers:
@@ -218,7 +228,7 @@ class Job:
             finally:
                 pool.shutdown(cancel_futures=True)
 
-    def _awaited(self, future) -> tuple[str, list[Crop], list[str]]:
+    def _awaited(self, future) -> Decoded:
         made, told = data.awaited(future)
         told.repeat(self.source)
         return made
@@ -234,7 +244,7 @@ class Job:
         for number in range(len(self.shards)):
             path = self.output / prepared.shard_name(number)
             file = RowFile(path, prepared.REMEDY)
-            for name in (*(f"rows.{kind}" for kind in kinds), "captions", "flipped"):
+            for name in (*(f"rows.{kind}" for kind in kinds), "captions", "flipped", "size", "content"):
                 held[name].append(file.read(name))
             skipped += json.loads(file.metadata["skipped"])
             sizes.append(path.stat().st_size)
@@ -264,18 +274,19 @@ class Shard:
         self.made: dict[str, list[Tensor]] = collections.defaultdict(list)
         self.rows: list[list[int]] = [[] for _ in kinds]  # per clip
         self.starts: list[list[int]] = [[] for _ in kinds]  # per row
-        self.names: list[str] = []
+        self.files: list[Decoded] = []  # without their crops
         self.captions: list[tuple[str, ...]] = []
         self.flipped: list[bool] = []
         self.skipped: list[dict[str, str]] = []
 
-    def add(self, name: str, crops: list[Crop], complaints: list[str]) -> None:
+    def add(self, clip: Decoded) -> None:
+        name, crops = clip.name, clip.crops
         captions = self.job.source.captions[name]
         mirrored = self.job.train.flip and draws.may_flip(captions)
-        self.names.append(name)
+        self.files.append(clip._replace(crops=[]))
         self.captions.append(captions)
         self.flipped.append(mirrored)
-        self.skipped += [{"file": name, "reason": reason} for reason in complaints]
+        self.skipped += [{"file": name, "reason": reason} for reason in clip.complaints]
         for kind in range(len(self.waiting)):
             own = [crop for crop in crops if crop.kind == kind]
             shown = [crop.frames for crop in own] + [c.frames[:, :, ::-1] for c in own if mirrored]
@@ -298,8 +309,8 @@ class Shard:
         stored = found.to("cpu", self.dtype)
         if not stored.isfinite().all():
             raise ValueError(
-                f"{name} of {self.names[-1]} or a clip before it exceeds {self.job.form.dtype}, or is not "
-                "finite; use dtype=float32 and runtime.vae_dtype=float32"
+                f"{name} of {self.files[-1].name} or a clip before it exceeds {self.job.form.dtype}, or is "
+                "not finite; use dtype=float32 and runtime.vae_dtype=float32"
             )
         self.made[name].append(stored)
 
@@ -318,7 +329,9 @@ class Shard:
         self._keep("text", text)
         held = {name: torch.cat(parts) for name, parts in self.made.items()}
         held["tokens"] = tokens.int()
-        held |= packed("caption", said) | packed("name", self.names)
+        held |= packed("caption", said) | packed("name", [file.name for file in self.files])
+        held["size"] = torch.tensor([file.size for file in self.files])
+        held["content"] = torch.tensor([file.content for file in self.files])
         held["captions"] = torch.tensor([len(captions) for captions in self.captions], dtype=torch.int32)
         held["flipped"] = torch.tensor(self.flipped, dtype=torch.uint8)
         for kind in range(len(self.rows)):
@@ -327,8 +340,7 @@ class Shard:
         write(path, held, {"plan": self.job.plan, "skipped": json.dumps(self.skipped)})
 
 
-def decode(source: Folder, number: int, crops: int) -> tuple[str, list[Crop], list[str]]:
-    """One file of the folder -> its name, the crops of it, and why there are not more."""
+def decode(source: Folder, number: int, crops: int) -> Decoded:
     name, made = source.files[number], []
     kinds = buckets(source.config, source.train)
     for kind, bucket in enumerate(kinds):
@@ -339,10 +351,12 @@ def decode(source: Folder, number: int, crops: int) -> tuple[str, list[Crop], li
             if frames is not None:
                 made.append(Crop(kind, start, frames))
     keys = ((name, kind) for kind in (None, *(bucket._replace(batch=1) for bucket in kinds)))
-    return name, made, [source.skipped[key] for key in keys if key in source.skipped]
+    complaints = [source.skipped[key] for key in keys if key in source.skipped]
+    path = source.folder / name
+    return Decoded(name, made, complaints, fingerprint.size_of(path), fingerprint.of_content(path))
 
 
-def _decode(number: int, crops: int) -> tuple[tuple[str, list[Crop], list[str]], data.Told]:
+def _decode(number: int, crops: int) -> tuple[Decoded, data.Told]:
     return data.in_worker(lambda source: decode(source, number, crops))
 
 

@@ -1,7 +1,8 @@
 """Prepared data: clips that `i2vgen prepare` has encoded, read row by row from safetensors files.
 
     prepared.json               what the clips were encoded with, and from which folder
-    index.safetensors           how many rows each clip has; written last, when all shards are there
+    index.safetensors           how many rows each clip has, and size and hash of its file; written last,
+                                when all shards are there
     shards/000000.safetensors   the rows of `per_shard` clips: posteriors, CLIP vectors, texts
     skipped.jsonl               the clips that could not be used, and why
 
@@ -31,7 +32,8 @@ from i2vgen.training.draws import Encoded
 from i2vgen.training.settings import Bucket, Train, buckets
 
 FACTS, INDEX, SHARDS, SKIPPED = "prepared.json", "index.safetensors", "shards", "skipped.jsonl"
-FORMAT = 1
+FORMAT = 2
+FORMATS = (1, FORMAT)  # 1: without sizes and hashes of the clips' files
 REMEDY = "run `i2vgen prepare` again with the same words, which makes what is missing"
 PATHS = ("source", "weights")  # facts that may change: a folder that was moved is the same one
 # The parts that decide the numbers, by their names in `identity`.
@@ -54,8 +56,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} is damaged ({error!r}); remove it, then run `i2vgen prepare` again with the same words"
         ) from error
-    if version != FORMAT:
-        raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
+    if version not in FORMATS:
+        raise ValueError(
+            f"{path} is of format {version!r}; this version reads {' and '.join(map(str, FORMATS))}"
+        )
     return facts
 
 

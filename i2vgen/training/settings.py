@@ -31,7 +31,7 @@ MAX_WORLD_SPEED = 2.0  # times the captioned motion; faster objects would mostly
 # Settings that do not affect what is learned; they may differ from those of a checkpoint.
 FREE = (
     "cache", "save_every", "sample_every", "log_every", "validate_every", "keep", "workers", "encode_chunk",
-    "shard", "replicas", "ema_device",
+    "shard", "replicas", "ema_device", "compile",
 )  # fmt: skip
 # What train.shard=full cannot do, and why.
 UNSHARDED = {
@@ -105,6 +105,7 @@ class Train:
     # With `lora_rank`: precision of the UNet that is adapted. bf16 halves its memory.
     frozen: Literal["float32", "bf16"] = "float32"
     checkpointing: bool = False  # gradient checkpointing of the UNet: less memory, more time
+    compile: bool = False  # torch.compile for each kind of the UNet's blocks, forward and backward
     # AdamW's moments: 8 bytes a parameter, 4 in bfloat16, 2 in eight_bit
     moments: Literal["float32", "bfloat16", "eight_bit"] = "float32"
     ema_device: Literal["same", "cpu"] = "same"  # where the weights' average lies
@@ -208,7 +209,7 @@ class Train:
                 f"train.cache keeps whole batches, but train.num_clips = {self.num_clips} is not a multiple "
                 f"of the largest batch, {largest}"
             )
-        for name in ("checkpointing", "lora_rank", "first_stage", "text_encoder", "validate"):
+        for name in ("checkpointing", "compile", "lora_rank", "first_stage", "text_encoder", "validate"):
             if self.part != "diffusion" and getattr(self, name):
                 raise ValueError(
                     f"train.{name} needs train.part=diffusion, but train.part is {self.part}; leave it out"

@@ -31,11 +31,12 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from i2vgen.fast.checkpointing import set_checkpointing
+from i2vgen.fast.compiled import compile_training
 from i2vgen.files import checkpoint, whole
 from i2vgen.files.safefile import Entry, in_order
 from i2vgen.model.unet import UNet
 from i2vgen.settings.config import RANDOM, Config
-from i2vgen.training.settings import Train
+from i2vgen.training.settings import Train, buckets
 
 # The streams of CPUs, which do nothing, learned in 2.7 what fully_shard asks of streams.
 CPUS = getattr(torch.cpu.Stream, "record_event", None) is not None
@@ -130,6 +131,8 @@ def make_unet(config: Config, train: Train, device: torch.device, dtype: torch.d
     new = "unet" in checkpoint.missing_parts(config.weights)
     state = recorder.replay(unet, train.seed) if new else checkpoint.read_part(config.weights, "unet")
     set_checkpointing(unet, train.checkpointing)
+    if train.compile:
+        compile_training(unet, len(buckets(config, train)), device)
     shard(unet, mesh, dtype)
     specs = dict(unet.state_dict())
     checkpoint.fill(
