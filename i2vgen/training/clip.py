@@ -45,10 +45,10 @@ class ClipLoss(nn.Module):
         return {"loss": loss + self.words * words, "accuracy": accuracy, "words": words}
 
     def word_loss(self, tokens: Tensor) -> Tensor:
-        """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it, plus that of
-        predicting all of them from each token of the padding, which is most of what the UNet reads.
+        """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it.
 
-        A first frame does not show "left" or "right", so the contrastive loss alone forgets such words.
+        Plus that of predicting all words from each token of the padding, which is most of what the UNet
+        reads. A first frame does not show "left" or "right", so the contrastive loss alone forgets such words.
         """
         read = (self.clip.text(tokens) @ self.clip.model.token_embedding.weight.T).float()
         end = tokens.argmax(dim=1, keepdim=True)
