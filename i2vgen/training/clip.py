@@ -48,7 +48,7 @@ class ClipLoss(nn.Module):
         """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it.
 
         Plus that of predicting all words from each token of the padding, which is most of what the UNet
-        reads. A first frame does not show "left" or "right", so the contrastive loss alone forgets such words.
+        reads. No first frame shows "left" or "right", so the contrastive loss alone forgets such words.
         """
         read = (self.clip.text(tokens) @ self.clip.model.token_embedding.weight.T).float()
         end = tokens.argmax(dim=1, keepdim=True)

@@ -85,7 +85,7 @@ class Train:
     # trained to match pictures need not say which object does what.
     text_encoder: bool = False
     word_dropout: float = 0.1  # part=clip: each caption loses words with this probability
-    clip_words: float = 0.2  # part=clip: weight of predicting each word from its token; 0: contrastive only
+    clip_words: float = 0.2  # part=clip: weight of predicting words from tokens; 0: contrastive only
     # part=clip: freeze what a UNet reads (the image tower and all but the end of the text tower) and train
     # the rest to match text and pictures again. Use it after training with `text_encoder`.
     clip_unread: bool = False
