@@ -81,7 +81,7 @@ def equal():
         "guidance in an interval": (4, {"guidance_interval": (0.3, 1.0)}),
         "frame positions": (4, {"use": settings.Use(frame_positions=True)}),
         "from the picture": (4, {"use": settings.Use(output="from_picture"), "prediction": "x0"}),
-        "warped": (4, {"use": settings.Use(output="warped"), "prediction": "x0"}),
+        "moved": (4, {"use": settings.Use(output="moved"), "prediction": "x0"}),
         "a path less": (4, {"use": settings.Use(concat=False, temporal_convolution=False)}),
     }
     splits = {2: ("frames", "guidance", "auto"), 4: ("frames", "both", "auto")}[world]

@@ -89,8 +89,8 @@ def test_an_output_from_the_picture_reaches_both_branches(make_unet, branches, n
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["batched", "chunked"])
-def test_a_warped_output_reaches_both_branches(make_unet, branches, name):
-    use = Use(output="warped")
+def test_a_moved_output_reaches_both_branches(make_unet, branches, name):
+    use = Use(output="moved")
     inputs = branches(2, 3)
     plain = guidance_step(make_unet(use), *inputs)
     unet = make_unet(use)

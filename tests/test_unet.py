@@ -12,7 +12,7 @@ from i2vgen.files import checkpoint
 from i2vgen.model import attention
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.layers import Conv
-from i2vgen.model.unet import Block, UNet, warped
+from i2vgen.model.unet import Block, UNet, moved
 from i2vgen.model.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import Use
@@ -215,40 +215,58 @@ def test_an_output_from_the_picture_begins_as_a_still_clip(make_unet, make_input
 
 
 @torch.no_grad()
-def test_a_flow_takes_pixels_of_the_picture_from_elsewhere(make_inputs):
-    """By whole pixels it is a shift with the edge repeated, by half a pixel the mean of two neighbours."""
+def test_a_flow_moves_pixels_of_the_picture(make_inputs):
+    """By whole pixels it is a shift, by half a one it lands on two; the heavier wins, a gap is zero."""
     picture = make_inputs(batch=2)[2].image_latent
     b, _, h, w = picture.shape
-    flow = torch.zeros(b, 2, 3, h, w, dtype=picture.dtype)
+    flow, weight = torch.zeros(b, 2, 4, h, w).double(), torch.zeros(b, 1, 4, h, w).double()
     flow[:, 0, 1] = 2 / w  # one pixel: the whole width is 2
     flow[:, 1, 2] = -2 / h / 2
-    still, left, down = warped(picture[:, :, None], flow).unbind(2)
-    torch.testing.assert_close(still, picture, rtol=0, atol=1e-12)
-    torch.testing.assert_close(left[..., :-1], picture[..., 1:], rtol=0, atol=1e-12)
-    torch.testing.assert_close(left[..., -1], picture[..., -1], rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        down[..., 1:, :], (picture[..., 1:, :] + picture[..., :-1, :]) / 2, rtol=0, atol=1e-12
-    )
+    flow[:, 0, 3, :, 0] = 2 / w  # only the first column moves, onto the second, which it outweighs
+    weight[:, 0, 3, :, 0] = 40.0
+    still, right, up, over = moved(picture[:, :, None], flow, weight).unbind(2)
+    near = {"rtol": 0, "atol": 1e-12}
+    torch.testing.assert_close(still, picture, **near)
+    torch.testing.assert_close(right[..., 1:], picture[..., :-1], **near)
+    assert right[..., 0].abs().max() == 0
+    torch.testing.assert_close(up[..., :-1, :], (picture[..., 1:, :] + picture[..., :-1, :]) / 2, **near)
+    torch.testing.assert_close(up[..., -1, :], picture[..., -1, :] / 2, **near)
+    torch.testing.assert_close(over[..., 1], picture[..., 0], **near)
+    assert over[..., 0].abs().max() == 0 and torch.equal(over[..., 2:], picture[..., 2:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_what_moves_has_the_gradients_of_its_definition(dtype):
+    draw = torch.Generator().manual_seed(0)
+    given = [
+        torch.randn(2, c, f, 3, 4, generator=draw, dtype=torch.float64) for c, f in ((2, 1), (2, 2), (1, 2))
+    ]
+    given = [one.to(dtype).requires_grad_() for one in given]
+    if dtype == torch.float64:
+        assert torch.autograd.gradcheck(moved, given)
+    else:
+        exact = moved(*(one.double() for one in given))
+        torch.testing.assert_close(moved(*given).double(), exact, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
-def test_a_warped_output_begins_as_a_change_of_the_picture_and_leaves_it(make_unet, make_inputs):
-    still, unet = make_unet(Use(output="from_picture")), make_unet(Use(output="warped"))
+def test_a_moved_output_begins_as_a_change_of_the_picture_and_leaves_it(make_unet, make_inputs):
+    still, unet = make_unet(Use(output="from_picture")), make_unet(Use(output="moved"))
     plain = make_unet()
     plain.load_state_dict(still.state_dict())
     added = unet.state_dict().keys() - still.state_dict().keys()
-    assert added == {"warp_out.weight", "warp_out.bias"}
+    assert added == {"flow_out.weight", "flow_out.bias"}
     unet.load_state_dict(still.state_dict(), strict=False)
-    for parameter in unet.warp_out.parameters():
+    for parameter in unet.flow_out.parameters():
         parameter.zero_()
     inputs = make_inputs()
     torch.testing.assert_close(predict(unet, inputs), predict(still, inputs), rtol=0, atol=1e-12)
     with torch.enable_grad():
         unet.requires_grad_(True)
         predict(unet, inputs).square().sum().backward()
-    assert unet.warp_out.weight.grad.flatten(1).abs().amax(dim=1).min() > 0  # of the flow, and what it hides
+    assert unet.flow_out.weight.grad.flatten(1).abs().amax(dim=1)[:2].min() > 0  # of the flow
     with torch.no_grad():
-        unet.warp_out.bias[2] = 1.0  # nothing of the picture is left
+        unet.flow_out.bias[3] = 1.0  # nothing of the picture is left
     torch.testing.assert_close(predict(unet, inputs), predict(plain, inputs), rtol=0, atol=1e-12)
 
 

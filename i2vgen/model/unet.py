@@ -142,10 +142,10 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(unet.norm_groups, width, eps=RES_EPS)
         self.conv_out = Conv(width, unet.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # its bias keeps the default, as in the official code
-        self.warp_out = None  # two channels of flow and one of how much of the picture is left out
-        if use.output == "warped" and use.concat:
-            self.warp_out = Conv(width, 3, 3, padding=1)
-            zero_(self.warp_out)
+        self.flow_out = None  # two channels of flow, one of weight, one of how much of the result is left out
+        if use.output == "moved" and use.concat:
+            self.flow_out = Conv(width, 4, 3, padding=1)
+            zero_(self.flow_out)
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not depend on the timestep; computed once per video."""
@@ -191,18 +191,20 @@ class UNet(nn.Module):
         return self.from_picture(self.leave(x), prepared)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=warped`, three channels follow."""
+        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=moved`, four channels follow."""
         out = per_frame(self.conv_out, x)
-        if self.warp_out is not None:
-            out = torch.cat([out, per_frame(self.warp_out, x)], dim=-1)
+        if self.flow_out is not None:
+            out = torch.cat([out, per_frame(self.flow_out, x)], dim=-1)
         return rearrange(out, "b f h w c -> b c f h w").contiguous()
 
     def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
         """Output [b c f h w] -> prediction, which may be a change of the picture (`use.output`)"""
-        if self.warp_out is None:
+        if self.flow_out is None:
             return out if prepared.picture is None else out + prepared.picture
-        change, flow, hidden = out.split([out.shape[1] - 3, 2, 1], dim=1)
-        return change if prepared.picture is None else change + (1 - hidden) * warped(prepared.picture, flow)
+        change, flow, weight, hidden = out.split([out.shape[1] - 4, 2, 1, 1], dim=1)
+        if prepared.picture is None:
+            return change
+        return change + (1 - hidden) * moved(prepared.picture, flow, weight)
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""
@@ -242,22 +244,32 @@ class UNet(nn.Module):
                 )
 
 
-def warped(picture: Tensor, flow: Tensor) -> Tensor:
-    """Each frame's pixels, taken from the picture [b c 1 h w] as the flow says -> [b c f h w].
+def moved(picture: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
+    """The pixels of the picture [b c 1 h w], each moved to where the flow of a frame says -> [b c f h w].
 
-    flow [b 2 f h w]: how far to the right and below a pixel's source lies, in halves of the frame's width and
-    height, so that it means the same at every size. Between pixels the source is bilinear; outside, the edge.
+    flow [b 2 f h w]: how far a pixel moves right and down, in halves of a frame's width and height,
+    so that it means the same at every size. It lands on up to four pixels, bilinearly. Where several land,
+    they are averaged by exp(weight), [b 1 f h w]; where none lands, the result is zero.
     """
-    b, _, f, h, w = flow.shape
+    b, c, _, h, w = picture.shape
     precise = torch.float64 if flow.dtype == torch.float64 else torch.float32
-    y, x = (
-        (torch.arange(n, device=flow.device, dtype=precise) * 2 + 1) / n - 1 for n in (h, w)
-    )  # pixel centres, from -1 to 1
-    here = torch.stack([x.expand(h, w), y[:, None].expand(h, w)], dim=-1)
-    source = here + rearrange(flow.to(precise), "b c f h w -> (b f) h w c")
-    frames = rearrange(picture.to(precise).expand(-1, -1, f, -1, -1), "b c f h w -> (b f) c h w")
-    taken = F.grid_sample(frames.contiguous(), source, padding_mode="border", align_corners=False)
-    return rearrange(taken, "(b f) c h w -> b c f h w", b=b).to(flow.dtype)
+    flow, weight = (rearrange(one.to(precise), "b c f h w -> (b f) c (h w)") for one in (flow, weight))
+    rows, columns = (torch.arange(n, device=flow.device, dtype=precise) for n in (h, w))
+    x = columns.repeat(h) + flow[:, 0] * (w / 2)
+    y = rows.repeat_interleave(w) + flow[:, 1] * (h / 2)
+    pixels = rearrange(
+        picture.to(precise).expand(-1, -1, len(flow) // b, -1, -1), "b c f h w -> (b f) c (h w)"
+    )
+    pixels = torch.cat([pixels, torch.ones_like(weight)], dim=1) * weight.exp()
+    left, above, total = x.floor(), y.floor(), torch.zeros_like(pixels)
+    for column, across in ((left, left + 1 - x), (left + 1, x - left)):
+        for row, down in ((above, above + 1 - y), (above + 1, y - above)):
+            inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
+            place = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
+            share = (across * down * inside)[:, None]
+            total = total.scatter_add(2, place[:, None].expand_as(pixels), pixels * share)
+    result = total[:, :c] / total[:, c:].clamp(min=1)
+    return rearrange(result, "(b f) c (h w) -> b c f h w", b=b, h=h).to(picture.dtype)
 
 
 def temporal_transformer(

@@ -86,10 +86,10 @@ class Use:
     # (official), zeros, or the picture again.
     later_frames: Literal["position", "zeros", "picture"] = "position"
     # "from_picture": the output is added to the first-frame latent in every frame, so that zero means a still
-    # clip. "warped": a second output layer says from where in that latent each pixel is taken, and where none
-    # is, so that a moving thing need not be drawn anew. Both are for schedule.prediction=x0, belong to the
+    # clip. "moved": a second output layer says where to each pixel of that latent moves, and where it is left
+    # out, so that a moving thing need not be drawn anew. Both are for schedule.prediction=x0, belong to the
     # concat branch and go with it.
-    output: Literal["plain", "from_picture", "warped"] = "plain"
+    output: Literal["plain", "from_picture", "moved"] = "plain"
     # "half": every level has half the rows and columns of the one above it. "margin" (the refiners): one
     # extra row at the top and bottom, removed when upsampling. It restricts the heights, see `UNet.margin`.
     resampling: Literal["half", "margin"] = "half"
