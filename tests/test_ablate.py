@@ -445,6 +445,15 @@ def test_studies_on_ones_own_clips_are_checked(study_file, tmp_path, change, mes
         studies.read(study_file(text))
 
 
+def test_copies_of_clips_trained_on_are_not_scored(study_file, tmp_path):
+    held, seen = clips_of(tmp_path / "held", 2), clips_of(tmp_path / "seen", 2, first=10)
+    file, *_ = sorted(seen.glob("*.mp4"))
+    shutil.copy(file, sorted(held.glob("*.mp4"))[1])
+    text = OWN.replace("DATA", str(seen)).replace("HELD", str(held))
+    with pytest.raises(ValueError, match=rf"holds 1 of the clips of .* is {file.name}, byte for byte"):
+        studies.read(study_file(text))
+
+
 def test_a_folder_without_clips_to_score_is_refused_before_any_run(run, study_file, tmp_path):
     held, seen = clips_of(tmp_path / "held", 1), clips_of(tmp_path / "seen", 1, first=10)
     for file in held.glob("*.mp4"):

@@ -9,8 +9,9 @@ are paired. Axes: f frames, H W pixel rows and columns.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from i2vgen import pipeline
 from i2vgen.scoring import networks, scores, stats
 from i2vgen.scoring.scores import METRICS, SETS, Job, Judges, Plan
 from i2vgen.settings.config import Config
-from i2vgen.training import data
+from i2vgen.training import copies, data
 from i2vgen.training.settings import Bucket, Train
 
 # What needs no network and no other package.
@@ -64,9 +65,7 @@ def judged(wanted: dict, device: str = "auto") -> Job:
 
 def read(folder: str, config: Config, count: int) -> list[HeldOut]:
     """Up to `count` clips of a folder, each once, from a fixed place in it; ValueError if there are none."""
-    sample = config.sample
-    train = Train(data=folder, frame_lengths=(sample.frames,), sample_fps=(sample.fps,), batch=1)
-    source, bucket = data.Folder(config, train), Bucket(sample.frames, sample.fps, 1)
+    source, bucket = folder_of(folder, config), Bucket(config.sample.frames, config.sample.fps, 1)
     found: dict[bytes, HeldOut] = {}
     for position in range(len(source.files)):
         if len(found) == count:
@@ -78,12 +77,27 @@ def read(folder: str, config: Config, count: int) -> list[HeldOut]:
     return list(found.values())
 
 
-def check(folder: str, config: Config) -> None:
-    """ValueError, before any long work, for a folder without a clip to score."""
+def folder_of(folder: str, config: Config) -> data.Folder:
+    """The clips of a folder at the size of the settings; ValueError if there are none."""
+    sample = config.sample
+    train = Train(data=folder, frame_lengths=(sample.frames,), sample_fps=(sample.fps,), batch=1)
+    with naming_the_setting():
+        return data.Folder(config, train)
+
+
+@contextlib.contextmanager
+def naming_the_setting() -> Iterator[None]:
+    """Errors about the folder say what the study calls it."""
     try:
-        read(folder, config, 1)
+        yield
     except ValueError as error:
         raise ValueError(str(error).replace("train.data=", "evaluate: videos: ")) from error
+
+
+def check(folder: str, config: Config) -> None:
+    """ValueError, before any long work, for a folder without a clip to score."""
+    with naming_the_setting():
+        read(folder, config, 1)
 
 
 def evaluate(
@@ -116,11 +130,19 @@ def evaluate(
     )
 
 
-def refuse_overlap(videos: str, trained_on: str) -> None:
-    """ValueError if the clips to score are among those to train on."""
-    held, seen = (Path(place).expanduser().resolve() for place in (videos, trained_on))
-    if held == seen or seen in held.parents or held in seen.parents:
+def refuse_overlap(videos: str, config: Config, train: Train) -> None:
+    """ValueError if clips to score are among those to train on, under whatever names."""
+    held = Path(videos).expanduser().resolve()
+    for seen in data.origins(Path(train.data).expanduser()):
+        if held == seen or seen in held.parents or held in seen.parents:
+            raise ValueError(
+                f"evaluate: videos: {videos} and train.data: {train.data} share files; give held-out clips a "
+                "folder of their own"
+            )
+    trained = data.open_folder(config, dataclasses.replace(train, validate=""), "train.data")
+    found = copies.shared(data.listed(folder_of(videos, config)), data.listed(trained))
+    if found:
         raise ValueError(
-            f"evaluate: videos: {videos} and train.data: {trained_on} share files; give held-out clips a "
-            "folder of their own"
+            f"evaluate: videos: {videos} holds {len(found)} of the clips of train.data: {train.data}: "
+            f"{found[0][0]} is {found[0][1]}, byte for byte; remove them from one of the folders"
         )

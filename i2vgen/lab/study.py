@@ -177,8 +177,8 @@ def _check(study: Study, file: str | Path) -> None:
             raise ValueError(
                 f"{file}: the variant {name!r}: train.lora_rank adapts a trained UNet; write start: weights"
             )
-        for train in (s for s in both[1] if isinstance(s, Train)):
-            _check_data(study, train, f"{file}: the variant {name!r}")
+        if "trained" in study.measures:
+            _check_data(study, *both[1][:2], f"{file}: the variant {name!r}")
         known[name] = both[1]
         same = next(other for other, held in known.items() if held == both[1])
         if same != name:
@@ -188,7 +188,7 @@ def _check(study: Study, file: str | Path) -> None:
             )
 
 
-def _check_data(study: Study, train: Train, where: str) -> None:
+def _check_data(study: Study, config: Config, train: Train, where: str) -> None:
     """What is trained on must fit what is scored."""
     videos = study.evaluate.get("videos", "")
     if train.data == WORLD:
@@ -199,7 +199,7 @@ def _check_data(study: Study, train: Train, where: str) -> None:
             "; write evaluate: {videos: FOLDER} with held-out clips"
         )
     try:
-        own_clips.refuse_overlap(videos, train.data)
+        own_clips.refuse_overlap(videos, config, train)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
