@@ -110,7 +110,7 @@ def built() -> Known:
     """(class, name of a part) -> the classes that this part has in networks just built; "" in a list."""
     with torch.device("meta"):
         networks = [
-            UNet(SMALL, config.Use(frame_positions=True)),
+            UNet(SMALL, config.Use(frame_positions=True, output="moved")),
             AutoencoderKL(config.VAE(base_width=8, width_multipliers=(1, 2), norm_groups=8)),
         ]
     found: Known = {}

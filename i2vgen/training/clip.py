@@ -47,8 +47,9 @@ class ClipLoss(nn.Module):
     def word_loss(self, tokens: Tensor) -> Tensor:
         """int64 [b k] -> scalar: cross entropy of predicting each word from the UNet's token for it.
 
-        Plus that of predicting all words from each token of the padding, which is most of what the UNet
-        reads. No first frame shows "left" or "right", so the contrastive loss alone forgets such words.
+        Plus the KL divergence of predicting any of the words from each token of the padding, which is most
+        of what the UNet reads: 0 if all are equally likely. No first frame shows "left" or "right", so the
+        contrastive loss alone forgets such words.
         """
         read = (self.clip.text(tokens) @ self.clip.model.token_embedding.weight.T).float()
         end = tokens.argmax(dim=1, keepdim=True)
@@ -58,7 +59,8 @@ class ClipLoss(nn.Module):
         if padding.any():
             words = ((place > 0) & (place < end)).float()
             share = torch.zeros_like(read[:, 0]).scatter_add_(1, tokens, words / words.sum(1, keepdim=True))
-            loss = loss + F.cross_entropy(read[padding], share.repeat_interleave(padding.sum(1), dim=0))
+            wanted = share.repeat_interleave(padding.sum(1), dim=0)
+            loss = loss + F.kl_div(read[padding].log_softmax(dim=-1), wanted, reduction="batchmean")
         return loss
 
 
