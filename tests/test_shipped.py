@@ -45,8 +45,10 @@ def test_it_is_small_and_half_precision():
     files = sorted(SHIPPED.glob("*.safetensors"))
     assert [f.stem for f in files] == ["clip", "unet", "vae"]
     assert max(f.stat().st_size for f in files) <= 8 * MB
-    others = [f for f in SHIPPED.parent.rglob("*") if f.is_file() and "small_refiner" not in f.parts]
-    assert sum(f.stat().st_size for f in others) <= 16 * MB
+    others = [f for f in SHIPPED.parent.rglob("*") if f.is_file()]
+    training = [f for f in others if "pictures" in f.parts]  # not in the wheel
+    assert sum(f.stat().st_size for f in others) - sum(f.stat().st_size for f in training) <= 24 * MB
+    assert max(f.stat().st_size for f in training) <= 10 * MB
     for file in files:
         with safe_open(file, "pt") as held:
             dtypes = {held.get_slice(name).get_dtype() for name in held.keys()}  # noqa: SIM118
