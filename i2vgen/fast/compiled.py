@@ -68,23 +68,18 @@ def compile_blocks(unet: UNet) -> None:
 class TrainedBlock(Block):
     """A block whose training, forward and backward, is compiled; without gradients it runs as usual."""
 
-    plain = Block
+    plain, uncompiled = Block, Block
 
     def forward(self, *inputs: object) -> Tensor:
         if not torch.is_grad_enabled():
             return super().forward(*inputs)
-        return _training(Block, self, inputs)
+        return _training(self.uncompiled, self, inputs)
 
 
-class CheckpointedTrainedBlock(CheckpointedBlock):
+class CheckpointedTrainedBlock(TrainedBlock, CheckpointedBlock):
     """The same of a block that is checkpointed, which the compiler knows to keep."""
 
-    plain = Block
-
-    def forward(self, *inputs: object) -> Tensor:
-        if not torch.is_grad_enabled():
-            return super().forward(*inputs)
-        return _training(CheckpointedBlock, self, inputs)
+    uncompiled = CheckpointedBlock
 
 
 TRAINED = {Block: TrainedBlock, CheckpointedBlock: CheckpointedTrainedBlock}

@@ -64,17 +64,21 @@ def render(title: str, about: str, sections: Sequence[Section], *, settings: dic
 
 def strip(frames: np.ndarray) -> bytes:
     """Up to MAX_FRAMES frames of uint8 [f h w 3], side by side: a PNG about FRAME_HEIGHT high."""
-    count, height, width, _ = frames.shape
+    count = len(frames)
     chosen = np.linspace(0, count - 1, min(count, MAX_FRAMES)).round().astype(int)
-    size = shown_size(width, height)
-    row = Image.new("RGBA", (len(chosen) * (size[0] + GAP) - GAP, size[1]))  # the gaps let the page through
-    for place, number in enumerate(chosen):
-        row.paste(
-            Image.fromarray(frames[number]).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0)
-        )
     file = io.BytesIO()
-    row.save(file, "PNG", optimize=True)
+    side_by_side(frames[chosen]).save(file, "PNG", optimize=True)
     return file.getvalue()
+
+
+def side_by_side(frames: Sequence[np.ndarray]) -> Image.Image:
+    """uint8 [h w 3] each, all of one size; the gaps between them let the page through."""
+    height, width, _ = frames[0].shape
+    size = shown_size(width, height)
+    row = Image.new("RGBA", (len(frames) * (size[0] + GAP) - GAP, size[1]))
+    for place, frame in enumerate(frames):
+        row.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0))
+    return row
 
 
 def shown_size(width: int, height: int) -> tuple[int, int]:
@@ -87,14 +91,7 @@ def shown_size(width: int, height: int) -> tuple[int, int]:
 
 def animated(clips: Sequence[np.ndarray], fps: int = 8) -> bytes:
     """Clips uint8 [f h w 3] of equal length and height -> an animated PNG of them side by side."""
-    height, width = clips[0].shape[1:3]
-    size = shown_size(width, height)
-    rows = []
-    for frames in zip(*clips, strict=True):
-        row = Image.new("RGBA", (len(clips) * (size[0] + GAP) - GAP, size[1]))
-        for place, frame in enumerate(frames):
-            row.paste(Image.fromarray(frame).resize(size, Image.Resampling.BOX), (place * (size[0] + GAP), 0))
-        rows.append(row)
+    rows = [side_by_side(frames) for frames in zip(*clips, strict=True)]
     file = io.BytesIO()
     rows[0].save(file, "PNG", save_all=True, append_images=rows[1:], duration=1000 / fps, loop=0)
     return file.getvalue()

@@ -132,13 +132,11 @@ def evaluate(
 
 def refuse_overlap(videos: str, config: Config, train: Train) -> None:
     """ValueError if clips to score are among those to train on, under whatever names."""
-    held = Path(videos).expanduser().resolve()
-    for seen in data.origins(Path(train.data).expanduser()):
-        if held == seen or seen in held.parents or held in seen.parents:
-            raise ValueError(
-                f"evaluate: videos: {videos} and train.data: {train.data} share files; give held-out clips a "
-                "folder of their own"
-            )
+    if data.overlap(Path(videos).expanduser(), Path(train.data).expanduser()):
+        raise ValueError(
+            f"evaluate: videos: {videos} and train.data: {train.data} share files; give held-out clips a "
+            "folder of their own"
+        )
     trained = data.open_folder(config, dataclasses.replace(train, validate=""), "train.data")
     found = copies.shared(data.listed(folder_of(videos, config)), data.listed(trained))
     if found:

@@ -191,14 +191,14 @@ class UNet(nn.Module):
         return self.from_picture(self.leave(x), prepared)
 
     def leave(self, x: Tensor) -> Tensor:
-        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=moved`, four channels follow."""
+        """Normed x [b f h w c] -> output [b c f h w]; with `use.output=moved`, those of `flow_out` follow."""
         out = per_frame(self.conv_out, x)
         if self.flow_out is not None:
             out = torch.cat([out, per_frame(self.flow_out, x)], dim=-1)
         return rearrange(out, "b f h w c -> b c f h w").contiguous()
 
     def from_picture(self, out: Tensor, prepared: Prepared) -> Tensor:
-        """Output [b c f h w] -> prediction, which may be a change of the picture (`use.output`)"""
+        """Output of `leave` -> prediction [b c f h w], which may be a change of the picture (`use.output`)"""
         if self.flow_out is None:
             return out if prepared.picture is None else out + prepared.picture
         change, flow, weight, hidden = out.split([out.shape[1] - 4, 2, 1, 1], dim=1)

@@ -99,10 +99,10 @@ def write_page(job: Job, found: Sequence[Found], folder: Path) -> Path:
         figures=[as_figure(job, found, number) for number in range(min(SHOWN, len(found[0].clips)))],
     )
     page, told = (folder / name for name in FILES)
-    whole.write_json(told, to_dict(job, found), allow_nan=False)
-    settings = to_dict(job, found)["settings"]
-    text = pages.render("Scores of videos", describe(found), [scores, clips], settings=settings)
-    whole.write_text(page, text)
+    result = to_dict(job, found)
+    whole.write_json(told, result, allow_nan=False)
+    sections, settings = [scores, clips], result["settings"]
+    whole.write_text(page, pages.render("Scores of videos", describe(found), sections, settings=settings))
     return page
 
 

@@ -109,7 +109,8 @@ class Use:
 # The two other networks of the lineage; their parameters are subsets of the released model's.
 V1_USE = Use(text=False, local_tokens=False, concat=False)  # the preview base: image vector and fps only
 REFINER_USE = Use(global_tokens=False, local_tokens=False, concat=False, fps=False, resampling="margin")
-# Switches of `Use` that decide which parameters exist; the others change only the arithmetic.
+# Switches of `Use` that decide which parameters exist; the others change only the arithmetic, except that
+# output=moved adds a layer.
 STRUCTURAL_SWITCHES = tuple(f.name for f in dataclasses.fields(Use) if f.type == "bool")
 
 

@@ -58,7 +58,8 @@ class ClipLoss(nn.Module):
         padding = place > end
         if padding.any():
             words = ((place > 0) & (place < end)).float()
-            share = torch.zeros_like(read[:, 0]).scatter_add_(1, tokens, words / words.sum(1, keepdim=True))
+            words = words / words.sum(1, keepdim=True).clamp(min=1)  # a caption without words asks for none
+            share = torch.zeros_like(read[:, 0]).scatter_add_(1, tokens, words)
             wanted = share.repeat_interleave(padding.sum(1), dim=0)
             loss = loss + F.kl_div(read[padding].log_softmax(dim=-1), wanted, reduction="batchmean")
         return loss

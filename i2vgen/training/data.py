@@ -105,15 +105,21 @@ def divided(source: Folder | Prepared, share: float) -> Folder | Prepared:
 
 def refuse_overlap(train: Train, source: World | Folder | Prepared) -> None:
     """ValueError if one of the two folders, or what it was prepared from, lies in the other."""
-    trained = [] if train.data == WORLD else origins(train.data)
-    for held in origins(train.validate):
-        for path in trained:
-            if held == path or held in path.parents or path in held.parents:
-                raise ValueError(
-                    f"train.validate={train.validate} and train.data={train.data} overlap "
-                    f"({held} and {path}); validation needs clips that are not trained on: give another "
-                    "folder, or a fraction such as train.validate=0.05"
-                )
+    if train.data != WORLD and (found := overlap(train.validate, train.data)):
+        raise ValueError(
+            f"train.validate={train.validate} and train.data={train.data} overlap "
+            f"({found[0]} and {found[1]}); validation needs clips that are not trained on: give another "
+            "folder, or a fraction such as train.validate=0.05"
+        )
+
+
+def overlap(held: str | Path, trained: str | Path) -> tuple[Path, Path] | None:
+    """Two folders, each named or what a named one was prepared from, of which one lies in the other"""
+    for a in origins(held):
+        for b in origins(trained):
+            if a == b or a in b.parents or b in a.parents:
+                return a, b
+    return None
 
 
 def refuse_copies(train: Train, source: World | Folder | Prepared, held: Folder | Prepared) -> None:
