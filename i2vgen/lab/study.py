@@ -201,7 +201,8 @@ def _check_data(study: Study, config: Config, train: Train, where: str) -> None:
             "; write evaluate: {videos: FOLDER} with held-out clips"
         )
     try:
-        own_clips.refuse_overlap(videos, config, train)
+        # Prepared clips are tied to the VAE and CLIP that encoded them: each variant is given the base's.
+        own_clips.refuse_overlap(videos, dataclasses.replace(config, weights=str(study.weights)), train)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
