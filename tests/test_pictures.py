@@ -16,11 +16,12 @@ from test_evaluation import Mirror, written
 from i2vgen import pipeline
 from i2vgen.evaluation import evaluate
 from i2vgen.evaluation.evaluate import Plan
+from i2vgen.model.unet import moved
 from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 from i2vgen.training import data
 from i2vgen.training.settings import load_settings
-from i2vgen.world import drawing, matching, pictures, things
+from i2vgen.world import drawing, flows, matching, pictures, things
 from i2vgen.world.drawing import Move
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +154,38 @@ def test_motion_is_even_below_a_pixel(world):
     assert np.diff(places) == pytest.approx(np.full(15, -0.32 * 32 / 15), abs=0.02)
     light = frames.sum((1, 2))
     assert light.max() / light.min() < 1.01
+
+
+@pytest.mark.parametrize("kind", ["basic", "pair", "camera"])
+@pytest.mark.parametrize("shapes", [True, False])
+def test_the_true_flow_carries_the_first_frame_to_the_others(world, kind, shapes):
+    drawer, error, still = drawing if shapes else world, 0.0, 0.0
+    for seed in range(6):
+        facts = drawer.sample_facts(seed, kind=kind)
+        frames = drawer.render(facts, width=64, height=48, frames=4, speed=0.5)
+        true = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] / 255 + 1  # 0: nothing lands there
+        covers = drawer.covers(facts, 64, 48)
+        shift = flows.flow(facts, covers, width=64, height=48, frames=4, speed=0.5)
+        before = torch.full((1, 1, 4, 48, 64), 3.0)  # things hide what is behind them
+        for cover in covers:
+            before += 6 * torch.from_numpy(cover > 0.5)
+        carried = moved(true[:, :, :1], torch.from_numpy(shift)[None], before)
+        reached = (carried > 0.99).all(1, keepdim=True)
+        error += ((carried - true).abs() * reached)[:, :, -1].mean()
+        still += ((true[:, :, :1] - true).abs() * reached)[:, :, -1].mean()
+        assert abs(shift[:, 0]).max() < 1e-6 and reached[:, :, -1].float().mean() > 0.6
+    assert error < 0.5 * still
+
+
+def test_the_true_flow_in_halves_of_the_sides(world):
+    facts = world.sample_facts(0, kind="single")
+    thing = pictures.Placed(facts.things[0].name, 0.0, 0.0, 0.5, 0.0)
+    facts = dataclasses.replace(facts, things=(thing,), moves=(Move("right"),))
+    cover = np.zeros((4, 8))
+    cover[1:3, 3:5] = 1
+    shift = flows.flow(facts, [cover], width=8, height=4, frames=2)
+    assert shift[0, 1][cover > 0.5] == pytest.approx(0.52 / 2)  # 1 is half the shorter side
+    assert not shift[0, 1][cover < 0.5].any() and not shift[1].any()
 
 
 # --- names

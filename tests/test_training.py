@@ -109,6 +109,7 @@ def fit(config, train, folder, **how):
         (["train.part=clip", "train.vae_encoder=false"], r"vae_encoder needs train\.part=vae"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
         (["train.data=here", "train.num_clips=2"], r"train\.num_clips = 2 needs train\.data=world"),
+        (["train.data=here", "train.flow_weight=1"], r"train\.flow_weight = 1\.0 needs .* train\.data=world"),
         (["train.flip=true"], r"train\.flip is for folders"),
         (["train.validate=1.5"], r"train\.validate is 1\.5; give a fraction"),
         (["train.validate=0.1"], r"write train\.validate=world"),
@@ -474,6 +475,14 @@ def test_another_run_in_the_folder_is_refused_by_name(root, stages, tmp_path):
         fit(config, train, tmp_path / "new", resume=True)
 
 
+def test_a_run_is_not_resumed_with_another_output_layer(root, stages, tmp_path):
+    words = ("train.steps=1", "schedule.prediction=x0")
+    fit(*settings(root, stages, "diffusion", *words), tmp_path)
+    other = settings(root, stages, "diffusion", *words, "use.output=moved")
+    with pytest.raises(ValueError, match=r"use\.output is moved here but plain in .* choose another output$"):
+        fit(*other, tmp_path, resume=True)
+
+
 # --- conditions
 
 
@@ -800,6 +809,30 @@ def test_prefetching_gives_the_same_batches(root):
         for index in (5, 6, 7, 8, 9):
             drawn, wanted = prefetched(index), source(*plan(index))
             assert torch.equal(drawn.pixels, wanted.pixels) and drawn[1:] == wanted[1:]
+    words = [*SMALLER, "train.part=diffusion", "train.flow_weight=1"]
+    source = data.open_source(*load_settings(root / "configs/train/tiny_vae.yaml", words))
+    with data.Prefetcher(source, plan, 1) as prefetched:
+        assert torch.equal(prefetched(0).flow, source(*plan(0)).flow)
+
+
+def test_the_true_flow_teaches_where_things_move(root, stages, tmp_path):
+    words = ["train.batch=4", "train.num_clips=4", "train.log_every=1", "train.cache=true"]
+    words += ["use.output=moved", "schedule.prediction=x0", "train.learning_rate=0.001"]
+    words += ["train.validate=world", "train.validate_every=60"]
+    taught, untaught = (
+        fit(*settings(root, stages, "diffusion", *words, *own), tmp_path / own[0])
+        for own in (["train.flow_weight=2", "train.steps=60"], ["train.flow_weight=0", "train.steps=1"])
+    )
+    error = [line["flow_error"] for line in taught if "flow_error" in line]
+    assert sum(error[-5:]) < 0.85 * 5 * error[0]
+    assert "flow_error" not in untaught[0]
+    assert taught[0]["loss"] == pytest.approx(untaught[0]["loss"] + 2 * error[0], rel=1e-3)
+
+
+def test_a_flow_that_the_unet_does_not_have_is_not_trained(root, stages):
+    config, train = settings(root, stages, "diffusion", "train.flow_weight=1")
+    with pytest.raises(ValueError, match=r"set use\.output=moved"):
+        MAKE["diffusion"](config, train, data.open_source(config, train), CPU)
 
 
 def test_training_on_a_frozen_model_refuses_to_train_the_text_tower(tiny_model):

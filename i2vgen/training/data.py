@@ -36,7 +36,7 @@ from i2vgen.training import copies, draws, prepared
 from i2vgen.training.draws import Clips, Source, derived_seed, generator  # noqa: F401
 from i2vgen.training.prepared import Prepared
 from i2vgen.training.settings import WORLD, Bucket, Train, buckets, fraction, world_speed
-from i2vgen.world import drawing, pictures
+from i2vgen.world import drawing, flows, pictures
 
 LOGGER = logging.getLogger(__name__)
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
@@ -180,15 +180,24 @@ class World:
         sample, train = self.config.sample, self.train
         numbers = [p % train.num_clips if train.num_clips else p for p in positions]
         kinds = train.kinds
-        batch = (self.world or drawing).batch(
+        world, speed = self.world or drawing, world_speed(self.config, bucket)
+        batch = world.batch(
             [self.first + n for n in numbers],
             kind=[kinds[n % len(kinds)] for n in numbers] if kinds else None,
             width=sample.width,
             height=sample.height,
             frames=bucket.frames,
-            speed=world_speed(self.config, bucket),
+            speed=speed,
         )
-        return Clips(batch.clips, batch.captions, bucket.fps)
+        if not train.flow_weight:
+            return Clips(batch.clips, batch.captions, bucket.fps)
+        h, w = self.config.latent_size
+        flow = np.empty((len(numbers), 3, bucket.frames, h, w), np.float32)
+        for i, facts in enumerate(batch.facts):
+            covers = world.covers(facts, w, h)
+            flow[i, :2] = flows.flow(facts, covers, width=w, height=h, frames=bucket.frames, speed=speed)
+            flow[i, 2] = flows.shares(covers, width=w, height=h)
+        return Clips(batch.clips, batch.captions, bucket.fps, torch.from_numpy(flow))
 
     def fixed(self, bucket: Bucket) -> Iterator[Clips]:
         """One clip after the other, each in a form that never changes, for validation."""
@@ -513,11 +522,11 @@ class Prefetcher:
         for i in range(index, index + self.depth + 1):
             if i not in self.waiting:
                 self.waiting[i] = self.pool.submit(_draw, *self.plan(i))
-        (pixels, captions), told = awaited(self.waiting.pop(index))
+        (pixels, captions, flow), told = awaited(self.waiting.pop(index))
         told.repeat(self.source)
         fps = self.plan(index)[0].fps
         made = to_pixels(pixels) if pixels.dtype == np.uint8 else torch.from_numpy(pixels)
-        return Clips(made, captions, fps)
+        return Clips(made, captions, fps, None if flow is None else torch.from_numpy(flow))
 
 
 class Told(NamedTuple):
@@ -584,10 +593,10 @@ def end_with_parent() -> None:
 
 
 def _draw(bucket: Bucket, positions: list[int]) -> tuple[object, Told]:
-    def draw(source: Source) -> tuple[np.ndarray, tuple[str, ...]]:
+    def draw(source: Source) -> tuple[np.ndarray, tuple[str, ...], np.ndarray | None]:
         if isinstance(source, Folder):
-            return source.levels(bucket, positions)
+            return *source.levels(bucket, positions), None
         clips = source(bucket, positions)
-        return clips.pixels.numpy(), clips.captions
+        return clips.pixels.numpy(), clips.captions, None if clips.flow is None else clips.flow.numpy()
 
     return in_worker(draw)

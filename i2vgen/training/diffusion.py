@@ -49,17 +49,39 @@ MOST_PIXELS = 2**20  # encoded at once: 16 frames of 256 x 256, one of 1280 x 70
 class DiffusionLoss(nn.Module):
     """The UNet and its loss as one module, because data parallelism wraps a single forward.
 
-    With `clip`, its text tower is trained too, and `conditions.text` holds token ids, int64 [b k].
+    With `clip`, its text tower is trained too, and `conditions.text` holds token ids, int64 [b k]. With
+    `flow_weight`, the distance of the UNet's flow from the true one, times this weight, is added.
     """
 
-    def __init__(self, unet: UNet, schedule: Schedule, clip: ClipEncoders | None = None):
+    def __init__(
+        self,
+        unet: UNet,
+        schedule: Schedule,
+        clip: ClipEncoders | None = None,
+        flow_weight: float = 0.0,
+    ):
         super().__init__()
-        self.unet, self.schedule, self.clip = unet, schedule, clip
+        self.unet, self.schedule, self.clip, self.flow_weight = unet, schedule, clip, flow_weight
+        self.flow: Tensor | None = None  # what `unet.flow_out` returned last
+        if flow_weight:
+            unet.flow_out.register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.flow = output[..., :2]
 
     def forward(
-        self, x0: Tensor, t: Tensor, noise: Tensor, conditions: Conditions, weight: Tensor | None = None
+        self,
+        x0: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        conditions: Conditions,
+        weight: Tensor | None = None,
+        flow: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """x0, noise [b c f h w], t int64 [b] on the CPU, weight [b] of each clip -> {"loss": scalar}"""
+        """x0, noise [b c f h w], t int64 [b] on the CPU, weight [b] of each clip -> {"loss": scalar}
+
+        With the true flow and its shares [b 3 f h w], also `flow_error`.
+        """
         if self.clip is not None:
             conditions = conditions._replace(text=self.clip.text(conditions.text))
         prepared = self.unet.prepare(conditions, x0.shape[2])
@@ -67,7 +89,21 @@ class DiffusionLoss(nn.Module):
         def predict(x: Tensor, t: Tensor) -> Tensor:
             return self.unet(x, t.to(x.device), prepared)
 
-        return {"loss": training_loss(predict, x0, t, noise, self.schedule, weight=weight).mean()}
+        loss = training_loss(predict, x0, t, noise, self.schedule, weight=weight).mean()
+        if flow is None:
+            return {"loss": loss}
+        made = rearrange(self.flow.float(), "(b f) h w c -> b c f h w", b=len(flow))
+        error, self.flow = flow_error(made, flow), None
+        return {"loss": loss + self.flow_weight * error, "flow_error": error}
+
+
+def flow_error(made: Tensor, true: Tensor) -> Tensor:
+    """Mean distance of a flow [b 2 f h w] from the true one and its shares, [b 3 f h w]; a scalar.
+
+    It is the usual end-point error, smooth below a hundredth of the frame, where it is as good as right.
+    """
+    distance = ((made - true[:, :2]).square().sum(1) + 0.02**2).sqrt() - 0.02
+    return (distance * true[:, 2]).mean()
 
 
 class Encoding:
@@ -113,7 +149,7 @@ class Encoding:
             vector = self.vector(clips.pixels)
         if self.config.use.text:
             tokens = self.clip.tokenize(clips.captions).to(self.device)
-        return Encoded(mean, std, vector, tokens, clips.fps, start, captions=clips.captions)
+        return Encoded(mean, std, vector, tokens, clips.fps, start, captions=clips.captions, flow=clips.flow)
 
     def posterior(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Clips [b c f H W] -> mean and std of their latents, unscaled, both [b c f h w]."""
@@ -143,7 +179,8 @@ class Encoding:
 
     def fixed(self, clips: Encoded, seeds: Sequence[int], t: Tensor) -> tuple:
         """The same for validation: each clip has a seed of its own for its noise, and nothing is dropped."""
-        encoded, draws = self.ready(clips), [torch.Generator().manual_seed(seed) for seed in seeds]
+        encoded = self.ready(clips)._replace(flow=None)  # the loss of validation is that of the noise alone
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         shapes = [(1, *shape[1:]) for shape in self.posterior_shapes(encoded)]
         rows = [
             (*(torch.randn(shape, generator=draw) for shape in shapes), self.offset_noise(encoded, draw, 1))
@@ -196,6 +233,8 @@ class Encoding:
             first,
             torch.full((len(t),), encoded.fps, device=self.device),
         )
+        if encoded.flow is not None:
+            return x0, t, noise, conditions, weight, encoded.flow
         return (x0, t, noise, conditions) if weight is None else (x0, t, noise, conditions, weight)
 
     def latents(self, encoded: Encoded, noise: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
@@ -296,6 +335,11 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
         raise ValueError(
             f"weights folder {config.weights} lacks {' and '.join(lacking)}, which train.part=diffusion needs"
         )
+    if train.flow_weight and (config.use.output != "moved" or not config.use.concat):
+        raise ValueError(
+            f"train.flow_weight = {train.flow_weight} is for a UNet that says where each pixel "
+            "of the picture moves; set use.output=moved (and use.concat=true), or leave it at 0"
+        )
     if train.text_encoder and not config.use.text:
         raise ValueError(
             "train.text_encoder trains a text tower that use.text=false does not read; leave one of them out"
@@ -343,7 +387,7 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     return Part(
         name="unet" if adapters is None else "adapter",
         model=model,
-        step=DiffusionLoss(unet, schedule, clip if train.text_encoder else None),
+        step=DiffusionLoss(unet, schedule, clip if train.text_encoder else None, train.flow_weight),
         inputs=encoding,
         source=Cached(source, encoding, train.num_clips) if train.cache else source,
         slow=slow,

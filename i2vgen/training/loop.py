@@ -455,9 +455,10 @@ def open_folder(
     facts = _facts(found[-1])
     before = {**training_record(Train()), **facts["settings"]}  # older runs lack newer settings
     for name, here, there in _differences(settings_record(config, train), before):
-        if resume and not _architectural(name):
+        refused = _architectural(name, here, there)
+        if resume and not refused:
             continue
-        advice = "" if _architectural(name) else ", or resume anyway with --resume"
+        advice = "" if refused else ", or resume anyway with --resume"
         raise ValueError(f"{name} is {here} here but {there} in {found[-1]}; choose another output{advice}")
     for what, there in facts.get("contents", {}).items():
         if not resume and contents and contents.get(what) != there:
@@ -493,10 +494,11 @@ def _differences(here: dict, there: dict) -> list[tuple[str, object, object]]:
     return [(n, here.get(n), there.get(n)) for n in names if here.get(n) != there.get(n)]
 
 
-def _architectural(name: str) -> bool:
+def _architectural(name: str, here: object, there: object) -> bool:
     section, _, leaf = name.partition(".")
     return (
         section in ARCHITECTURE
+        or (name == "use.output" and "moved" in (here, there))  # the only one with a layer of its own
         or (section == "use" and leaf in STRUCTURAL_SWITCHES)
         or name in ("train.part", "train.moments")
     )

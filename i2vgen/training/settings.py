@@ -138,6 +138,9 @@ class Train:
     # a colour-emoji font; those kept for evaluation are left out, by name.
     things: str = ""
     backgrounds: str = ""  # with `things`: a folder of photographs, used beside the drawn backgrounds
+    # data=world, with use.output=moved: weight of the distance of the UNet's flow from the true one, which
+    # the world knows. Clips teach it much more slowly: a thing in the wrong place says not which is right.
+    flow_weight: float = 0.0
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
     workers: int = 0  # processes that draw or decode clips ahead; 0: the main process does it
@@ -160,7 +163,8 @@ class Train:
         )
         _check(self, "spatial_factor", 0 <= self.spatial_factor <= 10, "0 to 10 (official 0.5)")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
-        for name in ("weight_decay", "clip_norm", "offset_noise", "clip_words", "vae_mse", "vae_kl"):
+        weights = ("clip_words", "flow_weight", "vae_mse", "vae_kl")
+        for name in ("weight_decay", "clip_norm", "offset_noise", *weights):
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
         _check(self, "timestep_power", 0 < self.timestep_power <= 10, "a number above 0, at most 10")
         _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
@@ -183,6 +187,11 @@ class Train:
                 raise ValueError(
                     f"train.{name} needs train.data={WORLD}, but train.data is {self.data}; leave it out"
                 )
+        if self.flow_weight and (self.data != WORLD or self.part != "diffusion" or self.first_stage):
+            raise ValueError(
+                f"train.flow_weight = {self.flow_weight} needs train.part=diffusion and train.data={WORLD}, "
+                "which knows where things move, and no train.first_stage; leave it at 0"
+            )
         if self.backgrounds and not self.things:
             raise ValueError(
                 f"train.backgrounds = {self.backgrounds} are for pictures of things; give train.things too"

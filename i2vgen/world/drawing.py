@@ -411,6 +411,17 @@ def render(facts: Facts, *, width: int, height: int, frames: int, speed: float =
     return np.rint(canvas * 255.0).astype(np.uint8)
 
 
+def covers(facts: Facts, width: int, height: int) -> list[np.ndarray]:
+    """How much of each pixel each object covers in the first frame, by itself -> float32 [h w] in 0..1."""
+    half = min(width, height) / 2.0
+    u = (np.arange(width) + 0.5 - width / 2.0)[None, None] / half
+    v = (np.arange(height) + 0.5 - height / 2.0)[None, :, None] / half
+    return [
+        coverage(one.shape, u - one.x, v - one.y, np.array([one.radius]), np.array([one.angle]), half)[0]
+        for one in facts.things
+    ]
+
+
 def check_size(width: int, height: int, frames: int, speed: float) -> None:
     for name, value, least in (("width", width, SHORTEST_SIDE), ("height", height, SHORTEST_SIDE)):
         if value < least or value != int(value):

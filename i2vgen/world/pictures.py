@@ -278,6 +278,14 @@ class PictureWorld:
             part *= 1.0 - seen[..., 3:]
             part += seen[..., :3]
 
+    def covers(self, facts: Facts, width: int, height: int) -> list[np.ndarray]:
+        """As `drawing.covers`."""
+        paths = [drawing.track(thing, STILL, STILL, np.zeros(1)) for thing in facts.things]
+        return [
+            things.warp(self.things[thing.name], *path, width, height)[0, 3].numpy()
+            for thing, path in zip(facts.things, paths, strict=True)
+        ]
+
     def _behind(
         self, ground: Backdrop | Photograph, camera: Move, time: np.ndarray, width: int, height: int
     ) -> np.ndarray:
