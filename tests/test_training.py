@@ -106,8 +106,6 @@ def fit(config, train, folder, **how):
         (["train.part=clip", "train.compile=true"], r"train\.compile needs train\.part=diffusion"),
         (["train.part=clip", "train.text_encoder=true"], r"train\.text_encoder needs train\.part=diffusion"),
         (["train.part=vae", "train.clip_unread=true"], r"clip_unread needs train\.part=clip"),
-        (["train.vae_moved=0.5"], r"train\.vae_moved needs train\.part=vae"),
-        (["train.part=vae", "train.vae_moved=2"], r"train\.vae_moved is 2\.0; give a probability"),
         (["train.part=clip", "train.vae_encoder=false"], r"vae_encoder needs train\.part=vae"),
         (["train.lora_rank=2", "train.text_encoder=true"], r"train\.lora_rank = 2 .*text_encoder out"),
         (["train.data=here", "train.num_clips=2"], r"train\.num_clips = 2 needs train\.data=world"),
@@ -334,38 +332,6 @@ def test_the_decoder_alone_can_be_trained_after_the_unet(root, stages, tmp_path)
     settings_of = [load_settings(None, [f"weights={folder}"])[0] for folder in (config.weights, trained)]
     assert settings_of[0].vae == settings_of[1].vae  # its scale too
     assert checkpoint.missing_parts(trained) == []  # the UNet is saved too
-
-
-def test_pictures_and_latents_move_alike():
-    x = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    shift = torch.tensor([[[1.0, 0.0, 0.5], [0.0, 1.0, -0.25]]])  # each place shows what was right and above
-    turn = torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0]]])
-    for mode in ("bilinear", "bicubic"):
-        shifted, inside = vae.moved(x, shift, mode)
-        assert torch.allclose(shifted[..., 2:, :12], x[..., :14, 4:], atol=1e-5)
-        assert inside[0, 0, 2:, :12].all() and inside.sum() == 14 * 12
-        turned, inside = vae.moved(x, turn, mode)
-        assert torch.allclose(turned, torch.rot90(x, 1, (2, 3)), atol=1e-5) and inside.all()
-    moves = vae.draw_moves(2000, 0.3, torch.Generator().manual_seed(0))
-    same = (moves == torch.eye(2, 3)).all((1, 2))
-    zoom = torch.linalg.det(moves[:, :, :2]).sqrt()
-    assert 0.65 < same.float().mean() < 0.75
-    assert zoom.min() == pytest.approx(1 / 1.6, abs=0.02) and zoom.max() == pytest.approx(1.6, abs=0.02)
-
-
-def test_moved_latents_are_compared_with_moved_pictures(root, stages, tmp_path):
-    words = ["train.steps=60", "train.batch=4", "train.num_clips=4", "train.log_every=1", "train.vae_moved=1"]
-    config, train = settings(root, stages, "vae", *words)
-    log = fit(config, train, tmp_path)
-    assert log[-1]["loss"] < 0.7 * log[0]["loss"]
-    loss = vae.VaeLoss(vae.make(config, train, data.open_source(config, train), CPU).model, train)
-    pixels, noise = torch.rand(2, 3, 16, 16), torch.zeros(2, config.vae.embed_dim, *config.latent_size)
-    still = torch.eye(2, 3).expand(2, 2, 3)
-    same, moved, plain = (
-        loss(pixels, noise, moves)["l1"].item()
-        for moves in (still, still + torch.tensor([0.0, 0.0, 0.9]), None)
-    )
-    assert same == pytest.approx(plain, rel=1e-4) and moved < 0.4 * plain  # 70 % is not seen
 
 
 def test_training_the_decoder_of_no_autoencoder_is_refused(root, stages):

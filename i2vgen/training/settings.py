@@ -94,10 +94,6 @@ class Train:
     # part=vae: false trains the decoder alone. Latents and `vae.scale` stay as they are, so a UNet that was
     # trained on them keeps working.
     vae_encoder: bool = True
-    # part=vae: share of the pictures whose latents are shifted, turned and zoomed before they are decoded,
-    # and compared with the picture after the same move (as in EQ-VAE, arXiv 2502.09509). Latents that move
-    # then decode to what moved, which use.output=moved needs.
-    vae_moved: float = 0.0
     # part=vae: 1 / standard deviation of the latents, or vae.scale as set.
     vae_scale: Literal["measured", "given"] = "measured"
     precision: Literal["auto", "float32", "bf16", "fp16"] = (
@@ -172,8 +168,7 @@ class Train:
             _check(self, name, 0 <= getattr(self, name) < float("inf"), "a number of 0 or more")
         _check(self, "timestep_power", 0 < self.timestep_power <= 10, "a number above 0, at most 10")
         _check(self, "ema", 0 <= self.ema < 1, "a number in [0, 1); 0 means none")
-        shares = ("first_stage_vae", "first_stage_made", "vae_moved")
-        for name in (*shares, "text_dropout", "image_dropout", "word_dropout"):
+        for name in ("first_stage_vae", "first_stage_made", "text_dropout", "image_dropout", "word_dropout"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "a probability")
         _check(self, "seed", 0 <= self.seed <= MAX_SEED, f"0 to {MAX_SEED}")
         _check(self, "data", self.data, f"{WORLD!r} or a folder")
@@ -233,11 +228,10 @@ class Train:
                 f"train.first_stage_vae = {self.first_stage_vae} and train.first_stage_made = "
                 f"{self.first_stage_made} are shares of all clips; their sum must be at most 1"
             )
-        for name in ("vae_encoder", "vae_moved"):
-            if self.part != "vae" and getattr(self, name) != getattr(type(self), name):
-                raise ValueError(
-                    f"train.{name} needs train.part=vae, but train.part is {self.part}; leave it out"
-                )
+        if not self.vae_encoder and self.part != "vae":
+            raise ValueError(
+                f"train.vae_encoder needs train.part=vae, but train.part is {self.part}; leave it out"
+            )
         if self.clip_unread and self.part != "clip":
             raise ValueError(
                 f"train.clip_unread needs train.part=clip, but train.part is {self.part}; leave it out"

@@ -7,12 +7,9 @@ columns.
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -35,42 +32,14 @@ class VaeLoss(nn.Module):
         super().__init__()
         self.vae, self.mse, self.kl = vae, train.vae_mse, train.vae_kl
 
-    def forward(self, pixels: Tensor, noise: Tensor, moves: Tensor | None = None) -> dict[str, Tensor]:
-        """pixels [n 3 H W] in [-1, 1], noise [n c h w] -> {"loss", "l1", "mse", "kl": scalars}
-
-        moves [n 2 3]: each picture is compared with what its latents decode to once both are moved alike.
-        """
+    def forward(self, pixels: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """pixels [n 3 H W] in [-1, 1], noise [n c h w] -> {"loss", "l1", "mse", "kl": scalars}"""
         posterior = self.vae.posterior(pixels)
-        z, seen = posterior.sample(noise.to(posterior.mean)), 1.0
-        if moves is not None:
-            z, _ = moved(z, moves, "bilinear")
-            pixels, seen = moved(pixels, moves, "bicubic")
-        difference = (self.vae.decode(self.vae.scale * z).float() - pixels) * seen
+        z = posterior.sample(noise.to(posterior.mean))
+        difference = self.vae.decode(self.vae.scale * z).float() - pixels
         l1, mse = difference.abs().mean(), difference.square().mean()
         kl = posterior.kl().float().mean() / z[0].numel()
         return {"loss": l1 + self.mse * mse + self.kl * kl, "l1": l1, "mse": mse, "kl": kl}
-
-
-def draw_moves(count: int, share: float, draw: torch.Generator) -> Tensor:
-    """For each of `count` pictures, the map from places after a move to places before it: float32 [n 2 3].
-
-    A `share` of them is shifted by up to 0.6 of half a side, turned by up to half a circle and zoomed by up
-    to 1.6, evenly; the others stay as they are.
-    """
-    x, y, turn, zoom, chosen = torch.rand((5, count), generator=draw)
-    here, angle = (chosen < share).float(), math.pi * (2 * turn - 1)
-    angle, factor = angle * here, (1.6 ** (2 * zoom - 1)) ** here
-    cos, sin = angle.cos() * factor, angle.sin() * factor
-    x, y = (0.6 * (2 * one - 1) * here for one in (x, y))
-    return torch.stack([torch.stack([cos, -sin, x], -1), torch.stack([sin, cos, y], -1)], 1)
-
-
-def moved(x: Tensor, moves: Tensor, mode: Literal["bilinear", "bicubic"]) -> tuple[Tensor, Tensor]:
-    """x [n c h w] after the moves [n 2 3] -> the same shape, and 1 where it was in the picture, [n 1 h w]."""
-    with torch.autocast(x.device.type, enabled=False):  # half precision knows places to a tenth of a pixel
-        grid = F.affine_grid(moves, list(x.shape), align_corners=False)
-        inside = (grid.abs() <= 1).all(-1)[:, None]
-        return F.grid_sample(x.to(moves), grid, mode, "border", align_corners=False), inside.to(moves)
 
 
 @torch.no_grad()
@@ -107,12 +76,10 @@ def make(config: Config, train: Train, source: Source, device: torch.device) -> 
     freeze(vae, train)
     bucket = buckets(config, train)[0]
 
-    def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, ...]:
+    def inputs(clips: Clips, draw: torch.Generator) -> tuple[Tensor, Tensor]:
         pixels = rearrange(clips.pixels, "b c f h w -> (b f) c h w").to(device)
         noise = torch.randn(len(pixels), config.vae.embed_dim, *config.latent_size, generator=draw)
-        if not train.vae_moved:
-            return pixels, noise.to(device)
-        return pixels, noise.to(device), draw_moves(len(pixels), train.vae_moved, draw).to(device)
+        return pixels, noise.to(device)
 
     @torch.no_grad()
     def finish(settings: Config) -> Config:
