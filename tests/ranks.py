@@ -33,13 +33,13 @@ CONDITIONED = settings.Clip(text={"context_length": 7, "width": 16, "heads": 2, 
 VAE = settings.VAE(base_width=8, width_multipliers=(1, 2), blocks_per_level=1, norm_groups=4)
 
 
-def road(frames, *, parallel_="none", use=None, **runtime):
+def road(frames, *, parallel_="none", use=None, moved_grid=1, **runtime):
     """A whole road without its encoders, in float64, as `load_parts` would put it together."""
     interval, prediction = runtime.pop("guidance_interval", (0.0, 1.0)), runtime.pop("prediction", "v")
     sample = settings.Sample(width=24, height=16, frames=frames, steps=2, guidance_interval=interval)
     config = settings.Config(
         use=use or settings.Use(),
-        unet=SMALL,
+        unet=dataclasses.replace(SMALL, moved_grid=moved_grid),
         vae=VAE,
         clip=CONDITIONED,
         schedule=settings.Schedule(prediction=prediction),
@@ -84,6 +84,7 @@ def equal():
         "frame positions": (4, {"use": settings.Use(frame_positions=True)}),
         "from the picture": (4, {"use": settings.Use(output="from_picture"), "prediction": "x0"}),
         "moved": (4, {"use": settings.Use(output="moved"), "prediction": "x0"}),
+        "moved finely": (4, {"use": settings.Use(output="moved"), "prediction": "x0", "moved_grid": 2}),
         "a path less": (4, {"use": settings.Use(concat=False, temporal_convolution=False)}),
     }
     splits = {2: ("frames", "guidance", "auto"), 4: ("frames", "both", "auto")}[world]

@@ -88,12 +88,13 @@ def test_an_output_from_the_picture_reaches_both_branches(make_unet, branches, n
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("grid", [1, 2])
 @pytest.mark.parametrize("name", ["batched", "chunked"])
-def test_a_moved_output_reaches_both_branches(make_unet, branches, name):
+def test_a_moved_output_reaches_both_branches(make_unet, branches, name, grid):
     use = Use(output="moved")
     inputs = branches(2, 3)
-    plain = guidance_step(make_unet(use), *inputs)
-    unet = make_unet(use)
+    plain = guidance_step(make_unet(use, moved_grid=grid), *inputs)
+    unet = make_unet(use, moved_grid=grid)
     savings.apply(unet, RUNTIMES[name], META)
     torch.testing.assert_close(guidance_step(unet, *inputs), plain, **EXACT)
 

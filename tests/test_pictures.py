@@ -16,7 +16,7 @@ from test_evaluation import Mirror, written
 from i2vgen import pipeline
 from i2vgen.evaluation import evaluate
 from i2vgen.evaluation.evaluate import Plan
-from i2vgen.model.unet import moved
+from i2vgen.model.moved import moved
 from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 from i2vgen.training import data

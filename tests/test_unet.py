@@ -12,7 +12,8 @@ from i2vgen.files import checkpoint
 from i2vgen.model import attention
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.layers import Conv
-from i2vgen.model.unet import Block, UNet, moved
+from i2vgen.model.moved import FinePicture, moved, spread
+from i2vgen.model.unet import Block, UNet
 from i2vgen.model.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import Use
@@ -268,6 +269,44 @@ def test_a_moved_output_begins_as_a_change_of_the_picture_and_leaves_it(make_une
     with torch.no_grad():
         unet.flow_out.bias[3] = 1.0  # nothing of the picture is left
     torch.testing.assert_close(predict(unet, inputs), predict(plain, inputs), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_fine_grid_moves_what_a_latent_pixel_holds(make_inputs):
+    h, w, grid, frames = 14, 18, 4, 2
+    latent = make_inputs(h=h, w=w)[2].image_latent
+    torch.manual_seed(0)
+    fine = FinePicture(latent.shape[1], grid).double()
+    flow = torch.zeros(1, 2, frames, h * grid, w * grid).double()
+    flow[:, 0, 1] = 2 / w  # one latent pixel to the right: the whole width is 2
+    still, right = fine(latent[:, :, None], flow, torch.zeros_like(flow[:, :1])).unbind(2)
+    rows, before, after = slice(6, -6), slice(6, -7), slice(7, -6)  # beyond the reach of the edges
+    torch.testing.assert_close(right[..., rows, after], still[..., rows, before], rtol=0, atol=1e-12)
+    channels = torch.arange(2 * grid**2)[None, :, None, None, None]
+    first, second = spread(channels, grid)[0, :, 0].unbind()
+    assert first.flatten().tolist() == list(range(16)) and second.flatten()[0] == 16
+
+
+@torch.no_grad()
+def test_a_fine_grid_of_the_unet(make_unet, make_inputs):
+    unet, inputs = make_unet(Use(output="moved"), moved_grid=2), make_inputs()
+    assert unet.flow_out.weight.shape[0] == 3 * 4 + 1
+    before = predict(unet, inputs)
+    unet.flow_out.bias[-1] += 1e3  # nothing of the picture is left: -1000 of it
+    hidden = predict(unet, inputs) - before
+    carried = unet.fine_picture(
+        unet.prepare(inputs[2], 4).picture, *(torch.zeros(1, n, 4, 8, 12).double() for n in (2, 1))
+    )
+    assert hidden.abs().mean() > 100 * carried.abs().mean()
+    unet.flow_out.weight[:-1] = 0
+    unet.flow_out.bias[:-1] = 0
+    before = predict(unet, inputs)
+    unet.flow_out.bias[-1] += 1
+    torch.testing.assert_close(before - predict(unet, inputs), carried, rtol=0, atol=1e-10)
+    unet.requires_grad_(True)
+    with torch.enable_grad():
+        predict(unet, inputs).square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in unet.fine_picture.parameters())
 
 
 @pytest.mark.parametrize("later", ["zeros", "picture"])

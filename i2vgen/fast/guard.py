@@ -9,6 +9,7 @@ replaced, subclassed or gave another forward computes what it was written to com
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import threading
 from collections.abc import Iterator
@@ -110,7 +111,7 @@ def built() -> Known:
     """(class, name of a part) -> the classes that this part has in networks just built; "" in a list."""
     with torch.device("meta"):
         networks = [
-            UNet(SMALL, config.Use(frame_positions=True, output="moved")),
+            UNet(dataclasses.replace(SMALL, moved_grid=2), config.Use(frame_positions=True, output="moved")),
             AutoencoderKL(config.VAE(base_width=8, width_multipliers=(1, 2), norm_groups=8)),
         ]
     found: Known = {}

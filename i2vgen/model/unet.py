@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from i2vgen.model.conditioning import Conditions, ConditionStem, Prepared
 from i2vgen.model.layers import RES_EPS, Conv, GroupNorm, Mlp, per_frame, sinusoid, zero_
+from i2vgen.model.moved import FinePicture, moved, spread
 from i2vgen.model.spatial import SKIP_FILTERS, Downsample, ResBlock, SpatialTransformer, Upsample, filter_skip
 from i2vgen.model.temporal import TemporalConv, TemporalTransformer
 from i2vgen.settings import config
@@ -142,10 +143,13 @@ class UNet(nn.Module):
         self.norm_out = GroupNorm(unet.norm_groups, width, eps=RES_EPS)
         self.conv_out = Conv(width, unet.out_channels, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)  # its bias keeps the default, as in the official code
-        self.flow_out = None  # two channels of flow, one of weight, one of how much of the result is left out
+        # For each place of a grid that may be finer than the latent: two channels of flow, one of weight. One
+        # more for how much of the result is left out.
+        self.grid, self.flow_out, self.fine_picture = unet.moved_grid, None, None
         if use.output == "moved" and use.concat:
-            self.flow_out = Conv(width, 4, 3, padding=1)
-            zero_(self.flow_out)
+            self.flow_out = zero_(Conv(width, 3 * self.grid**2 + 1, 3, padding=1))
+            if self.grid > 1:
+                self.fine_picture = FinePicture(unet.out_channels, self.grid)
 
     def prepare(self, conditions: Conditions, frames: int) -> Prepared:
         """The part of the network that does not depend on the timestep; computed once per video."""
@@ -201,10 +205,14 @@ class UNet(nn.Module):
         """Output of `leave` -> prediction [b c f h w], which may be a change of the picture (`use.output`)"""
         if self.flow_out is None:
             return out if prepared.picture is None else out + prepared.picture
-        change, flow, weight, hidden = out.split([out.shape[1] - 4, 2, 1, 1], dim=1)
+        places = self.grid**2
+        sizes = [out.shape[1] - 3 * places - 1, 2 * places, places, 1]
+        change, flow, weight, hidden = out.split(sizes, dim=1)
         if prepared.picture is None:
             return change
-        return change + (1 - hidden) * moved(prepared.picture, flow, weight)
+        move = moved if self.fine_picture is None else self.fine_picture
+        carried = move(prepared.picture, spread(flow, self.grid), spread(weight, self.grid))
+        return change + (1 - hidden) * carried
 
     def embed(self, t: Tensor, prepared: Prepared) -> Tensor:
         """t [b] -> timestep embedding plus that of the fps, [b e]"""
@@ -242,34 +250,6 @@ class UNet(nn.Module):
                     f"the adapter adds {given} residuals to `{name}`, but this network has {there}: it was "
                     "made for another architecture"
                 )
-
-
-def moved(picture: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
-    """The pixels of the picture [b c 1 h w], each moved to where the flow of a frame says -> [b c f h w].
-
-    flow [b 2 f h w]: how far a pixel moves right and down, in halves of a frame's width and height,
-    so that it means the same at every size. It lands on up to four pixels, bilinearly. Where several land,
-    they are averaged by exp(weight), [b 1 f h w]; where none lands, the result is zero.
-    """
-    b, c, _, h, w = picture.shape
-    precise = torch.float64 if flow.dtype == torch.float64 else torch.float32
-    flow, weight = (rearrange(one.to(precise), "b c f h w -> (b f) c (h w)") for one in (flow, weight))
-    rows, columns = (torch.arange(n, device=flow.device, dtype=precise) for n in (h, w))
-    x = columns.repeat(h) + flow[:, 0] * (w / 2)
-    y = rows.repeat_interleave(w) + flow[:, 1] * (h / 2)
-    pixels = rearrange(
-        picture.to(precise).expand(-1, -1, len(flow) // b, -1, -1), "b c f h w -> (b f) c (h w)"
-    )
-    pixels = torch.cat([pixels, torch.ones_like(weight)], dim=1) * weight.exp()
-    left, above, total = x.floor(), y.floor(), torch.zeros_like(pixels)
-    for column, across in ((left, left + 1 - x), (left + 1, x - left)):
-        for row, down in ((above, above + 1 - y), (above + 1, y - above)):
-            inside = (column >= 0) & (column < w) & (row >= 0) & (row < h)
-            place = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
-            share = (across * down * inside)[:, None]
-            total = total.scatter_add(2, place[:, None].expand_as(pixels), pixels * share)
-    result = total[:, :c] / total[:, c:].clamp(min=1)
-    return rearrange(result, "(b f) c (h w) -> b c f h w", b=b, h=h).to(picture.dtype)
 
 
 def temporal_transformer(

@@ -142,9 +142,14 @@ class UNet:
     concat_heads: int = 2
     concat_head_width: int = 4
     concat_dropout: float = 0.05
+    # use.output=moved: places per latent pixel, along each side, of the grid on which the picture moves. 1 is
+    # the latent itself, too coarse for things that are a few of its pixels wide.
+    moved_grid: int = 1
 
     def __post_init__(self):
         _positive(self, "unet")
+        if self.moved_grid > 8:
+            raise ValueError(f"unet.moved_grid is {self.moved_grid}; give 1 to 8 places per latent pixel")
         levels = len(self.width_multipliers)
         if levels == 0:
             raise ValueError("unet.width_multipliers is empty; give one multiplier per resolution level")

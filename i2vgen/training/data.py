@@ -191,7 +191,7 @@ class World:
         )
         if not train.flow_weight:
             return Clips(batch.clips, batch.captions, bucket.fps)
-        h, w = self.config.latent_size
+        h, w = (side * self.config.unet.moved_grid for side in self.config.latent_size)
         flow = np.empty((len(numbers), 3, bucket.frames, h, w), np.float32)
         for i, facts in enumerate(batch.facts):
             covers = world.covers(facts, w, h)

@@ -31,6 +31,7 @@ from i2vgen.files import checkpoint, video
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Unconditional
 from i2vgen.model.conditioning import Encoded as ConditionPair
+from i2vgen.model.moved import spread
 from i2vgen.model.spatial import Downsample, ResBlock, SpatialTransformer, Upsample
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
@@ -67,7 +68,7 @@ class DiffusionLoss(nn.Module):
             unet.flow_out.register_forward_hook(self._keep)
 
     def _keep(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.flow = output[..., :2]
+        self.flow = output[..., : 2 * self.unet.grid**2]
 
     def forward(
         self,
@@ -93,7 +94,7 @@ class DiffusionLoss(nn.Module):
         if flow is None:
             return {"loss": loss}
         made = rearrange(self.flow.float(), "(b f) h w c -> b c f h w", b=len(flow))
-        error, self.flow = flow_error(made, flow), None
+        error, self.flow = flow_error(spread(made, self.unet.grid), flow), None
         return {"loss": loss + self.flow_weight * error, "flow_error": error}
 
 

@@ -29,7 +29,8 @@ class Clips(NamedTuple):
     pixels: Tensor
     captions: tuple[str, ...]
     fps: int
-    # With `train.flow_weight`: where the first frame's latents move, and how much each counts, [b 3 f h w].
+    # With `train.flow_weight`: where each place of the grid that moves goes, and how much it counts,
+    # [b 3 f gh gw].
     flow: Tensor | None = None
 
 
@@ -44,7 +45,7 @@ class Encoded(NamedTuple):
     start: Tensor | None = None  # [b c f h w] latents of the first stage's upscaled clips, for a refiner
     text: Tensor | None = None  # [b k d] what the text tower makes of `tokens`, from prepared data
     captions: tuple[str, ...] = ()
-    flow: Tensor | None = None  # [b 3 f h w] as in `Clips`
+    flow: Tensor | None = None  # [b 3 f gh gw] as in `Clips`
 
 
 Source = Callable[[Bucket, Sequence[int]], Clips | Encoded]  # positions of the clips in the run -> the clips
