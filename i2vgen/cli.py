@@ -91,8 +91,8 @@ def split(argv: Sequence[str], flags: Sequence[str] = ()) -> tuple[str | None, l
             file = shipped.config(os.path.expanduser(word))
         else:
             raise ValueError(
-                f"got two configuration files, {file} and {word}; one is allowed. Settings are name=value; "
-                'a value with spaces needs quotes: prompt="the boat sails"'
+                f"got two configuration files, {file} and {word}; one is allowed. Settings are "
+                'name=value, as in image=photo.jpg; a value with spaces needs quotes: prompt="the boat sails"'
             )
     return file, overrides, given
 

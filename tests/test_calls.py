@@ -437,7 +437,7 @@ def test_settings_by_keyword():
                                                   "dtype=float64"]).config  # fmt: skip
     for given, message in (
         ({"num_inference_steps": 2}, "that is diffusers' name, here it is steps="),
-        ({"seed": "abc"}, r"sample\.seed is \['abc'\], expected int, or a list of them"),
+        ({"seed": "abc"}, r"sample\.seed is 'abc', expected int, or a list of them"),
         ({"sampler": "DDIM"}, "'DDIM', expected ddim or ancestral or"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -285,6 +285,15 @@ def test_what_does_not_fit_is_refused_by_name(run, ready, words, message):
     assert message in said
 
 
+def test_changed_clips_are_prepared_into_another_folder(run, clips, ready, tmp_path):
+    shutil.copytree(clips, "videos")
+    shutil.copytree(ready, "prepared")
+    captions = next((tmp_path / "videos").glob("captions.*"))
+    captions.write_text(captions.read_text().replace(" a ", " one ", 1))
+    said = run.refused("prepare", "data=videos", "output=prepared", *SIZE, "batch=2")
+    assert "the captions of data=videos have changed since output=prepared was begun; delete that" in said
+
+
 @pytest.mark.parametrize(
     ("part", "tensor", "what"),
     [

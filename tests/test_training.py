@@ -654,6 +654,15 @@ def test_a_name_spelled_otherwise_gets_a_hint(tmp_path, written, stored):
     assert ascii(stored) in str(error.value)  # in ASCII, or both look alike
 
 
+def test_a_folder_of_pictures_under_other_names_gets_a_hint(folder, caplog):
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "pictures/1.png")
+    captions = next(folder.glob("captions.*"))
+    captions.write_text(captions.read_text() + "pictures,a boat\n")
+    data.open_source(*folder_settings(folder, "train.frame_lengths=4", "train.sample_fps=5"))
+    assert "pictures is a folder without frame_0000.png" in caplog.text
+
+
 def test_every_possible_start_is_drawn_and_none_beyond(folder):
     """The official code never draws the last start, and computes stride 0 for a file of a lower rate."""
     config, train = folder_settings(folder, "train.frame_lengths=4", "train.sample_fps=5")

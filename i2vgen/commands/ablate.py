@@ -12,8 +12,8 @@
     measures=  run only these of the study's measures; cost,untrained takes minutes
     stale=     results made before the package's code changed: keep, or again (measure them anew)
 
-An interrupted study continues where it stopped; finished runs are not repeated. i2vgen/lab/study.py explains
-how to write a study.
+An interrupted study continues where it stopped; finished runs are not repeated. The plots need matplotlib
+(python -m pip install 'i2vgen[lab]'). docs/laboratory.md explains how to write a study, also on your clips.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def main(argv: list[str]) -> int:
     name = cli.choose("budget", given.get("budget", "quick"), studies.BUDGETS)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "the plots need matplotlib, which is not installed: python -m pip install matplotlib"
+            "the plots need matplotlib, which is not installed: python -m pip install matplotlib, or "
+            "i2vgen[lab]"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
     for config in studies.with_plugins(study):

@@ -121,6 +121,8 @@ def main(argv: list[str]) -> int:
             torch.distributed.destroy_process_group()
     if rank == 0:
         print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
+        if (best := weights.parent / "best").is_dir():
+            print(f"{cli.shown(best)} holds those with the lowest loss on the clips for validation")
     return 0
 
 

@@ -25,7 +25,8 @@ def device(runtime: Runtime) -> torch.device:
         raise ValueError(f"runtime.device is {runtime.device!r}; use auto, cpu, cuda or cuda:1") from None
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"runtime.device is {runtime.device} but PyTorch sees {torch.cuda.device_count()} CUDA devices"
+            f"runtime.device is {runtime.device} but PyTorch sees {torch.cuda.device_count()} CUDA devices; "
+            "leave device= out, or write device=cpu"
         )
     if chosen.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("runtime.device is mps but PyTorch sees no such device here")

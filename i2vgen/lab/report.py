@@ -190,7 +190,11 @@ def verdict(study: Study, table: dict[str, dict[str, Cell]]) -> str:
         if c.apart_from(base[score])
     ]
     over = {c.over for line in table.values() for c in line.values() if c.low is not None}
-    intervals = f"Intervals: 95 % over {' and '.join(sorted(over)) or 'nothing (too few clips)'}. "
+    if not over:
+        return "No intervals: there are too few clips. Nothing can be said about differences."
+    intervals = f"Intervals: 95 % over {' and '.join(sorted(over))}. "
+    if len(table) == 1:
+        return intervals
     if not apart:
         return intervals + "Every difference from the base lies inside the error bars: this run shows none."
     return (
@@ -231,7 +235,10 @@ def write(
     tables = [(cost_table(study, costs), "")] if costs else []
     tables += score_tables(study, results)
     tables += [(variants_table(study), ""), (setup_table(study, studies.BUDGETS[budget], results), "")]
-    about = f"Study {study.name}, budget {budget}, base {study.base!r} of {study.weights}. {scored_on(study)}"
+    about = (
+        f"Study `{study.name}`, budget {budget}. The variants are compared with {study.base!r}, on the "
+        f"weights {study.weights}. {scored_on(study)}"
+    )
     if budget == "smoke":
         about += " It shows that the study runs; no figure here means anything."
     about += f" {note}" if note else ""
@@ -256,6 +263,9 @@ def variants_table(study: Study) -> Table:
     return Table("Settings of the variants", ("variant", "settings that differ"), tuple(rows), words=(0, 1))
 
 
+STARTS = {"scratch": "a new UNet", "weights": "from the weights of the base"}
+
+
 def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table:
     """What another laboratory needs to repeat the study."""
     rows = [
@@ -269,7 +279,8 @@ def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table
             ("training data", data),
             (
                 "training",
-                f"{study.start}, {train.steps} steps of {train.batch} clips, rate {train.learning_rate:g}",
+                f"{STARTS[study.start]}, {train.steps} steps of {train.batch} clips, rate "
+                f"{train.learning_rate:g}",
             ),
             ("seeds", ", ".join(map(str, range(budget.seeds)))),
         ]

@@ -77,8 +77,8 @@ class ClipEncoders(nn.Module):
         unknown = [word for word in said if word not in self.settings.words]
         if self.settings.words and unknown:
             warnings.warn(
-                "these weights were trained on a few words (clip.words) and know nothing of: "
-                f"{', '.join(unknown)}",
+                "these weights were trained on a few words (clip.words in their settings.json) and know "
+                f"nothing of: {', '.join(unknown)}",
                 stacklevel=1,  # from here, so that two stages of one vocabulary say it once
             )
 

@@ -168,6 +168,8 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         what = "is a file" if folder.is_file() else "does not exist"
         hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)) and not folder.is_file()
         more = f"; if it is on the hub: i2vgen convert hf:{weights} FOLDER" if hub else ""
+        if str(weights) == "weights/xl":  # what the docs call the released model
+            more = "; for the released model: i2vgen convert hf:ali-vilab/i2vgen-xl weights/xl"
         raise ValueError(
             f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
             f"weights=random to try the program with seeded random weights{more}"
@@ -397,7 +399,9 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             try:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
-                return f"{section}.{name} is {shortened(value)}, expected {_kind(known[name])}"
+                alone = isinstance(value, list) and len(value) == 1  # as `_wrap_tuples` made it of one value
+                given = shortened(value[0] if alone else value)
+                return f"{section}.{name} is {given}, expected {_kind(known[name])}"
     return first_line(error)
 
 

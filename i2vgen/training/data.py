@@ -253,6 +253,7 @@ class Folder:
             if names:
                 LOGGER.warning("%s: ignoring %d %s, such as %s", self.folder, len(names), what, names[0])
         hint = spelled_otherwise(self.without_file, self.without_caption)
+        hint = hint or without_frames(self.folder, self.without_file)
         if hint:
             LOGGER.warning("%s: %s", self.folder, hint)
         if not self.files:
@@ -410,6 +411,14 @@ def spelled_otherwise(missing: Sequence[str], present: Sequence[str]) -> str:
     for name in missing:
         if other := by_name.get(plain(name)):
             return f"the captions say {name!a}, but the file is called {other!a}"
+    return ""
+
+
+def without_frames(folder: Path, missing: Sequence[str]) -> str:
+    """A hint if a missing clip is a folder with something else in it."""
+    for name in missing:
+        if os.path.isdir(folder / name):
+            return f"{name} is a folder without frame_0000.png, frame_0001.png, ..., so it is no clip"
     return ""
 
 

@@ -153,8 +153,13 @@ class Job:
                 here, there = here.get(name, here), there.get(name, there)
             if here != there and name not in prepared.PATHS:
                 is_here = f"{name} is {here} here but {there} there"
-                if name in prepared.PARTS or name in ("clips", "captions"):
-                    is_here = f"{prepared.PARTS.get(name, name)} differ"
+                if name in prepared.PARTS:
+                    is_here = f"{prepared.PARTS[name]} differ"
+                if name in ("clips", "captions"):
+                    raise ValueError(
+                        f"the {name} of data={self.facts['source']} have changed since output={self.output} "
+                        "was begun; delete that folder, or choose another output"
+                    )
                 raise ValueError(
                     f"output={self.output} was begun with other settings: {is_here}; choose another output"
                 )
