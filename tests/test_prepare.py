@@ -291,7 +291,7 @@ def test_changed_clips_are_prepared_into_another_folder(run, clips, ready, tmp_p
     captions = next((tmp_path / "videos").glob("captions.*"))
     captions.write_text(captions.read_text().replace("it turns", "it goes"))
     said = run.refused("prepare", "data=videos", "output=prepared", *SIZE, "batch=2")
-    assert "the captions of data=videos have changed since output=prepared was begun; delete that" in said
+    assert "videos have changed since output=prepared was begun; delete that" in said
 
 
 @pytest.mark.parametrize(
