@@ -98,3 +98,5 @@ def test_the_scores_of_the_card_are_those_of_the_docs():
         "words"
     ]
     assert f"{len(words)} words in all" in text
+    quoted = " ".join(re.findall(r"^> (.*)", text, re.M))
+    assert re.findall(r"[a-z]+", quoted) == words
