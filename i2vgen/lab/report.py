@@ -71,7 +71,9 @@ def shown(study: Study, score: str, value: float | None) -> str:
     if value is None:
         return NONE
     unit = METRICS[score].unit
-    return f"{value:.2f} {unit}" if unit else f"{value:.3f}"
+    places = 2 if unit else 3
+    value = round(value, places) + 0.0  # no -0.00
+    return f"{value:.{places}f} {unit}" if unit else f"{value:.{places}f}"
 
 
 def cells(study: Study, results: dict[Run, dict], measure: str) -> dict[str, dict[str, Cell]]:
@@ -263,6 +265,7 @@ def variants_table(study: Study) -> Table:
     return Table("Settings of the variants", ("variant", "settings that differ"), tuple(rows), words=(0, 1))
 
 
+LEAST_SPAN = 0.02  # of the values: the least width of a score's axis
 STARTS = {"scratch": "a new UNet", "weights": "from the weights of the base"}
 
 
@@ -332,6 +335,10 @@ def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
             axes.set_yticks(range(len(table)), list(table), fontsize=8)
             axes.set_title(f"{label(study, score)} ({measure})", fontsize=9, loc="left")
             axes.tick_params(axis="x", labelsize=8)
+            axes.ticklabel_format(axis="x", useOffset=False)
+            low, high = axes.get_xlim()
+            if high - low < (least := LEAST_SPAN * max(abs(low), abs(high))):  # else rounding fills the width
+                axes.set_xlim((low + high - least) / 2, (low + high + least) / 2)
             axes.grid(axis="x", alpha=0.3)
         made.append(_save(picture, folder / f"scores_{measure}.png"))
     curves = {run: r["loss"] for run, r in results.items() if r["loss"]}
