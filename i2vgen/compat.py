@@ -225,7 +225,7 @@ class I2VGenXLPipeline:
 
     def __getattr__(self, name: str) -> Any:
         raise AttributeError(
-            f"this I2VGenXLPipeline has no {name}; docs/from_diffusers.md says what stands in its place"
+            f"this I2VGenXLPipeline has no {name}; docs/from_diffusers.md says what there is instead"
         )
 
     def enable_freeu(self, s1: float, s2: float, b1: float, b2: float) -> None:

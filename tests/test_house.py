@@ -366,3 +366,31 @@ def test_readme_names_settings_that_exist(readme):
     known = {f"{s}.{f}" for s in config.SECTIONS for f in config.Config().to_dict()[s]}
     named = set(re.findall(rf"\b(?:{'|'.join(config.SECTIONS)})\.\w+(?==)", readme))
     assert named and named <= known
+
+
+IMPORT_FIRST = """
+import importlib, os, sys, traceback
+import av, einops, numpy, omegaconf, open_clip, PIL.Image, safetensors.torch, torch  # the slow ones once
+for name in sys.argv[1:]:
+    if not (child := os.fork()):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:  # an optional extra
+            os._exit(error.name.startswith("i2vgen"))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        print("cannot be imported first:", name)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_every_module_can_be_imported_first():
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in LIBRARY]
+    names = [name.removesuffix(".__init__") for name in names if not name.endswith("__main__")]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_FIRST, *names], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "cannot" not in done.stdout, done.stdout + done.stderr

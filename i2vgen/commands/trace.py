@@ -7,7 +7,7 @@
     i2vgen trace against=outputs/before.jsonl      prints the first module whose output differs
 
     i2vgen trace configs/tiny.yaml weights=random unet.image_vector_width=64 clip.embed_dim=64 \\
-        against=diffusers                                      ours against diffusers' class, same weights
+        use.concat_gain=1.0 against=diffusers                  ours against diffusers' class, same weights
 
     output=     file for mean, deviation, minimum and maximum of every module's output, one line per call
     against=    such a file, or `diffusers`

@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from i2vgen.fast import kernels  # noqa: F401, for its operator
+
 aten = torch.ops.aten
 
 
