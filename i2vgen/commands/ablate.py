@@ -13,7 +13,7 @@
     stale=     results made before the package's code changed: keep, or again (measure them anew)
 
 An interrupted study continues where it stopped; finished runs are not repeated. The plots need matplotlib
-(python -m pip install 'i2vgen[lab]'). docs/laboratory.md explains how to write a study, also on your clips.
+(pip install 'i2vgen[lab]'). docs/laboratory.md explains how to write a study, also on your clips.
 """
 
 from __future__ import annotations
