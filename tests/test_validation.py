@@ -132,6 +132,21 @@ def test_the_world_validates_on_clips_of_its_own(run, tmp_path):  # noqa: F811
 # --- what is measured
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train.kinds=[basic]",),
+        ("train.num_clips=8", "train.batch=2", "train.cache=true"),
+        ("train.flow_weight=1",),
+    ],
+    ids=lambda words: words[0],
+)
+def test_the_world_validates_on_a_folder_too(clips, words):
+    _, train, source = opened(f"train.validate={clips}", *words)
+    assert isinstance(source, data.World) and isinstance(source.held_out, data.Folder)
+    assert len(source.held_out) and source.train == train
+
+
 def test_held_out_clips_are_never_trained_on(clips, tmp_path):
     _, _, source = opened(f"train.data={clips}", "train.validate=0.3")
     held = {clip.captions[0] for clip in source.held_out.fixed(Bucket(4, 8, 1))}

@@ -46,6 +46,12 @@ FIRST_TRAINING_SEED = 2**40
 FIRST_VALIDATION_SEED = 2**39
 
 
+# Settings that a folder does not take, switched off: a run on the world may be validated on a folder.
+OF_THE_WORLD = {
+    "kinds": (), "things": "", "backgrounds": "", "num_clips": 0, "cache": False, "flow_weight": 0.0
+}  # fmt: skip
+
+
 def open_source(config: Config, train: Train) -> World | Folder | Prepared:
     """Open `train.data`, without the clips held out for validation, which its `held_out` gives.
 
@@ -55,7 +61,7 @@ def open_source(config: Config, train: Train) -> World | Folder | Prepared:
     if train.data == WORLD:
         source: World | Folder | Prepared = World(config, train)
         if train.validate == WORLD:
-            own = dataclasses.replace(train, num_clips=0, cache=False)
+            own = dataclasses.replace(train, num_clips=0, cache=False, flow_weight=0.0)
             source.held_out = World(config, own, first_seed=FIRST_VALIDATION_SEED)
     else:
         source = open_folder(config, train, "train.data")
@@ -71,7 +77,8 @@ def open_source(config: Config, train: Train) -> World | Folder | Prepared:
                 )
     if train.validate and train.validate != WORLD and not share:
         refuse_overlap(train, source)
-        there = dataclasses.replace(train, data=train.validate, validate="", flip=False, workers=0)
+        own = {"data": train.validate, "validate": "", "flip": False, "workers": 0}
+        there = dataclasses.replace(train, **own, **OF_THE_WORLD)
         source.held_out = open_folder(config, there, "train.validate")
         refuse_copies(train, source, source.held_out)
     return source

@@ -180,8 +180,7 @@ class Encoding:
 
     def fixed(self, clips: Encoded, seeds: Sequence[int], t: Tensor) -> tuple:
         """The same for validation: each clip has a seed of its own for its noise, and nothing is dropped."""
-        encoded = self.ready(clips)._replace(flow=None)  # the loss of validation is that of the noise alone
-        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
+        encoded, draws = self.ready(clips), [torch.Generator().manual_seed(seed) for seed in seeds]
         shapes = [(1, *shape[1:]) for shape in self.posterior_shapes(encoded)]
         rows = [
             (*(torch.randn(shape, generator=draw) for shape in shapes), self.offset_noise(encoded, draw, 1))

@@ -139,7 +139,7 @@ class Train:
     things: str = ""
     backgrounds: str = ""  # with `things`: a folder of photographs, used beside the drawn backgrounds
     # data=world, with use.output=moved: weight of the distance of the UNet's flow from the true one, which
-    # the world knows. Clips teach it much more slowly: a thing in the wrong place says not which is right.
+    # the world knows. The loss on noise alone does not say where a misplaced thing belongs.
     flow_weight: float = 0.0
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory

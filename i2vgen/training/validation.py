@@ -103,7 +103,6 @@ def stacked(clips: Sequence[Clips]) -> Clips:
         torch.cat([one.pixels for one in clips]),
         tuple(caption for one in clips for caption in one.captions),
         clips[0].fps,
-        None if clips[0].flow is None else torch.cat([one.flow for one in clips]),
     )
 
 
