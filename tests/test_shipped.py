@@ -119,7 +119,9 @@ def test_a_file_for_another_model_says_which_weights_are_missing(root):
 
 def test_unknown_words_are_reported(model, root):
     star = root / "i2vgen" / "assets" / "star.png"
-    with pytest.warns(UserWarning, match=r"\(clip\.words in .*\) and know nothing of: dragon, mordor$"):
+    with pytest.warns(
+        UserWarning, match=r"few words \(clip\.words in .*\) and know nothing of: dragon, mordor$"
+    ):
         model(star, "A dragon moves to Mordor, left")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -52,8 +52,7 @@ def main(argv: list[str]) -> int:
     name = cli.choose("budget", given.get("budget", "quick"), studies.BUDGETS)
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
-            "the plots need matplotlib, which is not installed: python -m pip install matplotlib, or "
-            "i2vgen[lab]"
+            "the plots need matplotlib, which is not installed: python -m pip install 'i2vgen[lab]'"
         )
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
     for config in studies.with_plugins(study):

@@ -17,8 +17,8 @@ FINE_CHANNELS, HIDDEN = 8, 64
 class FinePicture(nn.Module):
     """Moves a latent on a grid g times as fine as itself, between two small networks learned with the UNet.
 
-    A thing a few latent pixels wide is cut out along its edges there, and a shift by half a latent pixel,
-    which is another code altogether for the autoencoder, is one by whole places.
+    There, a thing that is a few latent pixels wide is cut out along its edges. A shift by half a latent
+    pixel, which the autoencoder encodes quite differently, is one by whole places.
     """
 
     def __init__(self, channels: int, grid: int):

@@ -399,11 +399,9 @@ def _explain(error: Exception, layer: Mapping[str, Any]) -> str:
             try:
                 OmegaConf.merge(OmegaConf.structured(type(getattr(DEFAULTS, section))), {name: value})
             except (OmegaConfBaseException, TypeError):
-                alone = (
-                    known[name].endswith("...]") and isinstance(value, list) and len(value) == 1
-                )  # as `_wrap_tuples` made it of one value
-                given = shortened(value[0] if alone else value)
-                return f"{section}.{name} is {given}, expected {_kind(known[name])}"
+                if known[name].endswith("...]") and isinstance(value, list) and len(value) == 1:
+                    value = value[0]  # of which `_wrap_tuples` made a list
+                return f"{section}.{name} is {shortened(value)}, expected {_kind(known[name])}"
     return first_line(error)
 
 

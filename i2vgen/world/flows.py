@@ -18,7 +18,7 @@ def flow(
 ) -> np.ndarray:
     """Shift of each of width x height places of the first frame -> float32 [2 f h w].
 
-    It counts to the right and down, in halves of a frame's width and height, as `unet.moved` does. covers:
+    It counts to the right and down, in halves of a frame's width and height, as `model.moved` does. covers:
     how much of each place each thing covers in the first frame, [h w], in the order in which they are drawn.
     """
     time = speed * np.linspace(0.0, 1.0, frames)
