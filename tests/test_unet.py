@@ -12,7 +12,7 @@ from i2vgen.files import checkpoint
 from i2vgen.model import attention
 from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.layers import Conv
-from i2vgen.model.moved import FinePicture, moved, spread
+from i2vgen.model.moved import FinePicture, filled, landed, moved, spread
 from i2vgen.model.unet import Block, UNet
 from i2vgen.model.vae import LOG_VARIANCE_RANGE, AutoencoderKL, Posterior, SelfAttention
 from i2vgen.settings import config, merge
@@ -217,7 +217,7 @@ def test_an_output_from_the_picture_begins_as_a_still_clip(make_unet, make_input
 
 @torch.no_grad()
 def test_a_flow_moves_pixels_of_the_picture(make_inputs):
-    """By whole pixels it is a shift, by half a one it lands on two; the heavier wins, a gap is zero."""
+    """By whole pixels it is a shift, by half a one it lands on two; the heavier wins, a gap is filled."""
     picture = make_inputs(batch=2)[2].image_latent
     b, _, h, w = picture.shape
     flow, weight = torch.zeros(b, 2, 4, h, w).double(), torch.zeros(b, 1, 4, h, w).double()
@@ -229,11 +229,33 @@ def test_a_flow_moves_pixels_of_the_picture(make_inputs):
     near = {"rtol": 0, "atol": 1e-12}
     torch.testing.assert_close(still, picture, **near)
     torch.testing.assert_close(right[..., 1:], picture[..., :-1], **near)
-    assert right[..., 0].abs().max() == 0
     torch.testing.assert_close(up[..., :-1, :], (picture[..., 1:, :] + picture[..., :-1, :]) / 2, **near)
-    torch.testing.assert_close(up[..., -1, :], picture[..., -1, :] / 2, **near)
     torch.testing.assert_close(over[..., 1], picture[..., 0], **near)
-    assert over[..., 0].abs().max() == 0 and torch.equal(over[..., 2:], picture[..., 2:])
+    torch.testing.assert_close(over[..., 2:], picture[..., 2:], **near)
+    pixels, share = landed(picture[:, :, None], flow, weight)
+    gaps = torch.ones(b, 4, h, w).double()
+    gaps[:, 1, :, 0] = gaps[:, 3, :, 0] = 0
+    gaps[:, 2, -1] = 0.5
+    torch.testing.assert_close(share, gaps.reshape(-1, 1, h, w), **near)
+    torch.testing.assert_close(pixels[2::4, :, -1], picture[..., -1, :] / 2, **near)
+
+
+def test_gaps_are_filled_from_around_them():
+    """One colour stays one colour, what is there stays as it is, a small gap takes what is next to it."""
+    draw = torch.Generator().manual_seed(0)
+    share = (torch.rand(2, 1, 7, 10, generator=draw) > 0.4).double() * torch.tensor(0.75)
+    torch.testing.assert_close(filled(3 * share, share), torch.full_like(share, 3), rtol=0, atol=1e-12)
+    whole = share.ceil()
+    x = torch.randn(2, 3, 7, 10, generator=draw).double()
+    assert torch.equal(filled(x * whole, whole)[(whole == 1).expand_as(x)], x[(whole == 1).expand_as(x)])
+    sides = torch.ones(1, 1, 16, 16).double()
+    sides[..., 8:] = 5
+    hole = torch.ones_like(sides)
+    hole[..., 6:8, 2:4] = hole[..., 6:8, 12:14] = 0
+    assert (filled(sides * hole, hole) - sides).abs().max() < 0.2
+    assert filled(torch.zeros_like(x), torch.zeros_like(share)).abs().max() == 0
+    x, part = x[:1].requires_grad_(), torch.rand(1, 1, 7, 10, generator=draw).double().requires_grad_()
+    assert torch.autograd.gradcheck(filled, (x, part))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -6,6 +6,7 @@ Axes: b batch, c channels, f frames, h w rows and columns of the latent or of a 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -53,16 +54,23 @@ def moved(picture: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
     flow [b 2 f h w]: how far a pixel moves right and down, in halves of a frame's width and height,
     so that it means the same at every size. It lands on up to four pixels, bilinearly. Where several land,
-    they are averaged by exp(weight), [b 1 f h w]; where none lands, the result is zero.
+    they are averaged by exp(weight), [b 1 f h w]; where none or little lands, the surroundings fill in.
     """
-    b, c, _, h, w = picture.shape
+    pixels, share = landed(picture, flow, weight)
+    result = filled(pixels, share)
+    return rearrange(result, "(b f) c h w -> b c f h w", b=len(picture)).to(picture.dtype)
+
+
+def landed(picture: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """As `moved`, without filling -> pixels [(b f) c h w] times the share [(b f) 1 h w] of each that is there."""
+    c, h, w = picture.shape[1], *picture.shape[-2:]
     precise = torch.float64 if flow.dtype == torch.float64 else torch.float32
     flow, weight = (rearrange(one.to(precise), "b c f h w -> (b f) c (h w)") for one in (flow, weight))
     rows, columns = (torch.arange(n, device=flow.device, dtype=precise) for n in (h, w))
     x = columns.repeat(h) + flow[:, 0] * (w / 2)
     y = rows.repeat_interleave(w) + flow[:, 1] * (h / 2)
     pixels = rearrange(
-        picture.to(precise).expand(-1, -1, len(flow) // b, -1, -1), "b c f h w -> (b f) c (h w)"
+        picture.to(precise).expand(-1, -1, len(flow) // len(picture), -1, -1), "b c f h w -> (b f) c (h w)"
     )
     pixels = torch.cat([pixels, torch.ones_like(weight)], dim=1) * weight.exp()
     left, above, total = x.floor(), y.floor(), torch.zeros_like(pixels)
@@ -72,5 +80,21 @@ def moved(picture: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
             place = row.clamp(0, h - 1).long() * w + column.clamp(0, w - 1).long()
             share = (across * down * inside)[:, None]
             total = total.scatter_add(2, place[:, None].expand_as(pixels), pixels * share)
-    result = total[:, :c] / total[:, c:].clamp(min=1)
-    return rearrange(result, "(b f) c (h w) -> b c f h w", b=b, h=h).to(picture.dtype)
+    total = rearrange(total / total[:, c:].clamp(min=1), "n c (h w) -> n c h w", h=h)
+    return total[:, :c], total[:, c:]
+
+
+def filled(x: Tensor, share: Tensor) -> Tensor:
+    """What is missing in x [n c h w], from around it; share [n 1 h w] of each place is there, and only that.
+
+    Pull-push: halved until one place is left, where all that is there is averaged; then each size fills
+    its gaps with what the next smaller one has there (Gortler et al. 1996, section 3.6).
+    """
+    h, w = x.shape[-2:]
+    if h == w == 1:
+        return x / share.clamp(min=1e-6)
+    both = F.avg_pool2d(torch.cat([x, share], dim=1), 2, ceil_mode=True, count_include_pad=False)
+    known = both[:, -1:]  # of the four: one that is there counts as if all were
+    kept = (4 * known).clamp(max=1) / known.clamp(min=1e-6)
+    below = filled(both[:, :-1] * kept, known * kept)
+    return x + (1 - share) * F.interpolate(below, size=(h, w), mode="bilinear")
