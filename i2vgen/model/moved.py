@@ -62,7 +62,7 @@ def moved(picture: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def landed(picture: Tensor, flow: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """As `moved`, without filling -> pixels [(b f) c h w] times the share [(b f) 1 h w] of each that is there."""
+    """As `moved`, unfilled -> pixels [(b f) c h w] times the share [(b f) 1 h w] of each that is there."""
     c, h, w = picture.shape[1], *picture.shape[-2:]
     precise = torch.float64 if flow.dtype == torch.float64 else torch.float32
     flow, weight = (rearrange(one.to(precise), "b c f h w -> (b f) c (h w)") for one in (flow, weight))
