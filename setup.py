@@ -52,7 +52,6 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["i2vgen*", "weights_conversion*"]),
     package_data={"i2vgen": ["assets/**/*", "files/page.html", "py.typed"]},
-    exclude_package_data={"i2vgen": ["assets/pictures/*"]},  # still in training
     cmdclass={"build_py": Build},
     entry_points={"console_scripts": ["i2vgen = i2vgen.__main__:main"]},
     install_requires=[

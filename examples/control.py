@@ -77,7 +77,7 @@ def main():
     given = parser.parse_args()
     steps = int(dict(s.split("=") for s in given.settings).get("steps", 400))
     torch.manual_seed(0)
-    model = i2vgen.load()
+    model = i2vgen.load("lab")
     sample, adapter = model.config.sample, EdgeAdapter(model.config).to(model.device)
     train(model, adapter, steps)
     given.output.mkdir(parents=True, exist_ok=True)

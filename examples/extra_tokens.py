@@ -66,7 +66,7 @@ def main():
     given = parser.parse_args()
     steps = int(dict(s.split("=") for s in given.settings).get("steps", 200))
     torch.manual_seed(0)
-    model = i2vgen.load()
+    model = i2vgen.load("lab")
     tokens = MotionTokens(model.unet).to(model.device)
     train(model, tokens, steps)
     given.output.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ from PIL import Image
 
 import i2vgen
 from i2vgen.files import video
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 from i2vgen.world import drawing
 
 
@@ -47,11 +47,11 @@ def main():
     parser.add_argument("settings", nargs="*", help="motion=rotate, steps=200, clips=64")
     given = parser.parse_args()
     options = {"motion": "rotate", "steps": "200", "clips": "64"} | dict(s.split("=") for s in given.settings)
-    out, sample = given.output, i2vgen.load().config.sample
+    out, sample = given.output, i2vgen.load("lab").config.sample
 
     clips = clips_of(options["motion"])
     write_clips(out / "clips", itertools.islice(clips, int(options["clips"])), sample)
-    words = ["train.part=diffusion", f"weights={SHIPPED}", f"train.data={out / 'clips'}", "train.lora_rank=8",
+    words = ["train.part=diffusion", f"weights={LAB}", f"train.data={out / 'clips'}", "train.lora_rank=8",
              f"train.steps={options['steps']}", "train.batch=4", "train.learning_rate=0.002",
              "train.timestep_power=2", f"output={out / 'run'}"]  # fmt: skip
     subprocess.run([sys.executable, "-m", "i2vgen", "train", *words], check=True)
@@ -59,7 +59,7 @@ def main():
     _, held_out, caption = next(clips)
     first = drawing.render(held_out, width=sample.width, height=sample.height, frames=1)[0]
     for name, words in (("before", []), ("after", [f"adapter={out / 'run' / 'adapter'}"])):
-        clip = i2vgen.load(overrides=words)(Image.fromarray(first), caption, seed=1)
+        clip = i2vgen.load("lab", overrides=words)(Image.fromarray(first), caption, seed=1)
         print(clip.save(out / f"{name}.gif"))
 
 

@@ -35,7 +35,7 @@ from i2vgen.files import checkpoint, given
 from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Encoded, Unconditional
 from i2vgen.settings import config as settings
-from i2vgen.settings import merge
+from i2vgen.settings import merge, shipped
 from weights_conversion import convert, diffusers_configs, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion import vae as vae_tables
 
@@ -117,7 +117,7 @@ class I2VGenXLPipeline:
         if torch_dtype is not None and torch_dtype not in NUMBERS:
             raise ValueError(f"torch_dtype is {torch_dtype}; give one of {', '.join(map(str, NUMBERS))}")
         overrides = ["device=cpu", f"dtype={NUMBERS[torch_dtype or torch.float32]}"]
-        source = str(name)
+        source = shipped.weights(str(name))
         if not Path(source).exists():
             if local_files_only:
                 raise ValueError(

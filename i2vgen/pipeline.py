@@ -50,7 +50,7 @@ from i2vgen.model.clip import ClipEncoders
 from i2vgen.model.conditioning import Conditions, Encoded, Prepared, Unconditional
 from i2vgen.model.unet import UNet
 from i2vgen.model.vae import AutoencoderKL
-from i2vgen.settings import merge
+from i2vgen.settings import merge, shipped
 from i2vgen.settings.config import RANDOM, SETTINGS_FILE, Config, Runtime
 from i2vgen.settings.merge import load_config, read_stored_settings
 
@@ -664,7 +664,7 @@ def load(
 ) -> I2VGenXL:
     """Settings and weights -> a model ready to be called.
 
-    `weights` is a native weights folder or "random", by default the shipped small model; `config` a YAML
+    `weights` is a native weights folder, "lab" or "random", by default the shipped model; `config` a YAML
     file; `overrides` are what a command line takes, e.g. `["steps=20", "vae.scale=1"]`, and `settings` the
     same by keyword, `device="cuda"`. ValueError for settings, weights or memory that cannot work.
     """
@@ -674,7 +674,7 @@ def load(
         )
     if not isinstance(config, str | os.PathLike | None):
         raise ValueError(f"the config is {given.kind(config)}; give the path of a YAML file")
-    config = None if config is None else os.path.expanduser(config)
+    config = None if config is None else shipped.config(os.path.expanduser(config))
     literal = {"weights": str(weights)} if weights else {}
     overrides = [overrides] if isinstance(overrides, str) else list(overrides or ())
     overrides += [f"{name}={given.setting(value)}" for name, value in settings.items()]

@@ -465,7 +465,7 @@ def test_contradicting_the_weights_names_both(weights):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         load_config(None, ["unet.base_width=128"], weights=folder)
     message = str(caught.value)
-    assert all(w in message for w in ("unet.base_width is 128", "the command line", "but 64", folder)), (
+    assert all(w in message for w in ("unet.base_width is 128", "the settings given", "but 64", folder)), (
         message
     )
     with pytest.raises(ValueError, match=r"unet\.attention_levels"):
@@ -496,7 +496,7 @@ def test_a_switch_may_be_turned_off_but_not_on(bare, weights):
     folder = weights({"use": {"fps": False}})
     assert load_config(None, [], weights=folder).use.fps is False
     assert load_config(None, ["use.concat=false"], weights=folder).use == Use(fps=False, concat=False)
-    with pytest.raises(ValueError, match=r"use\.fps is true in the command line but false in the weights"):
+    with pytest.raises(ValueError, match=r"use\.fps is true in the settings given but false in the weights"):
         load_config(None, ["use.fps=true"], weights=folder)
 
 
@@ -528,7 +528,7 @@ def test_settings_of_weights_that_do_not_fit_name_the_folder(stored, words, weig
 
 @pytest.mark.parametrize("override", ["unet=3", "use=3", "clip=3", "clip.vision=3"])
 def test_wrong_groups_with_weights_are_refused(override, bare):
-    with pytest.raises(ValueError, match=r"the command line: .*(is a group|is 3)"):
+    with pytest.raises(ValueError, match=r"the settings given: .*(is a group|is 3)"):
         load_config(None, [override], weights=bare)
 
 

@@ -317,7 +317,7 @@ def test_mistakes_cost_one_line_and_no_loading(run, mistakes, monkeypatch, words
         (["weights=gone"], "weights=gone does not exist"),
         (["weights=folder"], "holds no settings.json"),
         (["weights=whole.png"], "is a file"),
-        (["weights=", *GOOD, "unet.base_width=64"], "unet.base_width is 64 in the command line but"),
+        (["weights=", *GOOD, "unet.base_width=64"], "unet.base_width is 64 in the settings given but"),
     ],
     ids=str,
 )

@@ -17,14 +17,15 @@ FONTS = {"font": ["system-ui", "sans-serif"], "font_mono": ["ui-monospace", "mon
 LARGEST_UPLOAD = "20mb"
 MAX_SEED = 2**31 - 1
 TITLE = "I2VGen-XL: a picture and a sentence become a clip"
-SUBJECT = "a yellow star"  # of the shipped picture
 FOUR = ("moves to the left", "moves to the right", "grows", "shrinks")
 
 
 def page(runs: Runs) -> gr.Blocks:
     """The whole page; `launch` serves it."""
     sample = runs.model.config.sample
-    subject = SUBJECT if runs.model.config.clip.words else "it"  # a model of few words does not know "it"
+    subject = (
+        shipped.SUBJECT if runs.model.config.clip.words else "it"
+    )  # a model of few words does not know "it"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {TITLE}\n\n{describe(runs)}")
         stop = gr.State(threading.Event)
@@ -94,7 +95,10 @@ def describe(runs: Runs) -> str:
 
 def examples() -> list[list[str]]:
     """Shipped pictures with a sentence each."""
-    return [[str(shipped.STAR), f"{SUBJECT} {FOUR[0]}"]]
+    return [
+        [str(shipped.PICTURE), shipped.PROMPT],
+        [str(shipped.PICTURE.with_name("turtle.png")), "the turtle drifts to the left"],
+    ]
 
 
 class Runner:

@@ -32,6 +32,7 @@ from tqdm import tqdm
 from i2vgen import cli
 from i2vgen.fast import runtime
 from i2vgen.files import whole
+from i2vgen.settings import shipped
 from weights_conversion.convert import CHECKING, convert
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -40,7 +41,7 @@ DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    names = [word for word in arguments.words if not cli.is_setting(word)]
+    names = [shipped.weights(word) for word in arguments.words if not cli.is_setting(word)]
     if len(names) < 2:
         raise ValueError("convert needs at least one SOURCE and the folder OUT to write")
     if not arguments.dry_run:

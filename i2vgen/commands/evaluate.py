@@ -9,7 +9,7 @@
     i2vgen evaluate clips=8 sweep=quality output=outputs/quality
     i2vgen evaluate weights=FOLDER things=i2vgen/assets/things clips=64 output=outputs/pictures
 
-    weights=        native weights folder (default: the shipped small model); it determines the sizes
+    weights=        native weights folder (default: the shipped model); it determines the sizes
     clips=          number of seeds, default 64; each gives three clips, see docs/evaluation.md
     first_seed=     the first seed, default 0
     json=           file for all scores, with intervals and settings

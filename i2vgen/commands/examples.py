@@ -32,9 +32,9 @@ def main(argv: list[str]) -> int:
     folder = check(Path(os.path.expanduser(argv[0])))
     with whole.replacing_folder(folder) as temporary:
         copy(temporary)
-    picture = cli.shown(shlex.quote(f"image={folder / shipped.STAR.name}"))
+    picture = cli.shown(shlex.quote(f"image={folder / shipped.PICTURE.name}"))
     print(f"{cli.shown(folder)} holds pictures, scripts, lists and configurations; next:")
-    print(f'i2vgen generate {picture} prompt="a yellow star moves to the left"')
+    print(f'i2vgen generate {picture} prompt="{shipped.SUBJECT} moves to the left"')
     return 0
 
 
@@ -51,14 +51,14 @@ def check(folder: Path) -> Path:
 def copy(target: Path) -> None:
     shutil.copytree(shipped.folder("examples"), target, dirs_exist_ok=True, ignore=LEFT_OUT)
     shutil.copytree(shipped.folder("configs"), target / "configs", ignore=LEFT_OUT)
-    for picture in shipped.STAR.parent.glob("*.png"):
+    for picture in shipped.PICTURE.parent.glob("*.png"):
         shutil.copyfile(picture, target / picture.name)
     for file in target.glob("*.jsonl"):
         file.write_text(file.read_text(encoding="utf-8").replace(ELSEWHERE, ""), encoding="utf-8")
 
 
 def listing() -> str:
-    lines = [f"    {path.name}" for path in sorted(shipped.STAR.parent.glob("*.png"))]
+    lines = [f"    {path.name}" for path in sorted(shipped.PICTURE.parent.glob("*.png"))]
     for path in sorted(shipped.folder("examples").iterdir()):
         if path.is_file():
             lines.append(f"    {path.name:22}{title(path)}".rstrip())

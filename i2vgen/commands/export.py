@@ -24,6 +24,7 @@ from i2vgen.adapt import lora_files
 from i2vgen.commands.convert import DTYPES, Bars, check_out, size
 from i2vgen.fast import runtime
 from i2vgen.files import checkpoint, plugins
+from i2vgen.settings import shipped
 from i2vgen.settings.merge import load_config
 from weights_conversion import adapters
 from weights_conversion.export import LAYOUTS, export
@@ -31,6 +32,7 @@ from weights_conversion.export import LAYOUTS, export
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
+    arguments.native = shipped.weights(arguments.native)
     check_out(arguments.out, [arguments.native])
     if adapters.is_adapter(Path(arguments.native)):
         return export_adapter(arguments)

@@ -12,7 +12,7 @@
     seed=[1,2,3]        generate every pair once per seed
     output=             .mp4, .gif, .webp, .png (a strip of all frames), or a folder for PNGs; a JSON file
                         with all settings is written beside it
-    weights=FOLDER      native weights folder (default: the shipped small model)
+    weights=FOLDER      native weights folder (default: the shipped model; weights=lab: a smaller one)
     adapter=FOLDER      add low-rank adapters (from `train.lora_rank`, or peft's); adapter_scale=1
     plugins=FILE.py     a Python file that changes the model before its weights are loaded: docs/laboratory.md
     quality=            exact (default), fast or draft: fewer and cheaper network calls, docs/sampling.md
@@ -104,22 +104,21 @@ def make(argv: list[str], crew: Crew) -> int:
             jobs.save(clips, tell, at_end=(lambda: None) if together else crew.wait)
     if first:
         with crew.quiet():
-            picture = cli.shown(shlex.quote(f"image={shipped.STAR}"))
-            print(f'next: i2vgen generate {picture} prompt="a yellow star moves to the left"')
+            picture = cli.shown(shlex.quote(f"image={shipped.PICTURE}"))
+            print(f'next: i2vgen generate {picture} prompt="{shipped.SUBJECT} moves to the left"')
             print("      i2vgen examples DIR copies pictures, scripts and configurations to a new folder")
     return 0
 
 
 def first_clip(overrides: list[str], *, resume: bool) -> Config:
     """The shipped picture and sentence, for those who name none, under a name that replaces no file."""
-    prompt = "a yellow star grows quickly"
-    words = [f"image={shipped.STAR}", f"prompt={prompt}", "seed=2", *overrides]
+    words = [f"image={shipped.PICTURE}", f"prompt={shipped.PROMPT}", *overrides]
     config = load_config(None, words, sampling=True)
-    print(f'no picture given; this is image={cli.shown(shipped.STAR)} prompt="{prompt}"')
+    print(f'no picture given; this is image={cli.shown(shipped.PICTURE)} prompt="{shipped.PROMPT}"')
     if config.output or resume:
         return config
     for number in itertools.count(1):
-        output = Path(jobs.default_output(shipped.STAR.stem + (f"-{number}" if number > 1 else "")))
+        output = Path(jobs.default_output(shipped.PICTURE.stem + (f"-{number}" if number > 1 else "")))
         if not any(output.parent.glob(f"{output.stem}[.-]*")):
             return dataclasses.replace(config, output=str(output))
 

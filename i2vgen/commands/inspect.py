@@ -4,12 +4,13 @@
 
     --hash      also print SHA-256
 
-PATH is a file or folder on this machine.
+PATH is a file or folder on this machine, or `lab`.
 """
 
 from __future__ import annotations
 
 from i2vgen import cli
+from i2vgen.settings import shipped
 from weights_conversion.inspect_file import describe
 from weights_conversion.recognise import summary
 
@@ -19,5 +20,5 @@ def main(argv: list[str]) -> int:
     parser.add_argument("path", metavar="PATH")
     parser.add_argument("--hash", action="store_true")
     given = parser.read(argv)
-    print(describe(given.path, recognise=summary, hash=given.hash))
+    print(describe(shipped.weights(given.path), recognise=summary, hash=given.hash))
     return 0

@@ -62,10 +62,9 @@ def main(argv: list[str]) -> int:
     ):
         if rank == 0:
             sizes = ", ".join(f"{frames} frames at {fps} fps" for frames, fps in job.facts["buckets"])
-            bar.write(
-                f"{count} clips in {len(job.shards)} shards on {device}: {config.sample.width} x "
-                f"{config.sample.height}, {sizes}"
-            )
+            held = "1 shard" if len(job.shards) == 1 else f"{len(job.shards)} shards"
+            size = f"{config.sample.width} x {config.sample.height}"
+            bar.write(f"{count} clips in {held} on {device}: {size}, {sizes}")
         summary = job.run(lambda done: advance(bar, done))
     if summary.missing:
         if rank == 0:

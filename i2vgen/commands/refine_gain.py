@@ -6,8 +6,8 @@
     i2vgen refine-gain clips=64 json=outputs/gain.json
     i2vgen refine-gain refine_weights=outputs/train/small_refiner/weights refine.steps=4 clips=16
 
-    refine_weights= the second stage (default: the shipped small refiner)
-    weights=        the first stage (default: the shipped small model)
+    refine_weights= the second stage (default: the lab model's)
+    weights=        the first stage (default: the lab model)
     clips=          number of seeds, default 32; first_seed= is the first of them, default 0
     sources=        kinds of small clips (default: all): drawn (the world's), decoded (the same after the
                     first stage's autoencoder), made (by the first stage, from first frame and caption)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     if not any(word.startswith("refine_weights=") for word in words):
         words.append(f"refine_weights={SHIPPED_REFINER}")
     if not any(word.startswith("weights=") for word in words):
-        words.append(f"weights={LAB}")  # the model that the shipped refiner refines
+        words.append(f"weights={LAB}")  # the model whose clips the shipped refiner refines
     config = load_config(file, words)
     refiner_gain.check(config)
     path = cli.check_file("json", out, argv) if out else None

@@ -92,8 +92,9 @@ def main(argv: list[str]) -> int:
             tqdm(total=train.steps, unit="step", disable=rank > 0, mininterval=0.5) as bar,
         ):
             if rank == 0:
+                shared = "1 process" if ranks == 1 else f"{ranks} processes"
                 bar.write(
-                    f"{train.part}: {count:,} parameters on {device}, {ranks} process(es), in "
+                    f"{train.part}: {count:,} parameters on {device}, {shared}, in "
                     f"{machine.precision(loop.precision(train, device), device)}",
                     file=sys.stdout,
                 )

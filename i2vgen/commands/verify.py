@@ -11,6 +11,7 @@ The exit status is 1 if they differ.
 from __future__ import annotations
 
 from i2vgen import cli
+from i2vgen.settings import shipped
 from weights_conversion.verify import verify
 
 
@@ -21,6 +22,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("settings", nargs="*", metavar="setting=value")
     parser.add_argument("--reference", choices=["diffusers"])
     given = parser.read(argv)
-    verdict = verify(given.a, given.b, reference=given.reference, overrides=tuple(given.settings))
+    a, b = shipped.weights(given.a), shipped.weights(given.b)
+    verdict = verify(a, b, reference=given.reference, overrides=tuple(given.settings))
     print("\n".join(verdict.lines))
     return 0 if verdict.passed else 1

@@ -7,7 +7,7 @@
       everything: []                       # the first is the base that the others are compared with
       without local tokens: [use.local_tokens=false]
 
-The base is a native weights folder (`weights:`, by default the shipped model) under `settings:`. Variants are
+The base is a native weights folder (`weights:`, by default the lab model) under `settings:`. Variants are
 scored on clips of the drawn world, or with `evaluate: {videos: FOLDER}` on held-out clips of one's own
 (`own_clips.py`).
 """

@@ -45,11 +45,10 @@ MAX_BLOCKS = 2**5  # per level
 MAX_LEVELS = 16  # each halves the rows and columns
 MAX_VOCABULARY = MAX_TIMESTEPS = 2**20
 RANDOM = "random"  # `weights=random`: seeded random weights, to run the pipeline without a model
-SHIPPED = str(Path(__file__).parents[1] / "assets" / "small")  # the model of every command that samples
-LAB = str(
-    Path(__file__).parents[1] / "assets" / "small"
-)  # `weights=lab`: the smallest, for studies and tests
-SHIPPED_REFINER = str(Path(__file__).parents[1] / "assets" / "small_refiner")  # its second stage
+ASSETS = Path(__file__).parents[1] / "assets"
+SHIPPED = str(ASSETS / "pictures")  # the model of every command that samples
+LAB = str(ASSETS / "small")  # `weights=lab`: the smallest, for studies and tests
+SHIPPED_REFINER = str(ASSETS / "small_refiner")  # the lab model's second stage
 SETTINGS_FILE = "settings.json"
 FORMAT = 1  # of native weights folders
 # open_clip's defaults for values missing in a model's JSON; our own defaults are those of ViT-H-14.

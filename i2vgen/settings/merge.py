@@ -28,7 +28,6 @@ from i2vgen.settings.config import (
     FORMAT,
     FREE,
     IN_A_CALL,
-    LAB,
     LISTS,
     LITERALS,
     OPEN_CLIP_TEXT,
@@ -88,7 +87,7 @@ def load_config(
         (f"the weights in {weights}", stored),
         (f"the weights in {second}", {"refine": refiner["refine"]} if "refine" in refiner else {}),
         (str(file), yaml_settings),
-        ("the command line", cli_settings),
+        ("the settings given", cli_settings),
     ]
     if stored:
         for source, layer in layers[2:]:
@@ -184,8 +183,13 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path} is of format {version!r}; this version reads format {FORMAT}")
         return stored
     except FileNotFoundError:
-        theirs = "; it is a folder of diffusers: i2vgen convert makes it one"
-        more = theirs if (folder / "model_index.json").is_file() else ""
+        more = ""
+        if (folder / "model_index.json").is_file():
+            more = f"; it is a folder of diffusers: i2vgen convert {folder} NEW makes it one"
+        elif any(
+            any(folder.glob(f"*{ending}")) for ending in (".pth", ".ckpt", ".bin", ".pt", ".safetensors")
+        ):
+            more = f"; i2vgen inspect {folder} says what it holds, i2vgen convert {folder} NEW makes it one"
         raise ValueError(
             f"weights={weights} holds no {SETTINGS_FILE}, so it is no native weights folder{more}"
         ) from None
@@ -308,8 +312,6 @@ def _listed(name: str, value: Any) -> Any:
 
 def _expanded(name: str, value: Any) -> Any:
     """~/ before a path becomes the home folder; a lone ~ is a name like any other."""
-    if name == "weights" and value == "lab":  # a folder of that name is ./lab
-        return LAB
     if name in ("weights", "refine_weights"):
         value = shipped.weights(value)
     if name not in PATHS:

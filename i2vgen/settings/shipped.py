@@ -10,7 +10,10 @@ import warnings
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1]
-STAR = PACKAGE / "assets" / "star.png"
+STAR = PACKAGE / "assets" / "star.png"  # of the lab model's world
+PICTURE = PACKAGE / "assets" / "rocket.png"
+SUBJECT = "the rocket"
+PROMPT = f"{SUBJECT} moves up"
 
 
 def folder(name: str) -> Path:
@@ -36,7 +39,9 @@ def config(name: str) -> str:
 
 
 def weights(name: str) -> str:
-    """A weights folder by its path in a clone, `i2vgen/assets/small`, is found from any folder."""
+    """`lab`, or a weights folder by its path in a clone, `i2vgen/assets/small`: found from any folder."""
+    if name == "lab":  # a folder of that name is ./lab
+        return str(PACKAGE / "assets" / "small")
     path = Path(name)
     if path.parts[:2] == ("i2vgen", "assets") and not os.path.lexists(path):
         found = PACKAGE.joinpath(*path.parts[1:])
