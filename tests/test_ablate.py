@@ -106,6 +106,8 @@ def test_the_command_line_refuses(run, study_file, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None)
     assert "need matplotlib" in run(file, f"output={tmp_path}")[1]
+    status, out = run(file, f"output={tmp_path / 'costs'}", "measures=cost", "budget=smoke")
+    assert status == 0 and "| torch | 2." in (tmp_path / "costs/table.md").read_text(), out
 
 
 def test_other_peoples_pages_are_not_replaced(run, study_file, tmp_path):

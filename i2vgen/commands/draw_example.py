@@ -4,7 +4,8 @@
     i2vgen draw-example seed=17 output=outputs/star.png  first frame of the world's clip 17
     i2vgen draw-example seed=4 things=i2vgen/assets/things output=outputs/thing.png
 
-    seed=       draw a clip of the procedural world with one object, and print its caption (default: the boat)
+    seed=       draw the first frame of a clip of the world and print its caption (default: the boat)
+    kind=       with seed=: basic, one object, the default; pair, two; single or camera
     size=       width and height of the world's picture in pixels, 256 by default
     things=     with seed=: the object is one of this folder's or font's things, as in `i2vgen evaluate`
     backgrounds=    with things=: also put it on the photographs of this folder
@@ -13,6 +14,8 @@ The same words always draw the same picture.
 """
 
 from __future__ import annotations
+
+import typing
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -77,18 +80,19 @@ def boat(canvas: ImageDraw.ImageDraw, *, x: float, y: float, size: float) -> Non
 
 def main(argv: list[str]) -> int:
     _, words, _ = cli.split(argv)
-    given = cli.take_all(words, numbers=("seed", "size"), texts=("output", "things", "backgrounds"))
+    given = cli.take_all(words, numbers=("seed", "size"), texts=("output", "kind", "things", "backgrounds"))
     output = cli.check_picture("output", given.get("output", "boat.png"), argv)
-    if idle := [name for name in ("size", "things") if name in given and "seed" not in given]:
+    if idle := [name for name in ("size", "kind", "things") if name in given and "seed" not in given]:
         raise ValueError(f"{idle[0]}= has no effect on the boat; give seed= too")
     if "backgrounds" in given and "things" not in given:
         raise ValueError("backgrounds= are for pictures of things; give things= too")
+    kind = cli.choose("kind", given.get("kind", "basic"), typing.get_args(drawing.Kind))
     if "seed" in given:
         size, world = given.get("size", 256), drawing
         if "things" in given:
             pictures.refuse_size(size, size)
             world = pictures.open_for_scoring(given["things"], given.get("backgrounds", ""))
-        clip = world.clip(given["seed"], width=size, height=size, frames=1, kind="basic")
+        clip = world.clip(given["seed"], width=size, height=size, frames=1, kind=kind)
         cli.save_picture(Image.fromarray(clip.frames[0]), output)
         print(f"{cli.shown(output)}: {clip.caption}")
     else:

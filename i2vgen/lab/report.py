@@ -14,7 +14,7 @@ from i2vgen.evaluation.pages import LABELS, figure
 from i2vgen.files import pages, whole
 from i2vgen.files.tables import NONE, Table
 from i2vgen.lab import study as studies
-from i2vgen.lab.measure import CLIPS, RESULT
+from i2vgen.lab.measure import CLIPS, RESULT, made_by
 from i2vgen.lab.study import Budget, Run, Study
 from i2vgen.scoring import stats
 from i2vgen.scoring.scores import METRICS, SETS
@@ -287,10 +287,12 @@ def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table
             ),
             ("seeds", ", ".join(map(str, range(budget.seeds)))),
         ]
-    rows.append(
-        ("clips scored", f"{budget.clips} at most" if study.evaluate else f"{budget.clips} of each kind")
-    )
     made = [r["made_by"] for r in results.values() if "made_by" in r]
+    if study.measures == ("cost",):
+        made = [made_by("cpu")]  # where costs are counted
+    else:
+        clips = f"{budget.clips} at most" if study.evaluate else f"{budget.clips} of each kind"
+        rows.append(("clips scored", clips))
     for name in ("device", "torch", "i2vgen", "code"):
         rows.append((name, ", ".join(sorted({one[name] for one in made})) or NONE))
     return Table("Setup", ("what", "value"), tuple(rows), words=(0, 1))
@@ -315,6 +317,8 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
 
 def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
     """Every score of every variant with its interval, and the losses; names stand beside what they name."""
+    if study.measures == ("cost",):
+        return []
     from matplotlib.figure import Figure  # without a display and without global state
 
     made = []
