@@ -19,6 +19,7 @@ from i2vgen.adapt import lora
 from i2vgen.diffusion.sampler import ddim
 from i2vgen.files.clip import OUTPUTS
 from i2vgen.memory import plans
+from i2vgen.settings import shipped
 
 PROMPT = "a yellow star moves to the right"
 STAR = "i2vgen/assets/star.png"
@@ -413,7 +414,7 @@ def test_the_guide_runs(model, monkeypatch, tmp_path):
         r"^```python\n(.*?)^```", (root / "docs/python.md").read_text(encoding="utf-8"), re.M | re.S
     )
     (tmp_path / "mine").mkdir()  # of `i2vgen examples mine`
-    shutil.copy(root / STAR, tmp_path / "mine")
+    shutil.copy(shipped.PICTURE, tmp_path / "mine")
     shutil.copy(root / STAR, tmp_path / "photo.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(i2vgen, "load", lambda: model)
@@ -459,3 +460,10 @@ def test_a_clip_is_one_line_in_a_terminal(model):
 def test_weighting_syntax_is_told(model):
     with pytest.warns(UserWarning, match=r"'\(yellow:1\.3\)' is read as plain text"):
         model(STAR, "a (yellow:1.3) star", seed=3)
+
+
+def test_lists_of_other_lengths_are_counted_as_given(model):
+    with pytest.raises(ValueError, match=r"got 2 pictures, 1 prompt, 3 seeds; give as many of each"):
+        model([STAR, STAR], PROMPT, seed=[1, 2, 3])
+    with pytest.raises(ValueError, match=r"got 0 pictures, 1 prompt, 1 seed;"):
+        model([], PROMPT, seed=1)

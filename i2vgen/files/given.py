@@ -48,14 +48,12 @@ def paired(pictures: Any, prompts: Any, seeds: Any) -> tuple[list, list[str], li
     lists = [
         [one] if alone else list(one) for one, alone in zip((pictures, prompts, seeds), lone, strict=True)
     ]
-    count = max(len(one) for one, alone in zip(lists, lone, strict=True) if not alone or all(lone))
-    lists = [one * count if alone else one for one, alone in zip(lists, lone, strict=True)]
-    if not count or {len(one) for one in lists} != {count}:
-        raise ValueError(
-            "got {} pictures, {} prompts, {} seeds; give as many of each, or a single one for all".format(
-                *map(len, lists)
-            )
-        )
+    counts = {len(one) for one, alone in zip(lists, lone, strict=True) if not alone} or {1}
+    if len(counts) > 1 or 0 in counts:
+        told = zip(map(len, lists), ("picture", "prompt", "seed"), strict=True)
+        got = ", ".join(f"{n} {what}" if n == 1 else f"{n} {what}s" for n, what in told)
+        raise ValueError(f"got {got}; give as many of each, or a single one for all")
+    lists = [one * max(counts) if alone else one for one, alone in zip(lists, lone, strict=True)]
     return lists[0], [prompt(one) for one in lists[1]], [seed(one) for one in lists[2]]
 
 

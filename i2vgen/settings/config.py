@@ -844,7 +844,7 @@ IN_A_CALL = {
     "output_type": 'here it is output="video", "frames", "pil", "tensor" or "latents"',
     "prompt_embeds": "embeddings are given as conditions=, see model.encode",
     "negative_prompt_embeds": "embeddings are given as conditions=, see model.encode",
-    "callback_on_step_end": "here it is on_step=",
+    **dict.fromkeys(("callback", "callback_on_step_end"), "here it is on_step="),
     "return_dict": "a call returns the clip itself",
     "cross_attention_kwargs": "the strength of adapters is model.lora(folder, scale=...)",
     "clip_skip": 'the layer of the text tower is set when loading: overrides=["clip.text_layer=last"]',
