@@ -20,6 +20,7 @@ from i2vgen.diffusion.sampler import ddim
 from i2vgen.files.clip import OUTPUTS
 from i2vgen.memory import plans
 from i2vgen.settings import shipped
+from i2vgen.settings.merge import load_config
 
 PROMPT = "a yellow star moves to the right"
 STAR = "i2vgen/assets/star.png"
@@ -460,6 +461,12 @@ def test_a_clip_is_one_line_in_a_terminal(model):
 def test_weighting_syntax_is_told(model):
     with pytest.warns(UserWarning, match=r"'\(yellow:1\.3\)' is read as plain text"):
         model(STAR, "a (yellow:1.3) star", seed=3)
+
+
+def test_a_shipped_configuration_is_found_by_its_name():
+    with pytest.warns(UserWarning, match=r"tiny\.yaml is the shipped file"):
+        tiny = i2vgen.load("random", config="tiny.yaml", device="cpu")
+    assert tiny.config.unet.base_width == load_config("configs/tiny.yaml", weights="random").unet.base_width
 
 
 def test_lists_of_other_lengths_are_counted_as_given(model):

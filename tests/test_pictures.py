@@ -508,5 +508,10 @@ def test_an_example_picture_shows_a_thing(script_at):
     clip = pictures.open_for_scoring(str(THINGS)).clip(5, width=96, height=96, frames=1, kind="basic")
     assert status == 0 and clip.caption in out
     assert np.array_equal(np.asarray(Image.open("thing.png")), clip.frames[0])
+    status, out, _ = run("seed=5", "kind=pair", f"things={THINGS}", "size=96", "output=two.png")
+    clip = pictures.open_for_scoring(str(THINGS)).clip(5, width=96, height=96, frames=1, kind="pair")
+    assert status == 0 and clip.caption in out
+    assert np.array_equal(np.asarray(Image.open("two.png")), clip.frames[0])
+    assert "choose basic or single or pair or camera" in run("seed=1", "kind=two")[2]
     assert "things= has no effect on the boat" in run(f"things={THINGS}")[2]
     assert "give things= too" in run("seed=1", "backgrounds=photos")[2]
