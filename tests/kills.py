@@ -85,7 +85,7 @@ COMMANDS = {
     ),
     "score": Command(
         lambda out: python(
-            SCRIPTS / "score.py", f"videos={ROOT / 'docs/images/grow.gif'}", "metrics=flicker",
+            SCRIPTS / "score.py", f"videos={ROOT / 'docs/images/turtle_grows.gif'}", "metrics=flicker",
             f"json={out / 'scores.json'}",
         )
     ),
@@ -104,7 +104,7 @@ def prepared(work: Path) -> Path:
     (work / "clips").mkdir()
     names = [f"{number}.gif" for number in range(6)]
     for name in names:
-        shutil.copy(ROOT / "docs/images/grow.gif", work / "clips" / name)
+        shutil.copy(ROOT / "docs/images/turtle_grows.gif", work / "clips" / name)
     rows = "".join(f"{name},it grows\n" for name in names)
     (work / "clips/captions.csv").write_text(f"file,caption\n{rows}", encoding="utf-8")
     out = work / "out"

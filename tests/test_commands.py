@@ -249,6 +249,7 @@ def test_examples_are_listed_and_copied(run, tmp_path):
     wanted |= {path.name for path in (ROOT / "examples").glob("[!.]*.*")} | {
         "rocket.png",
         "turtle.png",
+        "two.png",
         "star.png",
         "boat.png",
     }
@@ -261,7 +262,7 @@ def test_examples_are_listed_and_copied(run, tmp_path):
 def test_the_copied_list_makes_clips_anywhere(run, monkeypatch):
     assert run("examples", "mine")[0] == 0
     status, out, err = run("generate", "items=mine/prompts.jsonl", *QUICK, "batch=5", "save.enlarge=1")
-    assert status == 0 and "outputs/examples/grow.gif" in out, err
+    assert status == 0 and "outputs/examples/turtle_grows.gif" in out, err
 
 
 def test_a_home_folder_is_meant(run, monkeypatch, tmp_path):
@@ -392,13 +393,13 @@ def test_the_readmes_commands_work_in_any_folder(run):
     python = re.search(r"^```python\n(.*?)^```", section, re.M | re.S)[1]
     exec(python.replace("i2vgen.load()", f"i2vgen.load(overrides={QUICK})"), {})
     made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
-    assert made == {"rocket.mp4", "left.gif", "right.gif", "grow.gif"}
+    assert made == {"rocket.mp4", "turtle.gif", "right.gif", "zoom.gif"}
 
 
 def test_what_the_model_cards_show_works(run):
     """Their lines and their Python, in the order of the cascade."""
     assert run("examples", "mine")[0] == 0
-    for card in ("small", "small_refiner"):
+    for card in ("pictures", "small", "small_refiner"):
         text = (ROOT / f"i2vgen/assets/{card}/README.md").read_text(encoding="utf-8")
         for line in re.findall(r"^i2vgen .*", text, re.M):
             status, out, err = run(*shlex.split(line)[1:], *QUICK)
@@ -406,4 +407,4 @@ def test_what_the_model_cards_show_works(run):
         for python in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
             exec(re.sub(r"i2vgen\.load\((\"lab\")?\)", f"i2vgen.load(overrides={QUICK})", python), {})
     made = {path.name for path in Path("outputs").iterdir() if path.suffix != ".json"}
-    assert made == {"left.gif", "right.gif", "star64.mp4", "left64.mp4"}
+    assert made == {"right.gif", "grow.gif", "left.gif", "star64.mp4", "left64.mp4"}

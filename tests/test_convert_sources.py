@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from i2vgen import cli
 from i2vgen.files import checkpoint, records
 from i2vgen.settings import config, merge
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 from weights_conversion import __main__ as command
 from weights_conversion import rules, unet_vgen
 
@@ -291,7 +291,7 @@ def test_a_single_part_does_not_ask_for_settings_of_the_others(theirs, tmp_path,
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "vgen"
-    assert run("export", SHIPPED, folder, "--layout", "vgen") == 0
+    assert run("export", LAB, folder, "--layout", "vgen") == 0
     return folder
 
 
@@ -306,17 +306,17 @@ def settings_of(folder):
 
 def test_the_shipped_model_comes_back_from_its_own_export(exported, tmp_path, capsys):
     assert run("convert", exported, tmp_path / "back") == 0
-    want, got = parts_of(SHIPPED), parts_of(tmp_path / "back")
+    want, got = parts_of(LAB), parts_of(tmp_path / "back")
     assert all(same(got[part], want[part]) for part in checkpoint.PARTS)
-    assert settings_of(tmp_path / "back") == settings_of(SHIPPED)
+    assert settings_of(tmp_path / "back") == settings_of(LAB)
     origin = json.loads((tmp_path / "back" / "origin.json").read_text())
-    assert origin["before"] == [checkpoint.read_origin(SHIPPED)]
-    assert run("verify", SHIPPED, exported) == 0
+    assert origin["before"] == [checkpoint.read_origin(LAB)]
+    assert run("verify", LAB, exported) == 0
     assert run("convert", exported, tmp_path / "no", "unet.norm_groups=4") == 2
     assert "unet.norm_groups is 4" in capsys.readouterr().err
     files = sorted(exported.iterdir())
     assert run("convert", *files, tmp_path / "by-file") == 0
-    assert settings_of(tmp_path / "by-file") == settings_of(SHIPPED)
+    assert settings_of(tmp_path / "by-file") == settings_of(LAB)
 
 
 def test_without_its_record_an_export_comes_back_by_overrides(exported, tmp_path, capsys):
@@ -327,7 +327,7 @@ def test_without_its_record_an_export_comes_back_by_overrides(exported, tmp_path
         torch.save({name: held for name, held in content.items() if name != "i2vgen"}, bare / file.name)
     assert run("convert", bare, tmp_path / "no") == 2
     assert "Traceback" not in capsys.readouterr().err
-    stored = merge.read_stored_settings(SHIPPED)
+    stored = merge.read_stored_settings(LAB)
     words = [
         f"{section}.{name}={json.dumps(stored[section][name])}"
         for section, names in {
@@ -345,7 +345,7 @@ def test_without_its_record_an_export_comes_back_by_overrides(exported, tmp_path
         assert run("convert", bare, tmp_path / "no", *others, wrong) == 2
         assert name.split(".")[0] in (said := capsys.readouterr().err) and "Traceback" not in said
     assert run("convert", bare, tmp_path / "back", *words) == 0
-    want, got = parts_of(SHIPPED), parts_of(tmp_path / "back")
+    want, got = parts_of(LAB), parts_of(tmp_path / "back")
     assert all(same(got[part], want[part]) for part in checkpoint.PARTS)
     back = merge.from_dict(merge.read_stored_settings(tmp_path / "back"))
     before = merge.from_dict(stored)
@@ -375,7 +375,7 @@ sys.exit(cli.run(lambda: command.main(sys.argv[1:])))
 
 @pytest.mark.parametrize("layout", ["vgen", "diffusers"])
 def test_a_full_disk_ends_an_export_in_one_message(tmp_path, layout, root, states_for_diffusers):
-    source = SHIPPED if layout == "vgen" else states_for_diffusers
+    source = LAB if layout == "vgen" else states_for_diffusers
     done = subprocess.run(
         [sys.executable, "-c", SMALL_DISK, "export", source, tmp_path / "out", "--layout", layout],
         capture_output=True, text=True, cwd=root,
@@ -416,9 +416,9 @@ export(sys.argv[1], sys.argv[2], layout="vgen", on_bytes=kill)
 
 
 def test_what_a_killed_export_left_is_swept_by_the_next(tmp_path, root):
-    done = subprocess.run([sys.executable, "-c", KILLED, SHIPPED, tmp_path / "out"], cwd=root)
+    done = subprocess.run([sys.executable, "-c", KILLED, LAB, tmp_path / "out"], cwd=root)
     assert done.returncode == -signal.SIGKILL
     (debris,) = os.listdir(tmp_path)
     assert debris.startswith(".out.writing-")
-    assert run("export", SHIPPED, tmp_path / "other", "--layout", "vgen") == 0
+    assert run("export", LAB, tmp_path / "other", "--layout", "vgen") == 0
     assert os.listdir(tmp_path) == ["other"]

@@ -100,3 +100,18 @@ def test_the_scores_of_the_card_are_those_of_the_docs():
     assert f"{len(words)} words in all" in text
     quoted = " ".join(re.findall(r"^> (.*)", text, re.M))
     assert re.findall(r"[a-z]+", quoted) == words
+
+
+def test_the_scores_of_the_shipped_models_card_are_those_of_the_docs():
+    card = ROOT / "i2vgen/assets/pictures/README.md"
+    text, docs = card.read_text(encoding="utf-8"), (ROOT / "docs/evaluation.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*?) \| (\d.*?) \|$", text, re.M)
+    assert len(rows) == 8
+    for (name, value), metric in zip(rows, metrics(card), strict=True):
+        assert f"| {name} | {value} | " in docs
+        assert value.split()[0] == str(metric["value"])
+        assert metric["type"] in (*scores.SCORES, *scores.SHAPES)
+    stored = json.loads((card.parent / "settings.json").read_text(encoding="utf-8"))["settings"]
+    assert f"{len(stored['clip']['words']):,} words" in text
+    sample = stored["sample"]
+    assert f"{sample['frames']} frames of {sample['width']} x {sample['height']} pixels" in text

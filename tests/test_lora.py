@@ -14,7 +14,7 @@ from i2vgen import pipeline
 from i2vgen.adapt import lora
 from i2vgen.fast import savings
 from i2vgen.settings import config
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 
 ROOT = Path(__file__).parents[1]
 PATTERNS = ["*attention*.to_*", "mid1.res.conv*"]
@@ -375,7 +375,7 @@ def test_refusals(network, tmp_path, make_unet):
 
 # --- through the scripts
 
-RUN = ["train.part=diffusion", f"weights={SHIPPED}", "train.lora_rank=2", "train.batch=1",
+RUN = ["train.part=diffusion", f"weights={LAB}", "train.lora_rank=2", "train.batch=1",
        "train.log_every=1", "device=cpu"]  # fmt: skip
 
 

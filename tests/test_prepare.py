@@ -12,7 +12,7 @@ import torch
 from i2vgen.files import checkpoint, video
 from i2vgen.files.rows import RowFile
 from i2vgen.files.safefile import Entry, write_safetensors
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 from i2vgen.training import data, diffusion, prepare, prepared
 from i2vgen.training.settings import Bucket, load_settings
@@ -90,7 +90,7 @@ def tree(folder):
 def test_losses_are_those_of_the_videos_to_the_bit(run, clips, tmp_path, words):
     """Several captions, mirror images and all file formats included; without a configuration file."""
     run("prepare", f"data={clips}", "output=prepared", *SIZE, "batch=2", "encode_chunk=4", "flip=true")
-    common = (f"weights={SHIPPED}", *RUN, "train.flip=true", *words)
+    common = (f"weights={LAB}", *RUN, "train.flip=true", *words)
     for source, name in ((clips, "raw"), ("prepared", "from prepared")):
         run("train", f"train.data={source}", f"output={name}", *common)
     assert log(tmp_path / "raw") == log(tmp_path / "from prepared")
@@ -110,7 +110,7 @@ def test_other_batches_and_chunks_change_only_the_rounding(run, clips, tmp_path)
     for source in (clips, "prepared"):
         run(
             "train",
-            f"weights={SHIPPED}",
+            f"weights={LAB}",
             f"train.data={source}",
             f"output=of {source.name if source == clips else source}",
             *RUN,
@@ -123,7 +123,7 @@ def test_other_batches_and_chunks_change_only_the_rounding(run, clips, tmp_path)
 def test_half_precision_is_half_the_size_and_close(run, clips, tmp_path):
     for name, words in (("whole", []), ("half", ["dtype=float16"])):
         run("prepare", f"data={clips}", f"output={name}", *SIZE, *words)
-        run("train", f"weights={SHIPPED}", f"train.data={name}", f"output=of {name}", *RUN)
+        run("train", f"weights={LAB}", f"train.data={name}", f"output=of {name}", *RUN)
     sizes = [
         sum(p.stat().st_size for p in (tmp_path / name / "shards").iterdir()) for name in ("whole", "half")
     ]
@@ -139,7 +139,7 @@ def test_vae_and_clip_are_not_loaded_for_prepared_data(run, clips, monkeypatch):
     monkeypatch.setattr(
         checkpoint, "load", lambda part, *given, **how: loaded.append(part) or load(part, *given, **how)
     )
-    run("train", f"weights={SHIPPED}", "train.data=prepared", "output=out", *RUN)
+    run("train", f"weights={LAB}", "train.data=prepared", "output=out", *RUN)
     assert loaded == ["unet"]
 
 
@@ -159,7 +159,7 @@ def test_buckets_crops_captions_and_mirror_images(run, tmp_path):
     skipped = [json.loads(line) for line in (tmp_path / "prepared/skipped.jsonl").read_text().splitlines()]
     assert [one["file"] for one in skipped] == ["short.gif"] and "too short for 8" in skipped[0]["reason"]
     both = ["train.frame_lengths=[4,8]", "train.sample_fps=[8,8]", "train.flip=true"]
-    config, train = load_settings(None, [f"weights={SHIPPED}", "train.data=prepared", *SIZE, *both])
+    config, train = load_settings(None, [f"weights={LAB}", "train.data=prepared", *SIZE, *both])
     source = data.open_source(config, train)
     seen = [source(Bucket(4, 8, 1), [k]) for k in range(400)]
     kinds = {caption: {one.mean.sum().item() for one in seen if one.captions == (caption,)}
@@ -180,7 +180,7 @@ def test_bad_clips_are_skipped_and_counted(run, clips, tmp_path):
     assert "holds 5 clips in 5 crops; 1 were skipped, skipped.jsonl says why" in said
     line = json.loads((tmp_path / "prepared/skipped.jsonl").read_text())
     assert line["file"] == "0.mp4" and "cannot be read as a video" in line["reason"]
-    config, train = load_settings(None, [f"weights={SHIPPED}", "train.data=prepared", *SIZE])
+    config, train = load_settings(None, [f"weights={LAB}", "train.data=prepared", *SIZE])
     source = data.open_source(config, train)
     assert "clip 0" not in {source(Bucket(4, 8, 1), [k]).captions[0] for k in range(20)}
 
@@ -209,7 +209,7 @@ def test_a_killed_run_goes_on_and_processes_share_the_shards(run, clips, tmp_pat
     monkeypatch.setattr(prepare, "write", killed)
     run("prepare", *words, "output=cut", status=130)
     assert not (tmp_path / "cut/index.safetensors").exists()
-    config, train = load_settings(None, [f"weights={SHIPPED}", "train.data=cut", *SIZE])
+    config, train = load_settings(None, [f"weights={LAB}", "train.data=cut", *SIZE])
     with pytest.raises(ValueError, match=r"cut is not fully prepared; run `i2vgen prepare` again"):
         data.open_source(config, train)
     monkeypatch.setattr(prepare, "write", write)
@@ -244,7 +244,7 @@ def test_workers_change_nothing(run, clips, tmp_path):
         assert "1 were skipped" in said
         run(
             "train",
-            f"weights={SHIPPED}",
+            f"weights={LAB}",
             "train.data=videos",
             f"output={name}",
             *RUN,
@@ -281,7 +281,7 @@ def ready(clips, tmp_path_factory):
 )
 def test_what_does_not_fit_is_refused_by_name(run, ready, words, message):
     given = [word for word in SIZE if word.partition("=")[0] not in words[0]]
-    said = run.refused("train", f"weights={SHIPPED}", f"train.data={ready}", "output=out", *given, *words)
+    said = run.refused("train", f"weights={LAB}", f"train.data={ready}", "output=out", *given, *words)
     assert message in said
 
 
@@ -303,11 +303,11 @@ def test_changed_clips_are_prepared_into_another_folder(run, clips, ready, tmp_p
     ],
 )
 def test_another_vae_or_clip_is_refused(run, ready, tmp_path, part, tensor, what):
-    parts = {name: dict(checkpoint.read_part(SHIPPED, name)) for name in checkpoint.PARTS}
-    checkpoint.save("same", parts, load_config(None, weights=SHIPPED), shard_bytes=10**6)
+    parts = {name: dict(checkpoint.read_part(LAB, name)) for name in checkpoint.PARTS}
+    checkpoint.save("same", parts, load_config(None, weights=LAB), shard_bytes=10**6)
     run("train", "weights=same", f"train.data={ready}", "output=out", *RUN, "train.steps=1")
     parts[part][tensor] = parts[part][tensor] + 0.01
-    checkpoint.save("other", parts, load_config(None, weights=SHIPPED))
+    checkpoint.save("other", parts, load_config(None, weights=LAB))
     said = run.refused("train", "weights=other", f"train.data={ready}", "output=out 2", *RUN)
     assert f"{what} weights=other is another than that of" in said
 
@@ -323,7 +323,7 @@ def test_damaged_data_is_named(run, ready, tmp_path):
         shutil.rmtree(tmp_path / "copy", ignore_errors=True)
         shutil.copytree(ready, tmp_path / "copy")
         harm(tmp_path / "copy" / name)
-        said = run.refused("train", f"weights={SHIPPED}", "train.data=copy", "output=out", *SIZE)
+        said = run.refused("train", f"weights={LAB}", "train.data=copy", "output=out", *SIZE)
         assert name in said and ("run `i2vgen prepare` again with the same words" in said or "format" in said)
         assert "Traceback" not in said
 
@@ -358,7 +358,7 @@ def test_bad_input_is_refused_before_any_work(run, ready, clips, tmp_path, words
 def test_fewer_clips_than_processes_are_refused(run, clips, ready, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "7")
     assert "gives 6 clips to 7 processes" in run.refused("prepare", f"data={clips}", "output=out", *SIZE)
-    config, train = load_settings(None, [f"weights={SHIPPED}", f"train.data={ready}", *SIZE])
+    config, train = load_settings(None, [f"weights={LAB}", f"train.data={ready}", *SIZE])
     with pytest.raises(ValueError, match="gives 6 clips to 7 processes"):
         data.refuse_too_few(data.open_source(config, train), train, 7)
 
@@ -381,7 +381,7 @@ def test_many_clips_start_quickly_in_little_memory(ready, tmp_path):
     entries = [Entry(n, tuple(t.shape), t.dtype, lambda t=t: t) for n, t in index.items()]
     write_safetensors(tmp_path / prepared.INDEX, entries, metadata={"plan": prepared.plan(facts)})
     config, train = load_settings(
-        None, [f"weights={SHIPPED}", f"train.data={tmp_path}", *SIZE, "train.validate=0.1"]
+        None, [f"weights={LAB}", f"train.data={tmp_path}", *SIZE, "train.validate=0.1"]
     )
     began = time.process_time()
     source = data.open_source(config, train)
@@ -396,7 +396,7 @@ def test_only_what_is_asked_for_is_read(ready):
     """The last shards that were read stay open; a source can be sent to another process all the same."""
     import pickle
 
-    config, train = load_settings(None, [f"weights={SHIPPED}", f"train.data={ready}", *SIZE])
+    config, train = load_settings(None, [f"weights={LAB}", f"train.data={ready}", *SIZE])
     source = data.open_source(config, train)
     first = source(Bucket(4, 8, 2), [0, 1])
     again = pickle.loads(pickle.dumps(source))(Bucket(4, 8, 2), [0, 1])
@@ -413,7 +413,7 @@ def test_reading_is_twenty_times_as_fast_as_encoding(run, tmp_path):
     run("prepare", "data=videos", "output=prepared", *size, "batch=1")
     seconds = []
     for folder in ("videos", "prepared"):
-        config, train = load_settings(None, [f"weights={SHIPPED}", f"train.data={folder}", *size])
+        config, train = load_settings(None, [f"weights={LAB}", f"train.data={folder}", *size])
         source = data.open_source(config, train)
         encoding = diffusion.make(config, train, source, CPU).inputs
         encoding.ready(source(Bucket(16, 8, 1), [0]))

@@ -66,7 +66,7 @@ def test_every_clip_has_the_same_weight():
 
 
 WORDS = [
-    f"weights={HOME}", f"train.first_stage={config.SHIPPED}", "device=cpu", "train.batch=2",
+    f"weights={HOME}", f"train.first_stage={config.LAB}", "device=cpu", "train.batch=2",
     "train.num_clips=4", "train.warmup=1", "train.log_every=1",
 ]  # fmt: skip
 
@@ -195,7 +195,7 @@ def test_the_shipped_refiner_adds_no_flicker(measured, source):
 
 def test_measures_see_blur_noise_and_flicker():
     """Every measure separates a deliberately degraded clip from the true one."""
-    job = load_config(None, [], weights=config.SHIPPED)
+    job = load_config(None, [], weights=config.LAB)
     truth, _ = refiner_gain.draw(300, job, (64, 64))
     same = refiner_gain.scores(truth, truth)
     noise = np.random.default_rng(0).integers(-20, 21, truth.shape)
@@ -217,7 +217,7 @@ def test_measures_see_blur_noise_and_flicker():
         (["sources=drawn,lost"], "no source 'lost'; choose from drawn, decoded, made"),
         ([f"first_seed={2**40}"], "where training begins"),
         (["refine_weights=nowhere"], "nowhere does not exist"),
-        ([f"refine_weights={config.SHIPPED}"], "holds no refiner"),
+        ([f"refine_weights={config.LAB}"], "holds no refiner"),
     ],
 )
 def test_what_is_refused(root, words, message, capsys, monkeypatch):

@@ -22,7 +22,7 @@ from i2vgen import __main__ as door
 from i2vgen import pipeline
 from i2vgen.files import video
 from i2vgen.scoring import clips, flow, metrics, networks, scores, stats
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -67,7 +67,7 @@ def moving(step=2, frames=4, size=32, seed=0):
 
 @functools.cache
 def shipped():
-    return load_config(None, (), weights=SHIPPED)
+    return load_config(None, (), weights=LAB)
 
 
 def write(folder, name, frames, picture=None, prompt="it moves"):
@@ -259,7 +259,7 @@ def test_generated_clips_are_scored_without_further_arguments(run, tmp_path, mon
     Path("list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     assert door.main(["generate", "items=list.jsonl", "steps=2", "batch=2", "device=cpu"]) == 0
     capsys.readouterr()
-    found, out = scored(run, "videos=made", f"clip_weights={SHIPPED}", "device=cpu")
+    found, out = scored(run, "videos=made", f"clip_weights={LAB}", "device=cpu")
     assert [clip["prompt"] for clip in found["clips"]] == ["a star moves down", "a star moves up"]
     assert {"first_frame_psnr", "clip_text", "clip_image", "clip_consistency", "flicker"} <= found[
         "scores"
@@ -515,7 +515,7 @@ def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path
     (tmp_path / "made" / "b.json").unlink()
     err = refused(run, "videos=made", "metrics=first_frame_psnr")
     assert "1 of 2 lack it" in err and "made/b" in err
-    err = refused(run, "videos=made", "metrics=clip_text", f"clip_weights={SHIPPED}")
+    err = refused(run, "videos=made", "metrics=clip_text", f"clip_weights={LAB}")
     assert "prompt of each clip" in err and "1 of 2" in err
 
 
@@ -532,7 +532,7 @@ def test_missing_requirements_are_reported_before_any_clip_is_read(run, tmp_path
         (["videos=made", "speed=1"], "there is no speed="),
         (["videos=made", "frames=many"], "whole number"),
         (["videos=made", "fit=squeeze"], "give refuse or crop"),
-        (["videos=made", "device=abacus", "metrics=clip_text", "clip_weights=SHIPPED"], "device"),
+        (["videos=made", "device=abacus", "metrics=clip_text", "clip_weights=LAB"], "device"),
         (["videos=made", "against=strangers"], "no clip of made has a partner"),
         (["videos=made", "against=others"], "of the same picture and prompt"),
         (["videos=made", "reference=strangers"], "no true video of their name"),
@@ -555,7 +555,7 @@ def test_refusals(run, tmp_path, words, message):
     write(tmp_path / "others", "a", moving(), prompt="another thing")
     write(tmp_path / "short", "a", moving(frames=3))
     write(tmp_path / "small", "a", moving(size=16))
-    status, _, err = run(*(word.replace("SHIPPED", SHIPPED) for word in words))
+    status, _, err = run(*(word.replace("LAB", LAB) for word in words))
     assert status == 2 and message in err and "Traceback" not in err
 
 

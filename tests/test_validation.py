@@ -15,12 +15,12 @@ from PIL import Image
 from test_prepare import CPU, RUN, SIZE, log, run, write_clips  # noqa: F401 (run is a fixture)
 
 from i2vgen.files import checkpoint, fingerprint
-from i2vgen.settings.config import SHIPPED
+from i2vgen.settings.config import LAB
 from i2vgen.training import copies, data, diffusion, loop, validation
 from i2vgen.training.settings import Bucket, load_settings
 
 BANDS = [f"validation_loss_{low}_{low + 200}" for low in range(0, 1000, 200)]
-WORDS = (f"weights={SHIPPED}", *RUN, "train.steps=4", "train.save_every=2", "train.validate_every=1")
+WORDS = (f"weights={LAB}", *RUN, "train.steps=4", "train.save_every=2", "train.validate_every=1")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def clips(tmp_path_factory):
 
 
 def opened(*words):
-    config, train = load_settings(None, [f"weights={SHIPPED}", *SIZE, *words])
+    config, train = load_settings(None, [f"weights={LAB}", *SIZE, *words])
     return config, train, data.open_source(config, train)
 
 
