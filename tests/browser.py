@@ -19,7 +19,7 @@ from urllib.request import urlopen
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-STAR = Path(__file__).parents[1] / "i2vgen" / "assets" / "star.png"
+ROCKET = Path(__file__).parents[1] / "i2vgen" / "assets" / "rocket.png"
 PATIENCE = 180_000  # milliseconds; a busy machine is slow
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
         free.close()
-        words = ["app", f"port={port}", "output=clips", "weights=lab", "steps=8"]
+        words = ["app", f"port={port}", "output=clips"]
         server = subprocess.Popen([sys.executable, "-m", "i2vgen", *words], cwd=folder)
         try:
             wait_for(f"http://127.0.0.1:{port}/", server)
@@ -62,14 +62,14 @@ def drive(address: str, folder: Path) -> None:
         make.click()
         page.get_by_text("Give a picture first").wait_for()
 
-        upload(page, STAR)
-        page.get_by_label("Sentence", exact=True).fill("a yellow star moves to the left")
+        upload(page, ROCKET)
+        page.get_by_label("Sentence", exact=True).fill("the rocket moves up")
         make.click()
         page.get_by_text("1 of 1 made, seed 0.").wait_for()
         with page.expect_download() as download:
             page.locator("a[download$='.mp4.json']").first.click()
         record = json.loads(Path(download.value.path()).read_text())
-        assert record["settings"]["prompt"] == ["a yellow star moves to the left"]
+        assert record["settings"]["prompt"] == ["the rocket moves up"]
         page.get_by_role("button", name="Settings").click()
         steps = page.get_by_label("Steps")
         steps.fill("0")
