@@ -10,6 +10,7 @@ import yaml
 from safetensors import safe_open
 
 from i2vgen.evaluation import scores
+from i2vgen.files import eight_bits
 
 ROOT = Path(__file__).parents[1]
 CARDS = sorted((ROOT / "i2vgen/assets").glob("*/README.md"))
@@ -47,7 +48,8 @@ def test_dead_links_are_seen():
 def test_pictures_are_small_and_shown():
     shown = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     for file in (ROOT / "docs/images").iterdir():
-        assert file.stat().st_size < 200_000 and f"images/{file.name}" in shown, file.name
+        most = 450_000 if file.suffix == ".gif" else 200_000
+        assert file.stat().st_size < most and f"images/{file.name}" in shown, file.name
 
 
 # --- model cards
@@ -73,8 +75,9 @@ def test_a_card_counts_the_parameters_and_bytes_that_are_there(card):
     for file in card.parent.glob("*.safetensors"):
         size += file.stat().st_size
         with safe_open(file, "pt") as held:
-            slices = [held.get_slice(name).get_shape() for name in held.keys()]  # noqa: SIM118
-        count = sum(math.prod(shape) for shape in slices)
+            names = set(held.keys())
+            names -= {name + eight_bits.SCALE for name in names}
+            count = sum(math.prod(held.get_slice(name).get_shape()) for name in names)
         borrowed = file.stem == "clip" and "the small model's CLIP" in text
         assert borrowed or f"{count:,}" in text
     assert f"{size / 1e6:.1f} MB" in text

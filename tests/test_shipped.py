@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,7 +98,10 @@ def test_training_continues_from_it(root, tmp_path):
     from i2vgen.training.settings import load_settings
 
     words = [f"weights={SHIPPED}", "train.steps=1", "train.batch=1", "train.num_clips=1", "device=cpu"]
-    words += [f"train.things={evaluate.SHIPPED_THINGS}", "train.backgrounds=''"]
+    (tmp_path / "things").mkdir()
+    for name, thing in (("anchor", "turtle"), ("apple", "rocket")):  # names of the part that training draws
+        shutil.copy(f"{evaluate.SHIPPED_THINGS}/{thing}.png", tmp_path / "things" / f"{name}.png")
+    words += [f"train.things={tmp_path / 'things'}", "train.backgrounds=''"]
     settings, train = load_settings(root / "configs" / "train" / "pictures_diffusion.yaml", words)
     source = data.open_source(settings, train)
     part = diffusion.make(settings, train, source, torch.device("cpu"))
