@@ -56,7 +56,7 @@ def main():
         parser.add_argument(name)
     parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
-    model = i2vgen.load("lab", overrides=given.settings)
+    model = i2vgen.load(overrides=["weights=lab", *given.settings])
     count = min(model.config.sample.frames, video.measure(given.clip)[0])
     frames, _ = video.load(given.clip, only=range(count))
     n, rest = divmod(frames.shape[1], model.config.sample.height)

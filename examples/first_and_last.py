@@ -56,7 +56,7 @@ def main():
         parser.add_argument(name)
     parser.add_argument("settings", nargs="*", help="any settings, for example steps=50")
     given = parser.parse_args()
-    model = i2vgen.load("lab", overrides=given.settings)
+    model = i2vgen.load(overrides=["weights=lab", *given.settings])
     print(between(model, given.first, given.last, given.prompt).save(given.output))
 
 

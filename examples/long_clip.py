@@ -76,7 +76,9 @@ def main():
     parser.add_argument("settings", nargs="*", help="windows=3, and any settings")
     given = parser.parse_args()
     windows = next((int(s[8:]) for s in given.settings if s.startswith("windows=")), 3)
-    model = i2vgen.load("lab", overrides=[s for s in given.settings if not s.startswith("windows=")])
+    model = i2vgen.load(
+        overrides=["weights=lab", *(s for s in given.settings if not s.startswith("windows="))]
+    )
     frames = long_clip(model, given.picture, given.prompt, windows=windows)
     i2vgen.files.video.save(frames, given.output, fps=model.config.save.fps)
     print(f"{given.output}: {len(frames)} frames")

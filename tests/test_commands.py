@@ -141,8 +141,8 @@ def test_shipped_weights_have_a_name_everywhere(run):
     assert status == 0 and out.count("same: ") == 3, err
     status, out, err = run("export", "lab", "out", "layout=vgen")
     assert status == 0 and Path("out").is_dir(), err
-    status, out, err = run("convert", "lab", "native", "dtype=int8")
-    assert status == 0 and Path("native/unet.safetensors").is_file(), err
+    status, out, err = run("convert", "lab", "lab", "dtype=int8")  # what is written is ./lab
+    assert status == 0 and Path("lab/unet.safetensors").is_file(), err
 
 
 def test_the_converter_keeps_its_name():

@@ -45,11 +45,13 @@ def test_unet_and_clip_are_in_eight_bits():
         assert sum(np.prod(one.get_shape()) for one in slices if one.get_dtype() == dtype) > 0.9 * of_all
 
 
-def test_its_settings_are_those_of_the_training_files(root):
+@pytest.mark.parametrize(("folder", "name"), [(config.LAB, "small"), (config.SHIPPED, "pictures")])
+def test_the_settings_are_those_of_the_training_files(root, folder, name):
     from i2vgen.training.settings import load_settings
 
-    stored = merge.from_dict(merge.read_stored_settings(SHIPPED)).to_dict()
-    made, _ = load_settings(root / "configs" / "train" / "pictures_vae.yaml")
+    # Settings added since the file was written are at their defaults.
+    stored = merge.from_dict(merge.read_stored_settings(folder)).to_dict()
+    made, _ = load_settings(root / "configs" / "train" / f"{name}_vae.yaml")
     assert 0.1 < stored["vae"].pop("scale") < 10  # measured in training
     for section in ("unet", "vae", "clip", "use", "schedule"):
         wanted = made.to_dict()[section]
@@ -86,26 +88,30 @@ def test_the_shipped_pictures_become_other_clips_by_their_sentence(model):
     assert y_up < y - 5 and x_left < x - 5
 
 
-def test_other_pictures_give_a_complete_clip(model, root):
+@pytest.mark.parametrize("folder", [config.LAB, config.SHIPPED])
+def test_other_pictures_give_a_complete_clip(root, folder):
+    model = pipeline.load(folder, overrides=["device=cpu"])
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 200, 3), np.uint8))
     for picture in (root / "i2vgen" / "assets" / "boat.png", noise):
         frames = model(picture, "a zebra juggles three lemons in the rain", seed=3).frames
         assert frames.shape[0] == model.config.sample.frames and frames.std() > 1
 
 
-def test_training_continues_from_it(root, tmp_path):
+@pytest.mark.parametrize(("folder", "name"), [(config.LAB, "small"), (config.SHIPPED, "pictures")])
+def test_training_continues_from_it(root, tmp_path, folder, name):
     from i2vgen.training import data, diffusion, loop
     from i2vgen.training.settings import load_settings
 
-    words = [f"weights={SHIPPED}", "train.steps=1", "train.batch=1", "train.num_clips=1", "device=cpu"]
-    (tmp_path / "things").mkdir()
-    for name, thing in (("anchor", "turtle"), ("apple", "rocket")):  # names of the part that training draws
-        shutil.copy(f"{evaluate.SHIPPED_THINGS}/{thing}.png", tmp_path / "things" / f"{name}.png")
-    words += [f"train.things={tmp_path / 'things'}", "train.backgrounds=''"]
-    settings, train = load_settings(root / "configs" / "train" / "pictures_diffusion.yaml", words)
+    words = [f"weights={folder}", "train.steps=1", "train.batch=1", "train.num_clips=1", "device=cpu"]
+    if name == "pictures":
+        (tmp_path / "things").mkdir()
+        for thing, shown in (("anchor", "turtle"), ("apple", "rocket")):  # names that training draws
+            shutil.copy(f"{evaluate.SHIPPED_THINGS}/{shown}.png", tmp_path / "things" / f"{thing}.png")
+        words += [f"train.things={tmp_path / 'things'}", "train.backgrounds=''"]
+    settings, train = load_settings(root / "configs" / "train" / f"{name}_diffusion.yaml", words)
     source = data.open_source(settings, train)
     part = diffusion.make(settings, train, source, torch.device("cpu"))
-    folder = loop.fit(part, settings, train, source, tmp_path, device=torch.device("cpu"))
-    assert checkpoint.missing_parts(folder) == []
+    made = loop.fit(part, settings, train, source, tmp_path, device=torch.device("cpu"))
+    assert checkpoint.missing_parts(made) == []
     line = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
     assert line["loss"] < 0.5  # an untrained network's is about 1

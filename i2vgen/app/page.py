@@ -23,9 +23,8 @@ FOUR = ("moves to the left", "moves to the right", "grows", "shrinks")
 def page(runs: Runs) -> gr.Blocks:
     """The whole page; `launch` serves it."""
     sample = runs.model.config.sample
-    subject = (
-        shipped.SUBJECT if runs.model.config.clip.words else "it"
-    )  # a model of few words does not know "it"
+    # a model of few words does not know "it"
+    subject = shipped.SUBJECT if runs.model.config.clip.words else "it"
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(f"# {TITLE}\n\n{describe(runs)}")
         stop = gr.State(threading.Event)

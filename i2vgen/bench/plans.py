@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,8 @@ from i2vgen import pipeline
 from i2vgen.bench.report import Report, Table
 from i2vgen.memory import plans
 from i2vgen.memory.free import GIB
-from i2vgen.settings.config import LAB, Config, Runtime
+from i2vgen.settings import shipped
+from i2vgen.settings.config import Config, Runtime
 
 # bfloat16 where the default on a GPU is half precision, float32 where the official code computes so.
 HALF = {"dtype": "bfloat16"}
@@ -54,9 +54,10 @@ def drift() -> dict[str, tuple[float, float]]:
 def shipped_clip(how: str) -> tuple[Tensor, Tensor]:
     """Final latents [1 c f h w] and frames [f h w 3] as floats."""
     told = []
-    model = pipeline.load(overrides=["device=cpu", f"weight_storage={how}"])
-    star = Path(LAB).parent / "star.png"
-    clip = model(star, "a yellow star moves to the right", seed=7, on_step=lambda info: told.append(info.x))
+    model = pipeline.load("lab", overrides=["device=cpu", f"weight_storage={how}"])
+    clip = model(
+        shipped.STAR, "a yellow star moves to the right", seed=7, on_step=lambda info: told.append(info.x)
+    )
     return told[-1], torch.from_numpy(clip.frames).float()
 
 

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         raise ValueError("give a study and a folder: i2vgen ablate configs/ablations/NAME.yaml output=FOLDER")
     name = cli.choose("budget", given.get("budget", "quick"), studies.BUDGETS)
     study, budget = chosen(studies.read(file), given.get("measures")), studies.BUDGETS[name]
-    if study.measures != ("cost",) and importlib.util.find_spec("matplotlib") is None:
+    if not study.only_counted and importlib.util.find_spec("matplotlib") is None:
         raise ValueError(
             "the plots need matplotlib, which is not installed: python -m pip install 'i2vgen[lab]'; "
             "measures=cost needs none"

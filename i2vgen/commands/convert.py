@@ -41,15 +41,16 @@ DTYPES = ("float32", "float16", "bfloat16", "int8")
 
 def main(argv: list[str]) -> int:
     arguments = parse(argv)
-    names = [shipped.weights(word) for word in arguments.words if not cli.is_setting(word)]
+    names = [word for word in arguments.words if not cli.is_setting(word)]
     if len(names) < 2:
         raise ValueError("convert needs at least one SOURCE and the folder OUT to write")
+    sources, out = [shipped.weights(name) for name in names[:-1]], names[-1]
     if not arguments.dry_run:
-        check_out(names[-1], names[:-1])
+        check_out(out, sources)
     with Bars() as bars:
         report = convert(
-            names[:-1],
-            names[-1],
+            sources,
+            out,
             overrides=[word for word in arguments.words if cli.is_setting(word)],
             dtype=runtime.DTYPES.get(arguments.dtype),
             eight_bits=arguments.dtype == "int8",

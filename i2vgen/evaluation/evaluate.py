@@ -40,7 +40,7 @@ from i2vgen.model.conditioning import Conditions, Prepared
 from i2vgen.model.unet import UNet
 from i2vgen.pipeline import I2VGenXL
 from i2vgen.scoring.metrics import psnr
-from i2vgen.settings.config import RANDOM, Config
+from i2vgen.settings.config import ASSETS, RANDOM, Config
 from i2vgen.settings.merge import load_config
 from i2vgen.training.data import FIRST_TRAINING_SEED
 from i2vgen.training.settings import MAX_WORLD_SPEED, Bucket, world_speed
@@ -50,7 +50,7 @@ from i2vgen.world.drawing import Facts
 SWEEPS = {"guidance": (1, 2, 3, 5, 7, 9), "steps": (10, 15, 20, 30, 50), "eta": (0, 0.25, 0.5, 1)}
 CONDITIONS = "conditions"
 SHAPES = "shapes"  # things=shapes
-SHIPPED_THINGS = str(Path(__file__).parents[1] / "assets" / "things")
+SHIPPED_THINGS = str(ASSETS / "things")
 COMPARED = ("quality", "samplers")  # these sweeps also compare their rows with a reference (drift.py)
 ALL_SWEEPS = (*SWEEPS, CONDITIONS, *COMPARED)
 SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips shown on the page, per set

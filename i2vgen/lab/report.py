@@ -288,7 +288,7 @@ def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table
             ("seeds", ", ".join(map(str, range(budget.seeds)))),
         ]
     made = [r["made_by"] for r in results.values() if "made_by" in r]
-    if study.measures == ("cost",):
+    if study.only_counted:
         made = [made_by("cpu")]  # where costs are counted
     else:
         clips = f"{budget.clips} at most" if study.evaluate else f"{budget.clips} of each kind"
@@ -317,7 +317,7 @@ def write_csv(study: Study, results: dict[Run, dict], costs: dict | None, path: 
 
 def plots(study: Study, results: dict[Run, dict], folder: Path) -> list[Path]:
     """Every score of every variant with its interval, and the losses; names stand beside what they name."""
-    if study.measures == ("cost",):
+    if study.only_counted:
         return []
     from matplotlib.figure import Figure  # without a display and without global state
 

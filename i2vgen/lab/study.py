@@ -26,7 +26,7 @@ from i2vgen.evaluation.scores import SCORES
 from i2vgen.files import checkpoint, fingerprint, plugins
 from i2vgen.lab import own_clips
 from i2vgen.scoring.scores import METRICS
-from i2vgen.settings import yaml_text
+from i2vgen.settings import shipped, yaml_text
 from i2vgen.settings.config import LAB, Config
 from i2vgen.settings.merge import from_dict, load_config, parse_overrides, read_stored_settings
 from i2vgen.training.settings import SECTION, WORLD, Train, load_settings
@@ -76,6 +76,11 @@ class Study:
     def base(self) -> str:
         return next(iter(self.variants))
 
+    @property
+    def only_counted(self) -> bool:
+        """No variant is run: there are no scores to plot."""
+        return self.measures == ("cost",)
+
 
 class Run(NamedTuple):
     """One measurement of one variant, in its own folder. `cost` measures all variants at once."""
@@ -111,7 +116,7 @@ def read(file: str | Path) -> Study:
         raise ValueError(f"{file}: variants needs a base and at least one variant of it")
     variants = {str(name): _texts(words, f"{file}: variant {name!r}") for name, words in variants.items()}
     study = Study(path.stem, first.lstrip("# ").strip(), variants, **held)
-    weights = LAB if study.weights == "lab" else study.weights
+    weights = shipped.weights(study.weights)
     study = dataclasses.replace(study, weights=weights, scores=study.scores or _scores(study, file))
     _check(study, file)
     return study

@@ -187,7 +187,7 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         if (folder / "model_index.json").is_file():
             more = f"; it is a folder of diffusers: i2vgen convert {folder} NEW makes it one"
         elif any(
-            any(folder.glob(f"*{ending}")) for ending in (".pth", ".ckpt", ".bin", ".pt", ".safetensors")
+            path.suffix in (".pth", ".ckpt", ".bin", ".pt", ".safetensors") for path in folder.iterdir()
         ):
             more = f"; i2vgen inspect {folder} says what it holds, i2vgen convert {folder} NEW makes it one"
         raise ValueError(

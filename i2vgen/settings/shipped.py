@@ -9,9 +9,11 @@ import os
 import warnings
 from pathlib import Path
 
+from i2vgen.settings.config import ASSETS, LAB
+
 PACKAGE = Path(__file__).parents[1]
-STAR = PACKAGE / "assets" / "star.png"  # of the lab model's world
-PICTURE = PACKAGE / "assets" / "rocket.png"
+STAR = ASSETS / "star.png"  # of the lab model's world
+PICTURE = ASSETS / "rocket.png"
 SUBJECT = "the rocket"
 PROMPT = f"{SUBJECT} moves up"
 
@@ -41,7 +43,7 @@ def config(name: str) -> str:
 def weights(name: str) -> str:
     """`lab`, or a weights folder by its path in a clone, `i2vgen/assets/small`: found from any folder."""
     if name == "lab":  # a folder of that name is ./lab
-        return str(PACKAGE / "assets" / "small")
+        return LAB
     path = Path(name)
     if path.parts[:2] == ("i2vgen", "assets") and not os.path.lexists(path):
         found = PACKAGE.joinpath(*path.parts[1:])
