@@ -56,16 +56,18 @@ def verify(
             verdict.add(False, f"only one side holds the {WORDS[part]}")
     if not shared:
         raise ValueError(f"{a} and {b} have no part in common")
-    # transformers' towers lack two tensors that this model never uses, so they are not compared.
-    lacking = set(clip_tables.ABSENT) if any("transformers" in side.layouts for side in sides) else set()
+    lacking = _substituted(sides[0]) ^ _substituted(sides[1])
     for part in shared:
         if on_part is not None:
             on_part(part)
-        first, second = ({n: s.states[part][n] for n in s.states[part] if n not in lacking} for s in sides)
+        left_out = lacking if part == "clip" else set()
+        first, second = ({n: s.states[part][n] for n in s.states[part] if n not in left_out} for s in sides)
         _compare(part, first, second, verdict)
         _compare_settings(part, sides, verdict)
     if lacking and "clip" in shared:
-        verdict.lines.append(f"not compared: {', '.join(sorted(lacking))}, absent in transformers' towers")
+        verdict.lines.append(
+            f"not compared: {', '.join(sorted(lacking))}, which transformers' towers lack and this model never uses"
+        )
     if reference is not None:
         if "unet" not in shared:
             raise ValueError("--reference diffusers compares UNets; both sides must hold one")
@@ -93,6 +95,16 @@ def _side(path: str | Path, overrides: tuple[str, ...]) -> Side:
     stated = frozenset(name for name, parts in held.items() if all(p.settings or p.card for p in parts))
     folded = next((p.extra["folded"] for p in found if "folded" in p.extra), 1.0)
     return Side(states, cfg, frozenset(part.layout for part in found), stated, folded)
+
+
+def _substituted(side: Side) -> set[str]:
+    """Tensors that transformers' towers lack, where this side holds what a conversion puts in their place."""
+    held = side.states.get("clip", {})
+    return {
+        name
+        for name, substitute in clip_tables.absent(side.config.clip).items()
+        if name in held and torch.equal(held[name], substitute.to(held[name].dtype))
+    }
 
 
 def _compare_settings(part: str, sides: list[Side], verdict: Verdict) -> None:
