@@ -319,6 +319,14 @@ def test_the_shipped_model_comes_back_from_its_own_export(exported, tmp_path, ca
     assert settings_of(tmp_path / "by-file") == settings_of(LAB)
 
 
+@pytest.mark.parametrize("layout", ["vgen", "diffusers"])
+def test_parts_that_a_layout_has_no_place_for_are_refused(tmp_path, capsys, layout):
+    assert run("export", config.SHIPPED, tmp_path / "out", "--layout", layout) == 2
+    message = capsys.readouterr().err
+    assert "use.frame_positions is true" in message and "share the native folder itself" in message
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_its_record_an_export_comes_back_by_overrides(exported, tmp_path, capsys):
     bare = tmp_path / "bare"
     bare.mkdir()

@@ -160,17 +160,21 @@ def _expect_class(settings: Mapping[str, Any], name: str) -> None:
 # --------------------------------------------------------------------------------- settings, writing
 
 
+class Unlike(ValueError):
+    """Our settings ask for what diffusers' classes cannot express."""
+
+
 def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
-    """Our settings -> unet/config.json. ValueError names the first setting that the class cannot express."""
+    """Our settings -> unet/config.json. `Unlike` names the first setting that the class cannot express."""
     for switch in config.STRUCTURAL_SWITCHES if use else ():
         if getattr(use, switch) != getattr(config.Use(), switch):
             has = "never has" if getattr(use, switch) else "always has"
             value = str(getattr(use, switch)).lower()
-            raise ValueError(f"use.{switch} is {value}; diffusers' I2VGenXLUNet {has} this part")
+            raise Unlike(f"use.{switch} is {value}; diffusers' I2VGenXLUNet {has} this part")
     if use and use.output != "plain":
-        raise ValueError(f"use.output is {use.output}; diffusers' I2VGenXLUNet only supports plain")
+        raise Unlike(f"use.output is {use.output}; diffusers' I2VGenXLUNet only supports plain")
     if use and use.later_frames != "position":
-        raise ValueError(
+        raise Unlike(
             f"use.later_frames is {use.later_frames}; diffusers' I2VGenXLUNet only supports position"
         )
     down = ["CrossAttnDownBlock3D" if attends else "DownBlock3D" for attends in unet.attention_levels]
@@ -192,7 +196,7 @@ def unet_config(unet: config.UNet, use: config.Use | None = None) -> Json:
     for name, built in unet_settings(written).items():
         have = getattr(unet, name)
         if have != (tuple(built) if isinstance(built, list) else built):
-            raise ValueError(f"unet.{name} is {have}; diffusers' I2VGenXLUNet only supports {built} here")
+            raise Unlike(f"unet.{name} is {have}; diffusers' I2VGenXLUNet only supports {built} here")
     return written
 
 
@@ -223,9 +227,9 @@ def scheduler_config(schedule: config.Schedule, sample: config.Sample) -> Json:
     kinds = {ours: theirs for theirs, ours in SCHEDULE_KINDS.items()} | {"quadratic": "scaled_linear"}
     predictions = {ours: theirs for theirs, ours in PREDICTIONS.items()}
     if schedule.kind == "cosine" and schedule.cosine_s != 0.008:
-        raise ValueError(f"schedule.cosine_s is {schedule.cosine_s}; diffusers only supports 0.008")
+        raise Unlike(f"schedule.cosine_s is {schedule.cosine_s}; diffusers only supports 0.008")
     if schedule.prediction not in predictions:
-        raise ValueError(
+        raise Unlike(
             f"schedule.prediction is {schedule.prediction}; diffusers' DDIM supports {', '.join(predictions)}"
         )
     per_step = 1000 / schedule.num_timesteps

@@ -13,10 +13,11 @@ from torch import Tensor
 from i2vgen.files import checkpoint, whole
 from i2vgen.settings import config, merge
 from weights_conversion import clip as clip_tables
-from weights_conversion import diffusers_layout, rules, sources, unet_vgen
+from weights_conversion import diffusers_configs, diffusers_layout, rules, sources, unet_vgen
 from weights_conversion import vae as vae_tables
 
 LAYOUTS = ("vgen", "diffusers")
+SHARE_NATIVE = "share the native folder itself, which `i2vgen generate weights=FOLDER` reads"
 UNET_FILE = "i2vgen_xl_{step:08d}.pth"
 CLIP_FILE = "open_clip_pytorch_model.bin"
 VAE_FILE = "v2-1_512-ema-pruned.ckpt"
@@ -51,9 +52,12 @@ def export(
     if layout == "diffusers":
         total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
         tick = None if on_bytes is None else checkpoint.counter(total, on_bytes)
-        return diffusers_layout.write_folder(
-            cfg, parts, out, fold=fold, dtype=dtype, shard_bytes=shard_bytes, on_bytes=tick
-        )
+        try:
+            return diffusers_layout.write_folder(
+                cfg, parts, out, fold=fold, dtype=dtype, shard_bytes=shard_bytes, on_bytes=tick
+            )
+        except diffusers_configs.Unlike as error:
+            raise ValueError(f"{error}; {SHARE_NATIVE}") from error
     if not fold:
         raise ValueError("--no-fold needs --layout diffusers; the official layout never folds")
     if shard_bytes is not None:
@@ -72,6 +76,8 @@ def _write_vgen(
     dtype: torch.dtype | None,
     on_bytes: Callable[[int, int], None] | None,
 ) -> list[str]:
+    if "unet" in parts:
+        _refuse_own_parts(cfg.use)
     total = sum(t.numel() * (dtype or t.dtype).itemsize for held in parts.values() for t in held.values())
     tick = checkpoint.counter(total, on_bytes)
     steps = [extra["step"] for extra in origin.get("extra", {}).values() if "step" in extra]
@@ -97,6 +103,17 @@ def _write_vgen(
         plain = clip_tables.shows_its_settings(cfg.clip, shapes)  # as official files are
         _save(state if plain else {"state_dict": state} | beside, folder / CLIP_FILE, tick)
     return notes
+
+
+def _refuse_own_parts(use: config.Use) -> None:
+    """ValueError if the UNet has a part that the official one has no place for."""
+    plain = config.Use()
+    for name in ("frame_positions", "output"):
+        if (value := getattr(use, name)) != getattr(plain, name):
+            raise ValueError(
+                f"use.{name} is {str(value).lower()}, a part of this project's own that the official UNet "
+                f"lacks; {SHARE_NATIVE}"
+            )
 
 
 def _theirs(

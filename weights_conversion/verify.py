@@ -66,7 +66,7 @@ def verify(
         _compare_settings(part, sides, verdict)
     if lacking and "clip" in shared:
         verdict.lines.append(
-            f"not compared: {', '.join(sorted(lacking))}, which transformers' towers lack and this model never uses"
+            f"not compared: {', '.join(sorted(lacking))}, absent in transformers' towers and not used here"
         )
     if reference is not None:
         if "unet" not in shared:
