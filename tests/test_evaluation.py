@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from i2vgen import pipeline
 from i2vgen.evaluation import drift, evaluate, pages, scores
@@ -20,7 +21,7 @@ from i2vgen.settings.config import QUALITIES
 from i2vgen.world import drawing
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "evaluate.py"
-FILES = ["index.html", "scores.json", "table.md"]
+FILES = ["clips.png", "index.html", "scores.json", "table.md"]
 
 
 @pytest.fixture
@@ -170,6 +171,14 @@ def test_the_report(run, quick, loads):
     assert "prefers-color-scheme: dark" in page
     for item in evaluate.items(Plan(2, 5)):
         assert item.caption in page
+    sheet = Image.open("page/clips.png")  # of the two clips of any kind: picture, four frames, two lines
+    assert sheet.size == (
+        2 * (5 * pages.SIDE + 2 * pages.GAP),
+        pages.SIDE + 2 * (pages.TEXT + pages.GAP) + pages.GAP,
+    )
+    first = evaluate.render(evaluate.items(Plan(2, 5))[2].facts, loads[0], 1.0)[0]
+    small = np.asarray(sheet.crop((0, 0, pages.SIDE, pages.SIDE)).resize((16, 16), Image.Resampling.BOX))
+    assert np.abs(small.astype(int) - first).mean() < 12
     table = Path("page/table.md").read_text()
     assert "| score | value | 95 % interval | clips |" in table and "16 x 16 pixels, 3 frames" in out
 

@@ -13,7 +13,8 @@
     clips=          number of seeds, default 64; each gives three clips, see docs/evaluation.md
     first_seed=     the first seed, default 0
     json=           file for all scores, with intervals and settings
-    output=         folder for index.html (one page with the clips), scores.json, table.md
+    output=         folder for index.html (one page with clips), clips.png (a contact sheet of the first 32
+                    clips of any kind, unselected), scores.json, table.md
     sweep=          guidance, steps, eta: also score other values; conditions: remove one at a time;
                     quality, samplers: presets, or solvers x network calls, against a 200-step reference
     things=         what the clips show: "shapes" (flat ones), or pictures of things, from a folder of PNG

@@ -53,7 +53,7 @@ SHAPES = "shapes"  # things=shapes
 SHIPPED_THINGS = str(ASSETS / "things")
 COMPARED = ("quality", "samplers")  # these sweeps also compare their rows with a reference (drift.py)
 ALL_SWEEPS = (*SWEEPS, CONDITIONS, *COMPARED)
-SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips shown on the page, per set
+KEPT = {"basic": 6, "other": 4, "all": 32}  # clips whose frames are kept to be shown, per set
 Missing = Literal["", "concat", "text", "local tokens", "image vector"]
 
 
@@ -344,10 +344,10 @@ def make(
 ) -> tuple[list[Made], Sampled]:
     """Sample every item in batches of `runtime.batch` and compare -> results, and the UNet calls they took.
 
-    `keep` keeps the frames of the clips in SHOWN with the results, `keep_all` those of all clips in
+    `keep` keeps the frames of the clips in KEPT with the results, `keep_all` those of all clips in
     `Sampled`. The processes of `crew` take the batches in turn.
     """
-    size, left, sampled = model.config.runtime.batch, dict(SHOWN), Sampled()
+    size, left, sampled = model.config.runtime.batch, dict(KEPT), Sampled()
     kept = set()  # places in `todo`
     for place, item in enumerate(todo):
         left[item.set] -= 1

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from i2vgen.evaluation.evaluate import Evaluation
 from i2vgen.evaluation.scores import ACCURACIES, MEANS, SCORES, SHAPES, Made, Scores, asked
@@ -49,7 +53,10 @@ BRIEF = {  # of a sweep over ways of sampling
     "clip_psnr": "clip",
 }
 SHARES = (*ACCURACIES, "identity")
-FILES = ("scores.json", "table.md", "index.html")
+FILES = ("scores.json", "table.md", "index.html", "clips.png")
+SHOWN = {"basic": 6, "other": 4, "all": 6}  # clips on the page, per set; the contact sheet has all of "all"
+# Of the contact sheet, in pixels.
+VIEWS, SIDE, COLUMNS, LINES, TEXT, GAP = 4, 80, 3, 2, 13, 4
 
 
 def tables(evaluation: Evaluation) -> list[Table]:
@@ -125,7 +132,7 @@ def as_page(evaluation: Evaluation) -> str:
     clips = pages.Section(
         "The first clips of each set",
         text="Above the true clip, below the one that the model made of its first frame and the caption.",
-        figures=[as_figure(one) for one in evaluation.shown],
+        figures=[as_figure(one) for name, few in SHOWN.items() for one in of_set(evaluation, name)[:few]],
     )
     return pages.render(
         "Evaluation on the procedural world",
@@ -133,6 +140,10 @@ def as_page(evaluation: Evaluation) -> str:
         [*map(pages.of_table, tables(evaluation)), clips],
         settings=evaluation.settings,
     )
+
+
+def of_set(evaluation: Evaluation, name: str) -> list[Made]:
+    return [one for one in evaluation.shown if one.item.set == name]
 
 
 def summary(evaluation: Evaluation) -> str:
@@ -156,14 +167,51 @@ def as_figure(one: Made) -> pages.Figure:
 
 
 # ---------------------------------------------------------------------------------------------------
+# Contact sheet
+
+
+def contact_sheet(clips: Sequence[Made]) -> Image.Image:
+    """For each clip: the picture, VIEWS frames up to the last, and the sentence below."""
+    cells = [cell(one) for one in clips]
+    wide, high = (max(size) for size in zip(*(one.size for one in cells), strict=True))
+    rows = -(-len(cells) // COLUMNS)
+    sheet = Image.new("RGB", (wide * min(COLUMNS, len(cells)), high * rows), "white")
+    for place, one in enumerate(cells):
+        sheet.paste(one, (place % COLUMNS * wide, place // COLUMNS * high))
+    return sheet
+
+
+def cell(one: Made) -> Image.Image:
+    later = np.linspace(0, len(one.frames) - 1, VIEWS + 1).round().astype(int)[1:]
+    views = np.concatenate([one.truth[0], *one.frames[later]], axis=1)
+    height = len(views)
+    strip = Image.fromarray(views).resize((views.shape[1] * SIDE // height, SIDE), Image.Resampling.LANCZOS)
+    found = Image.new("RGB", (strip.width + 2 * GAP, SIDE + LINES * (TEXT + GAP) + GAP), "white")
+    found.paste(strip, (0, 0))
+    draw, font = ImageDraw.Draw(found), ImageFont.load_default(TEXT)
+    lines = [""]
+    for word in one.item.caption.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if draw.textlength(longer, font=font) > strip.width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    for place, line in enumerate(lines[:LINES]):
+        draw.text((1, SIDE + place * (TEXT + GAP)), line, fill="black", font=font)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------
 # Files
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> Path:
-    """index.html, scores.json and table.md -> the page"""
+    """index.html, scores.json, table.md and clips.png -> the page"""
     parts = [f"# Evaluation\n\n{summary(evaluation)}\n"]
     parts += [f"## {table.title}\n\n{table.markdown()}\n" for table in tables(evaluation)]
-    scores, table, page = (folder / name for name in FILES)
+    scores, table, page, sheet = (folder / name for name in FILES)
+    with whole.replacing(sheet) as temporary:
+        contact_sheet(of_set(evaluation, "all")).save(temporary, "PNG", optimize=True)
     whole.write_json(scores, evaluation.to_dict(), allow_nan=False)
     whole.write_text(table, "\n".join(parts))
     whole.write_text(page, as_page(evaluation))
