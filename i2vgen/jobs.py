@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
+import itertools
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,8 +92,15 @@ def save(
         raise failed[0]
 
 
-def plan(config: Config) -> list[Job]:
-    """All jobs of a configuration, checked: pictures are readable, outputs writable, names distinct."""
+def plan(
+    config: Config, *, fresh: bool = False, decided: Callable[[Callable], dict] = lambda decide: decide()
+) -> list[Job]:
+    """All jobs of a configuration, checked: pictures are readable, outputs writable, names distinct.
+
+    `fresh` is for clips that are not the rest of an earlier command: without a name given they are numbered,
+    to replace no earlier ones, and no file is replaced that is no clip of ours. `decided` takes care that
+    several processes find the same numbers (`Crew.decided`).
+    """
     refuse_idle(config)
     if config.items and (config.image or config.prompt):
         raise ValueError("items= was given together with image= or prompt=; use either")
@@ -99,11 +108,15 @@ def plan(config: Config) -> list[Job]:
         items = [{"image": "", "prompt": ""}]
     else:
         items = list(read_items(config.items)) if config.items else pair(config)
+    sources = list(dict.fromkeys(item["image"] or config.video for item in items if not item.get("output")))
+    names = {source: default_output(source) for source in sources}
+    if fresh and not config.output and not config.items:
+        names = decided(lambda: {source: free(name) for source, name in names.items()})
     jobs = []
     total = sum(len(item.get("seed", config.sample.seed)) for item in items)
     for item in items:
         for seed in item.get("seed", config.sample.seed):
-            output = item.get("output") or config.output or default_output(item["image"] or config.video)
+            output = item.get("output") or config.output or names[item["image"] or config.video]
             if total > 1 and not ("output" in item and len(item.get("seed", config.sample.seed)) == 1):
                 output = numbered(output, len(jobs), seed)
             refine_prompt = item.get("refine_prompt", config.refine_prompt)
@@ -112,6 +125,9 @@ def plan(config: Config) -> list[Job]:
             image, output = map(os.path.expanduser, (item["image"], output))
             jobs.append(Job(image, item["prompt"], seed, Path(output), refine_prompt))
     check(jobs, config)
+    if fresh:
+        for job in jobs:
+            records.refuse_foreign(job.output)
     return jobs
 
 
@@ -225,6 +241,15 @@ def default_output(source: str) -> str:
     """outputs/PICTURE.mp4, with a name that numbers and a record still fit"""
     stem = Path(source).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
     return f"outputs/{stem}.mp4"
+
+
+def free(output: str) -> str:
+    """outputs/boat.mp4, or outputs/boat-2.mp4 where files begin so already"""
+    path = Path(output)
+    for number in itertools.count(1):
+        stem = path.stem + (f"-{number}" if number > 1 else "")
+        if not any(path.parent.glob(f"{glob.escape(stem)}[.-]*")):
+            return str(path.with_name(stem + path.suffix))
 
 
 def numbered(output: str, index: int, seed: int) -> str:

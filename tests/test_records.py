@@ -75,6 +75,17 @@ def test_what_is_no_record_is_not_replaced(tmp_path, text):
         records.check(tmp_path / "clip.mp4")
 
 
+def test_a_clip_without_a_record_is_not_replaced(tmp_path, tiny):
+    (tmp_path / "clip.mp4").write_text("mine")
+    (tmp_path / "frames").mkdir()
+    (tmp_path / "frames" / "000.png").write_text("mine")
+    for name in ("clip.mp4", "frames"):
+        with pytest.raises(ValueError, match=rf"{name} would be overwritten, and no record beside it"):
+            records.refuse_foreign(tmp_path / name)
+    record_of(tmp_path / "clip.mp4", tiny)
+    records.refuse_foreign(tmp_path / "clip.mp4")
+
+
 def test_an_empty_record_may_be_replaced(tmp_path, tiny):
     (tmp_path / "clip.mp4.json").touch()
     records.check(tmp_path / "clip.mp4")

@@ -31,7 +31,6 @@ All settings and their defaults are in i2vgen/settings/config.py; width= and hei
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import shlex
 import warnings
 from collections.abc import Iterator
@@ -67,11 +66,11 @@ def make(argv: list[str], crew: Crew) -> int:
 
     if first := file is None and not {word.partition("=")[0] for word in overrides} & JOBS:
         with crew.quiet():
-            config = first_clip(overrides, resume="--resume" in flags)
+            config = first_clip(overrides)
     config = crew.place(config)
     with crew.quiet():
         cli.tell_plugins(config)
-        todo = jobs.plan(config)
+        todo = jobs.plan(config, fresh="--resume" not in flags, decided=crew.decided)
         if "--resume" in flags:
             before = todo
             left = crew.decided(lambda: [i for i, job in enumerate(before) if not job.done(config)])
@@ -110,17 +109,12 @@ def make(argv: list[str], crew: Crew) -> int:
     return 0
 
 
-def first_clip(overrides: list[str], *, resume: bool) -> Config:
-    """The shipped picture and sentence, for those who name none, under a name that replaces no file."""
+def first_clip(overrides: list[str]) -> Config:
+    """The shipped picture and sentence, for those who name none."""
     words = [f"image={shipped.PICTURE}", f"prompt={shipped.PROMPT}", *overrides]
     config = load_config(None, words, sampling=True)
     print(f'no picture given; this is image={cli.shown(shipped.PICTURE)} prompt="{shipped.PROMPT}"')
-    if config.output or resume:
-        return config
-    for number in itertools.count(1):
-        output = Path(jobs.default_output(shipped.PICTURE.stem + (f"-{number}" if number > 1 else "")))
-        if not any(output.parent.glob(f"{output.stem}[.-]*")):
-            return dataclasses.replace(config, output=str(output))
+    return config
 
 
 def tell(clip: pipeline.Video, path: Path) -> None:

@@ -53,17 +53,22 @@ class Video:
         save = self.config.save
         path = given.path(path)
         records.check(path)
-        path = video.save(self.frames, path, fps=self.rate, quality=save.quality, enlarge=save.enlarge)
         frames, height, width, _ = self.frames.shape
-        records.write(
-            path,
-            records.settings_of(self.config, self.image, self.prompt, self.seed, path),
-            size=(save.enlarge * width, save.enlarge * height),
-            frames=frames,
-            fps=self.rate,
-            facts=self.facts,
+
+        def write_record(content: Path) -> None:
+            records.write(
+                path,
+                records.settings_of(self.config, self.image, self.prompt, self.seed, path),
+                content=content,
+                size=(save.enlarge * width, save.enlarge * height),
+                frames=frames,
+                fps=self.rate,
+                facts=self.facts,
+            )
+
+        return video.save(
+            self.frames, path, fps=self.rate, quality=save.quality, enlarge=save.enlarge, before=write_record
         )
-        return path
 
     def pictures(self) -> list[Image.Image]:
         """The frames as PIL pictures"""

@@ -51,22 +51,35 @@ def check(video: Path) -> None:
         )
 
 
+def refuse_foreign(video: Path) -> None:
+    """ValueError if something is at `video` that has no record beside it, so it is no clip of ours."""
+    there = any(video.iterdir()) if video.is_dir() else video.is_file() and video.stat().st_size > 0
+    if there and read(video) is None:
+        raise ValueError(
+            f"{video} would be overwritten, and no record beside it ({path_of(video).name}) says that it "
+            "was made here; choose another output name"
+        )
+
+
 def write(
     video: Path,
     config: Config,
     *,
+    content: Path | None = None,
     size: tuple[int, int],
     frames: int,
     fps: float,
     facts: Mapping[str, object] = MappingProxyType({}),
 ) -> None:
-    """The record of a video that is there; `config` is that of `settings_of`, `size` width and height.
+    """The record of a video; `config` is that of `settings_of`, `size` width and height.
+
+    `content` is where the video still lies before it takes its place, so that none is there without a record.
 
     `facts` are entries of the record that the settings do not hold, such as what replaced a setting.
     """
     record = {
         "file": video.name,
-        "sha256": sha256(video),
+        "sha256": sha256(content or video),
         "width": size[0],
         "height": size[1],
         "frames": frames,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Literal
@@ -155,7 +156,13 @@ def _check_encoder() -> None:
 
 
 def save(
-    frames: Tensor | np.ndarray, path: str | Path, *, fps: float, quality: int = 8, enlarge: int = 1
+    frames: Tensor | np.ndarray,
+    path: str | Path,
+    *,
+    fps: float,
+    quality: int = 8,
+    enlarge: int = 1,
+    before: Callable[[Path], object] = lambda temporary: None,
 ) -> Path:
     """uint8 frames [f h w 3] -> a file or a folder of PNGs, by the ending of `path`; returns the path.
 
@@ -171,7 +178,7 @@ def save(
     writer's 8) and webp (10 * quality); gif and PNG have no such dial. GIF and WebP store equal
     neighbouring frames as one longer frame, and a WebP of one frame is a still that records no fps.
     `enlarge` makes every pixel a square of that many. A failed or interrupted write leaves what was there
-    before.
+    before. `before` is called with the written file before it takes its place.
     """
     frames = _numpy(frames)
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape:
@@ -187,6 +194,7 @@ def save(
     write = writers.get(ending, _write_pngs)
     with whole.replacing(path) as temporary:
         write(frames, temporary, fps, quality)
+        before(temporary)
     return path
 
 
