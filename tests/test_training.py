@@ -18,7 +18,7 @@ from PIL import Image
 from torch import nn
 
 from i2vgen import pipeline
-from i2vgen.files import checkpoint, reading, video
+from i2vgen.files import checkpoint, lock, reading, video
 from i2vgen.model.conditioning import Conditions
 from i2vgen.training import clip, data, diffusion, loop, vae
 from i2vgen.training.frozen_model import train_on_frozen_model
@@ -558,6 +558,52 @@ def folder(tmp_path):
 
 def folder_settings(path, *words):
     return load_settings(None, [f"train.data={path}", "sample.width=64", "sample.height=64", *words])
+
+
+def test_a_fraction_holds_out_clips_that_can_be_used(folder, caplog):
+    words = ("train.frame_lengths=4", "train.sample_fps=5")
+    seen = set()
+    for share in (0.1, 0.4, 0.9):
+        config, train = folder_settings(folder, *words, f"train.validate={share}")
+        source = data.open_source(config, train)
+        assert source.held_out.files and {*source.held_out.files} <= {"a.gif", "sub/b.gif", "c.mp4"}
+        assert not {*source.held_out.files} & {*source.files} and "broken.mp4" in source.files
+        seen.add(len(source.held_out.files))
+    assert seen == {1, 2, 3}
+
+
+def test_a_rate_that_whole_frames_cannot_give_is_told_once(folder, caplog):
+    config, train = folder_settings(folder, "train.frame_lengths=3", "train.sample_fps=4")
+    source = data.open_source(config, train)
+    source(Bucket(3, 4, 3), [0, 1, 2])
+    told = [r.getMessage() for r in caplog.records if "frames a second in place of" in r.getMessage()]
+    assert (
+        len(told) == 1
+        and "every 2nd frame of" in told[0]
+        and "gives 5 frames a second in place of 4" in told[0]
+    )
+    config, train = folder_settings(folder, "train.frame_lengths=3", "train.sample_fps=5")
+    caplog.clear()
+    data.open_source(config, train)(Bucket(3, 5, 3), [0, 1, 2])
+    assert "in place of" not in caplog.text
+
+
+def test_two_trainings_do_not_share_a_folder(root, stages, tmp_path, caplog):
+    config, train = settings(root, stages, "vae", "train.steps=2", "train.save_every=9")
+    (tmp_path / "run").mkdir()
+    with lock.locked(tmp_path / "run"), pytest.raises(ValueError, match=r"is working in .*run; wait"):
+        fit(config, train, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+    caplog.set_level("INFO")
+    fit(config, train, tmp_path / "run")
+    shutil.rmtree(loop.checkpoints(tmp_path / "run")[0])
+    shutil.rmtree(tmp_path / "run" / "weights")
+    caplog.clear()
+    fit(config, train, tmp_path / "run")
+    assert "holds a log but no checkpoint (train.save_every = 9 steps" in caplog.text
+    longer = dataclasses.replace(train, steps=3)
+    fit(config, longer, tmp_path / "run", resume=True)
+    assert "continuing from checkpoint-00000002, step 2" in caplog.text
 
 
 def test_a_folder_gives_its_good_clips_and_names_the_bad_ones(folder, caplog):

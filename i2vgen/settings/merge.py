@@ -170,8 +170,8 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         if str(weights) == "weights/xl":  # what the docs call the released model
             more = "; for the released model: i2vgen convert hf:ali-vilab/i2vgen-xl weights/xl"
         raise ValueError(
-            f"weights={weights} {what}; give a native weights folder (see docs/weights.md), or "
-            f"weights=random to try the program with seeded random weights{more}"
+            f"weights={weights} {what}; give a native weights folder (see docs/weights.md), shipped or lab, "
+            f"which the package brings, or weights=random to try the program with seeded random weights{more}"
         )
     path = folder / SETTINGS_FILE
     try:
@@ -184,7 +184,9 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
         return stored
     except FileNotFoundError:
         more = ""
-        if (folder / "model_index.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            more = f"; it is an adapter: give adapter={folder} and the weights it was trained on"
+        elif (folder / "model_index.json").is_file():
             more = f"; it is a folder of diffusers: i2vgen convert {folder} NEW makes it one"
         elif any(
             path.suffix in (".pth", ".ckpt", ".bin", ".pt", ".safetensors") for path in folder.iterdir()

@@ -9,11 +9,12 @@ import os
 import warnings
 from pathlib import Path
 
-from i2vgen.settings.config import ASSETS, LAB
+from i2vgen.settings.config import ASSETS, LAB, SHIPPED
 
 PACKAGE = Path(__file__).parents[1]
 STAR = ASSETS / "star.png"  # of the lab model's world
 PICTURE = ASSETS / "rocket.png"
+NAMES = {"shipped": SHIPPED, "lab": LAB}
 SUBJECT = "the rocket"
 PROMPT = f"{SUBJECT} moves up"
 
@@ -33,17 +34,18 @@ def config(name: str) -> str:
     path = Path(name)
     if not os.path.lexists(path) and not path.is_absolute() and path.suffix == ".yaml":
         parts = path.parts[1:] if path.parts[0] == "configs" else path.parts
-        found = folder("configs").joinpath(*parts)
-        if ".." not in parts and found.is_file():
-            warnings.warn(f"{name} is the shipped file {found}", stacklevel=2)
-            return str(found)
+        for home in (folder("configs"), folder("configs") / "train", folder("configs") / "ablations"):
+            found = home.joinpath(*parts)
+            if ".." not in parts and found.is_file():
+                warnings.warn(f"{name} is the shipped file {found}", stacklevel=2)
+                return str(found)
     return name
 
 
 def weights(name: str) -> str:
-    """`lab`, or a weights folder by its path in a clone, `i2vgen/assets/small`: found from any folder."""
-    if name == "lab":  # a folder of that name is ./lab
-        return LAB
+    """`shipped`, `lab`, or a folder by its path in a clone, `i2vgen/assets/small`, found from any folder."""
+    if name in NAMES:  # a folder of that name is ./lab
+        return NAMES[name]
     path = Path(name)
     if path.parts[:2] == ("i2vgen", "assets") and not os.path.lexists(path):
         found = PACKAGE.joinpath(*path.parts[1:])

@@ -39,6 +39,7 @@ from i2vgen.training.settings import WORLD, Bucket, Train, buckets, fraction, wo
 from i2vgen.world import drawing, flows, pictures
 
 LOGGER = logging.getLogger(__name__)
+OFF_RATE = 0.03  # a clip may be read that much faster or slower than wanted without a note
 CAPTION_FILES = ("captions.csv", "captions.jsonl")
 # Clips of the world with seeds below this are reserved for evaluation.
 FIRST_TRAINING_SEED = 2**40
@@ -104,7 +105,12 @@ def divided(source: Folder | Prepared, share: float) -> Folder | Prepared:
             f"train.validate={share:g} holds out a share of {source.folder}, which holds a single clip; "
             "name another folder, or leave it out"
         )
-    chosen = draws.held_out(hashes, share)
+    chosen = draws.held_out(hashes, share, source.usable)
+    if chosen.all() or not chosen.any():
+        raise ValueError(
+            f"train.validate={share:g} holds out a share of {source.folder}, in which {int(chosen.sum())} of "
+            f"{len(hashes)} clips can be used (the log above says why); give more or longer clips"
+        )
     kept, held = source.only(np.flatnonzero(~chosen)), source.only(np.flatnonzero(chosen))
     kept.held_out = held
     return kept
@@ -247,6 +253,7 @@ class Folder:
         self.folder = Path(train.data)
         self.skipped: dict[tuple[str, Bucket | None], str] = {}
         self.unreadable: set[str] = set()  # files of which nothing can be read
+        self.told_rate = False
         captions = read_captions(self.folder, setting)
         self.files = sorted(name for name in captions if is_clip(self.folder / name))
         self.captions = captions
@@ -288,6 +295,10 @@ class Folder:
 
     def name_hashes(self) -> np.ndarray:
         return np.array([draws.name_hash(name) for name in self.files], np.int64)
+
+    def usable(self, number: int) -> bool:
+        """Whether this one of `files` is long enough for every bucket."""
+        return all(self.starts(self.files[number], kind) for kind in buckets(self.config, self.train))
 
     def __call__(self, bucket: Bucket, positions: Sequence[int]) -> Clips:
         levels, captions = self.levels(bucket, positions)
@@ -349,14 +360,27 @@ class Folder:
         rate = rate or bucket.fps
         count = num_starts(total, rate, bucket)
         if not count:
-            needed = frame_stride(rate, bucket.fps) * (bucket.frames - 1) + 1
+            stride = frame_stride(rate, bucket.fps)
             self._skip(
                 name,
                 kind,
                 f"{total} frames at {rate:g} fps are too short for {bucket.frames} at {bucket.fps} (needs "
-                f"{needed})",
+                f"{stride * (bucket.frames - 1) + 1}: every {ordinal(stride)} is taken)",
             )
+        elif not self.told_rate:
+            self._tell_rate(name, rate, bucket)
         return count
+
+    def _tell_rate(self, name: str, rate: float, bucket: Bucket) -> None:
+        """Once for the folder: whole frames cannot give every rate."""
+        stride = frame_stride(rate, bucket.fps)
+        if abs(rate / stride - bucket.fps) > OFF_RATE * bucket.fps:
+            self.told_rate = True
+            LOGGER.warning(
+                "%s: every %s frame of %s is taken, which gives %.3g frames a second in place of %d, as in "
+                "the official code; clips whose rate is a multiple of %d keep their speed",
+                self.folder, ordinal(stride), name, rate / stride, bucket.fps, bucket.fps,
+            )  # fmt: skip
 
     def read(self, name: str, bucket: Bucket, start: int) -> np.ndarray | None:
         """-> uint8 [f H W 3] of the settings' size; None if these frames cannot be decoded."""
@@ -432,6 +456,11 @@ def without_frames(folder: Path, missing: Sequence[str]) -> str:
 def frame_stride(rate: float, fps: int) -> int:
     """Step between frames of a file at `rate` fps that gives about `fps`."""
     return max(1, round(rate / fps))
+
+
+def ordinal(number: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number // 10 % 10 != 1 else "th"
+    return f"{number}{ending}"
 
 
 def num_starts(total: int, rate: float, bucket: Bucket) -> int:

@@ -7,6 +7,7 @@ tokens, d width.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -90,12 +91,16 @@ def name_hash(name: str) -> int:
     return zlib.crc32(name.encode("utf-8", "surrogatepass"))
 
 
-def held_out(hashes: np.ndarray, fraction: float) -> np.ndarray:
+def held_out(
+    hashes: np.ndarray, fraction: float, usable: Callable[[int], bool] = lambda number: True
+) -> np.ndarray:
     """Hashes of clips' names -> bool: which clips are for validation.
 
-    At least one is, and one is not. New clips in a folder leave most of the others where they were.
+    At least one is, if any is usable, and one is not. New clips in a folder leave most of the others where
+    they were.
     """
     count = min(max(1, round(fraction * len(hashes))), len(hashes) - 1)
+    order = (int(number) for number in np.argsort(hashes, kind="stable"))
     chosen = np.zeros(len(hashes), bool)
-    chosen[np.argsort(hashes, kind="stable")[:count]] = True
+    chosen[list(itertools.islice(filter(usable, order), count))] = True
     return chosen

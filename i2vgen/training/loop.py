@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from i2vgen.fast import half, machine
-from i2vgen.files import checkpoint, plugins, whole
+from i2vgen.files import checkpoint, lock, plugins, whole
 from i2vgen.files.safefile import Entry, write_safetensors
 from i2vgen.settings.config import ARCHITECTURE, LITERALS, STRUCTURAL_SWITCHES, Config
 from i2vgen.settings.merge import flat
@@ -101,9 +101,27 @@ def fit(
 
     `resume` requires a checkpoint and allows the training settings, but not the architecture, to differ from
     it. `on_step` is called with (steps done, figures) after every step. ValueError if `folder` holds another
-    run; FloatingPointError if the loss is not finite.
+    run or another process trains there; FloatingPointError if the loss is not finite.
     """
-    folder, sharded = Path(folder), train.shard == "full"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock.locked(folder) if rank == 0 else contextlib.nullcontext():
+        return _fit(part, config, train, source, folder, device, rank, ranks, resume, on_step)
+
+
+def _fit(
+    part: Part,
+    config: Config,
+    train: Train,
+    source: Source,
+    folder: Path,
+    device: torch.device,
+    rank: int,
+    ranks: int,
+    resume: bool,
+    on_step: Callable[[int, dict[str, float]], None] | None,
+) -> Path:
+    sharded = train.shard == "full"
     state = start(part, train, device)
     if device.type == "cpu" and precision(train, device) in half.HALF:
         half.prepare_training(part.step)
@@ -111,8 +129,14 @@ def fit(
     newest = open_folder(folder, config, train, resume=resume, contents=contents)
     if ranks > 1:
         shards.agree("checkpoints", None if newest is None else newest.name)
+    if newest is None and (folder / LOG).exists():
+        LOGGER.warning(
+            "%s holds a log but no checkpoint (train.save_every = %d steps lie between them), so training "
+            "starts at step 0", folder, train.save_every,
+        )  # fmt: skip
     if newest is not None:
         restore(newest, state, part.model)
+        LOGGER.info("%s: continuing from %s, step %d", folder, newest.name, state.step)
         if resume and best_is_later(folder, state.step):
             state.best = (math.inf, 0)  # best/ is of the run that this one departs from
     step = part.step

@@ -203,6 +203,10 @@ class Prepared:
         part.numbers = self.numbers[numbers]
         return part
 
+    def usable(self, number: int) -> bool:
+        """All that is prepared is."""
+        return True
+
     def name_hashes(self) -> np.ndarray:
         return self.hashes[self.numbers]
 

@@ -144,7 +144,7 @@ class Train:
     num_clips: int = 0  # train on this many clips of the world repeatedly; 0: never repeat a clip
     cache: bool = False  # part=diffusion: keep the encoded `num_clips` clips in memory
     workers: int = 0  # processes that draw or decode clips ahead; 0: the main process does it
-    save_every: int = 1000
+    save_every: int = 250  # steps between checkpoints, from which a run that was stopped continues
     sample_every: int = 0  # steps between sample strips; 0: none
     log_every: int = 10
     keep: int = 2  # number of checkpoints to keep
