@@ -281,15 +281,20 @@ class I2VGenXLPipeline:
         if cross_attention_kwargs:
             raise ValueError("cross_attention_kwargs has no meaning here; adapters have pipe.model.lora(...)")
         texts, embeds = self._texts(prompt, prompt_embeds, negative_prompt, negative_prompt_embeds)
-        prompts, each = len(texts[0] or embeds[0]), num_videos_per_prompt or 1
+        each = given.whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
+        prompts = len(texts[0] or embeds[0])
         count = prompts * each
         pictures = self._pictures(image, prompts)
         changes = {
-            "height": height or self.defaults.height, "width": width or self.defaults.width,
-            "frames": num_frames or self.defaults.frames, "fps": target_fps or self.defaults.fps,
-            "steps": num_inference_steps, "guidance": max(float(guidance_scale), 1.0),
-            "sampler": "ddim", "eta": eta,
-        }  # fmt: skip
+            "height": given.whole_number("height", height, self.defaults.height),
+            "width": given.whole_number("width", width, self.defaults.width),
+            "frames": given.whole_number("num_frames", num_frames, self.defaults.frames),
+            "fps": given.whole_number("target_fps", target_fps, self.defaults.fps),
+            "steps": given.whole_number("num_inference_steps", num_inference_steps, 50),
+            "guidance": max(given.number("guidance_scale", guidance_scale), 1.0),
+            "eta": given.number("eta", eta),
+            "sampler": "ddim",
+        }
         model = self.model.with_settings(clips=count, **changes)
         chunk = count * changes["frames"] if decode_chunk_size is None else decode_chunk_size
         model._config = dataclasses.replace(

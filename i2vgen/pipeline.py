@@ -11,6 +11,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 import os
 import sys
 import warnings
@@ -54,6 +55,8 @@ from i2vgen.settings import merge, shipped
 from i2vgen.settings.config import RANDOM, SETTINGS_FILE, Config, Runtime
 from i2vgen.settings.merge import load_config, read_stored_settings
 
+CROPPED = 0.2  # share of a picture that may be cut off without a note
+LATE = 0.75  # share of the timesteps; steps that begin below it leave noise
 FAR = 1.5  # times the size or the frames of training, up or down
 BUILT = ("use", "unet", "vae", "clip", "schedule", "runtime")  # settings of a model that loading reads
 
@@ -149,6 +152,7 @@ class I2VGenXL:
 
         ValueError, before any computation, for what cannot work.
         """
+        merge.refuse_other_names(settings)
         named = {"steps": steps, "guidance": guidance, "width": width, "height": height}
         named |= {"frames": frames, "fps": fps}
         settings |= {name: value for name, value in named.items() if value is not None}
@@ -207,6 +211,8 @@ class I2VGenXL:
         if conditions is not None:
             conditions = given.conditions(conditions, config, len(seeds))
         opened = [None if picture is None else open_picture(picture, config) for picture in pictures]
+        for picture in opened:
+            note_cropping(picture, config)
         facts = [
             given.facts(
                 *both,
@@ -255,6 +261,8 @@ class I2VGenXL:
             parallel.check(self.ranks, config)
             if _size(config) != _size(self.config) and (Path(config.weights) / SETTINGS_FILE).is_file():
                 note_other_size(config)
+            if steps_made(config) != steps_made(self.config):
+                note_late_start(config)
         other = copy.copy(self)
         other._config = self.plan.adapt(config, self.parts, self.device, clips=clips)
         return other
@@ -700,6 +708,7 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     else:
         note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
+    note_late_start(config)
     plugins.of(config)
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
@@ -729,6 +738,8 @@ def load_adapter(unet: UNet, source: str | Path, config: Config, scale: float) -
     except ValueError as error:
         if lacking:
             raise ValueError(f"{error}; {lacking}") from error
+        if lora_files.origin(source).get("trained") == "adapter":
+            raise ValueError(f"{error}; give the weights= that it was trained on") from error
         raise
     if lacking:
         warnings.warn(f"the adapter {source}: {lacking}", stacklevel=3)
@@ -789,6 +800,44 @@ def note_other_size(config: Config) -> None:
             f"{width} x {height} that these weights were trained with; expect worse clips",
             stacklevel=3,
         )
+
+
+def note_late_start(config: Config) -> None:
+    """A note if the first step is so far from full noise that it makes little of the input noise."""
+    sample, count = config.sample, config.schedule.num_timesteps
+    if sample.sampler == "ancestral":
+        return
+    first = timesteps(count, sample.steps, sample.spacing)[0]
+    if first < LATE * count:
+        warnings.warn(
+            f"{sample.steps} steps with sample.spacing={sample.spacing} begin at timestep {first} of {count},"
+            " so much of the noise stays; give more steps, or spacing=trailing",
+            stacklevel=3,
+        )
+
+
+def note_cropping(picture: Image.Image | None, config: Config) -> None:
+    """A note if much of the picture lies outside the crop in its middle."""
+    if picture is None:
+        return
+    (wide, high), (width, height) = picture.size, (config.sample.width, config.sample.height)
+    if (left := _kept(wide / high, width / height)) > 1 - CROPPED:
+        return
+    where = "top and bottom" if wide / high < width / height else "left and right"
+    multiple, side = config.size_multiple, math.sqrt(width * height * high / wide)
+    other_height = max(multiple, round(side / multiple) * multiple)
+    other_width = max(multiple, round(other_height * wide / high / multiple) * multiple)
+    whole = f"; width={other_width} height={other_height} keeps it nearly whole"
+    warnings.warn(
+        f"the picture is {wide} x {high} and the clip {width} x {height}: {1 - left:.0%} of the picture, at "
+        f"its {where}, is cut off{whole if _kept(wide / high, other_width / other_height) > left else ''}",
+        stacklevel=4,
+    )
+
+
+def _kept(aspect: float, other: float) -> float:
+    """Share of a picture that is left when it is cropped to another aspect ratio."""
+    return min(aspect / other, other / aspect)
 
 
 def make_schedule(config: Config) -> Schedule:

@@ -138,6 +138,8 @@ def test_diffusers_round_trip_is_the_identity(native, states, tmp_path, flags):
     kept = [name for name in clip if name not in clip_tables.ABSENT]
     assert same({k: clip[k] for k in kept}, {k: states["clip"][k] for k in kept})
     assert verify(native, tmp_path / "again").passed, "what transformers' towers lack is not compared"
+    lines = "".join(verify(tmp_path / "diffusers", native).lines)
+    assert ("hold in conv_in, 2 and 1; diffusers itself" in lines) == (not flags)
     stored = merge.from_dict(merge.read_stored_settings(tmp_path / "again"))
     assert stored.unet.head_width == 16 and stored.use.concat_gain == 2.0 and stored.vae.scale == 0.18215
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from i2vgen import cli
+from i2vgen.adapt import lora
 from i2vgen.files import checkpoint, records
 from i2vgen.settings import config, merge
 from i2vgen.settings.config import LAB
@@ -324,6 +325,17 @@ def test_parts_that_a_layout_has_no_place_for_are_refused(tmp_path, capsys, layo
     assert run("export", config.SHIPPED, tmp_path / "out", "--layout", layout) == 2
     message = capsys.readouterr().err
     assert "use.frame_positions is true" in message and "share the native folder itself" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_for_weights_that_diffusers_cannot_build_is_refused(tmp_path, capsys):
+    unet = checkpoint.load("unet", merge.load_config(weights=LAB), device="cpu", dtype=torch.float32)
+    lora.attach(unet, ["*.to_q"], rank=1).save(tmp_path / "adapter")
+    assert (
+        run("export", tmp_path / "adapter", tmp_path / "out", "--layout", "diffusers", f"weights={LAB}") == 2
+    )
+    message = capsys.readouterr().err
+    assert "which diffusers cannot build: unet.first_temporal_heads is 2" in message
     assert not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from i2vgen.adapt import lora_files
 from i2vgen.files import checkpoint, whole
 from i2vgen.settings import config
-from weights_conversion import diffusers_layout, readers, unet_diffusers, unet_vgen
+from weights_conversion import diffusers_configs, diffusers_layout, readers, unet_diffusers, unet_vgen
 from weights_conversion.rules import Row
 
 ENDINGS = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight")
@@ -65,6 +65,13 @@ def export(source: str | Path, out: str | Path, cfg: config.Config, *, fold: boo
     `cfg` are the settings of the weights that it adapts. `fold` as in the export of those. ValueError for an
     adapter of another network, and for modules that diffusers has in another form.
     """
+    try:
+        diffusers_configs.unet_config(cfg.unet, cfg.use)
+    except diffusers_configs.Unlike as error:
+        raise ValueError(
+            f"{source} is for {cfg.weights or 'the released model'}, which diffusers cannot build: {error}; "
+            "share the adapter and its weights as they are"
+        ) from error
     weights = checkpoint.build("unet", cfg).state_dict()
     rows = {row.ours[0]: row for row in unet_diffusers.rows(cfg.unet) if len(row.ours) == 1}
     notes, made = [], {}

@@ -68,6 +68,13 @@ def verify(
         verdict.lines.append(
             f"not compared: {', '.join(sorted(lacking))}, absent in transformers' towers and not used here"
         )
+    if "unet" in shared and (gains := {side.folded for side in sides}) != {1.0}:
+        one, other = (f"{side.folded:g}" for side in sides)
+        verdict.lines.append(
+            "note: compared without the factors of the concat branch that diffusers' files hold in conv_in, "
+            f"{one} and {other}"
+            + ("" if len(gains) == 1 else "; diffusers itself computes differently with these two")
+        )
     if reference is not None:
         if "unet" not in shared:
             raise ValueError("--reference diffusers compares UNets; both sides must hold one")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from i2vgen.files import given, records, video
+from i2vgen.files import given, records, video, whole
 from i2vgen.settings.config import Config
 
 OUTPUTS = ("video", "frames", "pil", "tensor", "latents")  # what `model(..., output=)` can return
@@ -48,10 +48,12 @@ class Video:
 
         The JSON, clip.mp4.json, holds all settings, the seed, the versions that matter, the SHA-256 of file
         and inputs, and whether the settings alone remake the clip. ValueError, before anything is written,
-        if it would replace a JSON file that is no such record.
+        if it would replace the picture or a JSON file that is no such record.
         """
         save = self.config.save
         path = given.path(path)
+        if self.image and Path(self.image).exists():
+            whole.refuse_overwriting([path, records.path_of(path)], [self.image])
         records.check(path)
         frames, height, width, _ = self.frames.shape
 

@@ -129,6 +129,21 @@ def seed(given: Any) -> int:
     raise ValueError(f"the seed is {kind(given)}; give an integer, 0 or more")
 
 
+def whole_number(name: str, given: Any, default: int) -> int:
+    """None stands for the default."""
+    if given is None:
+        return default
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < 1:
+        raise ValueError(f"{name} is {given!r}; give a whole number, at least 1")
+    return int(given)
+
+
+def number(name: str, given: Any) -> float:
+    if isinstance(given, bool) or not isinstance(given, int | float | np.number):
+        raise ValueError(f"{name} is {given!r}; give a number")
+    return float(given)
+
+
 def path(given: Any) -> Path:
     if not isinstance(given, str | os.PathLike) or not Path(given).name:
         what = "empty" if isinstance(given, str | os.PathLike) else kind(given)

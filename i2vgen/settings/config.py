@@ -836,6 +836,9 @@ FOREIGN = {
 }
 # What a call in Python has another way for, diffusers' arguments among them -> what to write.
 IN_A_CALL = {
+    **{f"{name}s": f"{name}= takes one or a list" for name in ("prompt", "negative_prompt", "seed", "image")},
+    "pictures": "image= takes one or a list",
+    "clips": "a list of pictures, prompts or seeds makes several",
     **{name: f"here it is {FOREIGN[name]}=" for name in list(FOREIGN)[:4]},
     "num_videos_per_prompt": "give a list of seeds, seed=[1, 2, 3]",
     "generator": "a seed names its own: seed=7",

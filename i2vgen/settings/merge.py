@@ -217,12 +217,11 @@ def with_sample(config: Config, changes: Mapping[str, Any]) -> Config:
     """
     if not changes:
         return config
+    refuse_other_names(changes)
     texts = {name: _listed(name, value) for name, value in changes.items() if name == "negative_prompt"}
     sample: dict[str, Any] = {}
     for name, value in changes.items():
         section, _, leaf = SHORT.get(name, name).rpartition(".")
-        if name in IN_A_CALL:
-            raise ValueError(f"there is no setting {name} in a call; {IN_A_CALL[name]}")
         if section not in ("", "sample") or (name in (*SECTIONS, *LITERALS) and name not in texts):
             raise ValueError(
                 f"{name} is read when a model is loaded; give it there: "
@@ -236,6 +235,13 @@ def with_sample(config: Config, changes: Mapping[str, Any]) -> Config:
     merged = OmegaConf.to_object(_merge(base, _resolve_quality({"sample": sample}), "the call"))
     literals = {name: getattr(config, name) for name in LITERALS}
     return dataclasses.replace(merged, **{**literals, **texts})
+
+
+def refuse_other_names(changes: Iterable[str]) -> None:
+    """ValueError for names that a call knows in another form, before they reach what has them as its own."""
+    for name in changes:
+        if name in IN_A_CALL:
+            raise ValueError(f"there is no setting {name} in a call; {IN_A_CALL[name]}")
 
 
 def check_types(settings: Mapping[str, Any], source: str) -> None:

@@ -354,6 +354,12 @@ def test_the_nine_numbers():
         ((PROMPT, picture()), {"clip_skip": 2}, "clip_skip is 2; give 1"),
         (([], picture()), {}, "empty list"),
         ((PROMPT, picture()), {"negative_prompt": ["a", "b"]}, "2 negative prompts for 1 clips"),
+        ((PROMPT, picture()), {"num_frames": 0}, "num_frames is 0; give a whole number, at least 1"),
+        ((PROMPT, picture()), {"height": 0}, "height is 0; give a whole number"),
+        ((PROMPT, picture()), {"target_fps": "16"}, "target_fps is '16'; give a whole number"),
+        ((PROMPT, picture()), {"num_videos_per_prompt": 0}, "num_videos_per_prompt is 0"),
+        ((PROMPT, picture()), {"num_inference_steps": "4"}, "num_inference_steps is '4'"),
+        ((PROMPT, picture()), {"guidance_scale": "9"}, "guidance_scale is '9'; give a number"),
     ],
 )
 def test_what_cannot_work_is_refused(pipes, inputs, how, message):
