@@ -222,6 +222,20 @@ def test_a_folder_whose_old_name_would_be_too_long_is_told(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "content",
+    [{"a": [1, "x [", "]", "{", 'q"]', "new\nline", None], "b": [], "c": [[1, 2], [3]], "d": [{"e": [1.5]}]},
+     [1, 2], "text", [], [[]], {"a": {}}, ["["], [{}, []]],
+)  # fmt: skip
+@pytest.mark.parametrize("indent", [1, 2])
+def test_json_is_what_was_given_with_short_lists(tmp_path, content, indent):
+    whole.write_json(tmp_path / "a.json", content, indent=indent)
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text) == content
+    if isinstance(content, dict) and "b" in content:
+        assert len(text.splitlines()) == 13 and '"x [", "]", "{"' in text
+
+
+@pytest.mark.parametrize(
     ("written", "read"),
     [("a", "a"), ("a", "./a"), ("link", "a"), ("a", "link"), ("twin", "a"), ("here/a", "a"), ("d", "d/b"),
      ("d", "here/d/b"), ("here/d", "d/b"), ("new", "new")],

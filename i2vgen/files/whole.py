@@ -66,10 +66,30 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: object, *, indent: int = 2, allow_nan: bool = True) -> None:
-    """Surrogates, which stand for the bytes of a file name that is not UTF-8, are written as escapes."""
-    text = json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    """Lists of plain values take one line each.
+
+    Surrogates, which stand for the bytes of a file name that is not UTF-8, are written as escapes.
+    """
+    text = _short_lists(json.dumps(content, indent=indent, ensure_ascii=False, allow_nan=allow_nan))
     text = SURROGATE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     write_text(path, text + "\n")
+
+
+def _short_lists(text: str) -> str:
+    """Indented JSON with lists of plain values on one line. No string ends a line: it would end in quotes."""
+    lines: list[str] = []
+    opened = None  # line at which such a list may begin
+    for line in text.split("\n"):
+        lines.append(line)
+        if line.endswith("["):
+            opened = len(lines) - 1
+        elif line.endswith("{"):
+            opened = None
+        elif opened is not None and line.strip() in ("]", "],"):
+            first, *values, last = lines[opened:]
+            lines[opened:] = [first + " ".join(value.strip() for value in values) + last.strip()]
+            opened = None
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------

@@ -803,7 +803,16 @@ class Config:
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=100)
+        return yaml.dump(self.to_dict(), Dumper=_ShortLists, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _ShortLists(yaml.SafeDumper):
+    """Lists take as few lines as they can: a vocabulary of one's own has a thousand words."""
+
+
+_ShortLists.add_representer(
+    list, lambda dumper, values: dumper.represent_sequence("tag:yaml.org,2002:seq", values, flow_style=True)
+)
 
 
 SECTIONS = tuple(f.name for f in dataclasses.fields(Config) if f.default is dataclasses.MISSING)

@@ -15,9 +15,11 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import threading
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -88,7 +90,9 @@ def open_source(config: Config, train: Train) -> World | Folder | Prepared:
 def open_folder(config: Config, train: Train, setting: str) -> Folder | Prepared:
     """`train.data`, a folder of videos or a prepared one; `setting` is what the user calls it."""
     if not prepared.is_prepared(Path(train.data)):
-        return Folder(config, train, setting)
+        source = Folder(config, train, setting)
+        tell_unknown_words(source.captions, config)
+        return source
     if train.workers:
         raise ValueError(
             f"train.workers = {train.workers} decode videos, but {setting}={train.data} is prepared; leave "
@@ -215,6 +219,25 @@ class World:
     def fixed(self, bucket: Bucket) -> Iterator[Clips]:
         """One clip after the other, each in a form that never changes, for validation."""
         return (self(bucket, [number]) for number in itertools.count())
+
+
+def tell_unknown_words(captions: Mapping[str, Sequence[str]], config: Config) -> None:
+    """A note on words of the captions that a vocabulary of one's own (`clip.words`) lacks."""
+    known = set(config.clip.words)
+    said = Counter(
+        word
+        for texts in captions.values()
+        for word in {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
+    )
+    unknown = [word for word, _ in said.most_common() if word not in known]
+    if known and unknown:
+        LOGGER.warning(
+            "clip.words lacks %d words of the captions, such as %r (of %d clips); they are spelt, and these "
+            "weights know nothing of them",
+            len(unknown),
+            unknown[0],
+            said[unknown[0]],
+        )
 
 
 def tell_unknown_names(world: pictures.PictureWorld, config: Config) -> None:
