@@ -94,8 +94,8 @@ def test_nothing_is_loaded_or_built_again(model, monkeypatch):
     ("changes", "message"),
     [
         ({"num_inference_steps": 5}, "no setting num_inference_steps in a call; here it is steps="),
-        ({"negative_prompts": "x"}, "no setting negative_prompts in a call; negative_prompt= takes one"),
-        ({"seeds": [1]}, "no setting seeds in a call; seed= takes one or a list"),
+        ({"negative_prompts": "x"}, "no setting negative_prompts in a call; .*negative_prompt="),
+        ({"seeds": [1]}, "no setting seeds in a call; .*seed="),
         ({"guidance_scale": 5}, "here it is guidance="),
         ({"num_frames": 5}, "here it is frames="),
         ({"target_fps": 5}, "here it is fps="),

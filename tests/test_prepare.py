@@ -285,6 +285,12 @@ def test_what_does_not_fit_is_refused_by_name(run, ready, words, message):
     assert message in said
 
 
+def test_prepared_clips_want_the_weights_that_encoded_them(run, ready):
+    for flag in ([], ["--plan"]):
+        said = run("train", f"train.data={ready}", "output=run", "train.batch=1", *flag, status=2)
+        assert "was prepared with weights=" in said and "give them here too" in said, said
+
+
 def test_changed_clips_are_prepared_into_another_folder(run, clips, ready, tmp_path):
     shutil.copytree(clips, "videos")
     shutil.copytree(ready, "prepared")

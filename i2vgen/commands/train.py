@@ -45,7 +45,7 @@ from i2vgen.fast import machine, runtime
 from i2vgen.files import whole
 from i2vgen.memory.free import free_memory
 from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
-from i2vgen.training.prepared import is_prepared
+from i2vgen.training.prepared import is_prepared, read_facts
 from i2vgen.training.settings import SECTION, WORLD, load_settings
 
 FLAGS = ("--print-config", "--plan", "--resume")
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         own = {SECTION: {k: list(v) if isinstance(v, tuple) else v for k, v in vars(train).items()}}
         print(yaml.safe_dump(own, sort_keys=False) + config.to_yaml(), end="")
         return 0
+    refuse_nameless(config, train)
     rank, ranks, local = processes()
     if "--plan" in flags:
         print(plans.table(train, planned_place(config, train, ranks), plans.Ledger(config)))
@@ -125,6 +126,16 @@ def main(argv: list[str]) -> int:
         if (best := weights.parent / "best").is_dir():
             print(f"{cli.shown(best)} holds those with the lowest loss on the clips for validation")
     return 0
+
+
+def refuse_nameless(config, train) -> None:
+    """ValueError for prepared clips without the weights that encoded them."""
+    lacking = train.part == "diffusion" and not config.weights and train.data != WORLD
+    if lacking and is_prepared(folder := Path(train.data)):
+        weights = cli.shown(read_facts(folder)["weights"])
+        raise ValueError(
+            f"train.data={folder} was prepared with weights={weights}; give them here too, with weights="
+        )
 
 
 def processes() -> tuple[int, int, int]:
