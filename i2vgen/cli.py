@@ -27,7 +27,7 @@ UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 
 def run(main: Callable[[], int | None]) -> int:
     """Run `main` -> exit status. User errors and lack of memory are reported in one line, with status 2."""
-    warnings.showwarning = _note
+    show_warnings_as_notes()
     with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
         try:
             return main() or 0
@@ -44,6 +44,11 @@ def run(main: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             return 130
+
+
+def show_warnings_as_notes() -> None:
+    """One line each, in this process."""
+    warnings.showwarning = _note
 
 
 class Shown:

@@ -162,7 +162,7 @@ def test_differences_inside_the_error_bars_are_marked(study_file):
     assert "lies inside the error bars" in report.verdict(study, same)
     apart = {"with it": {"clip_psnr": Cell(20, 19, 21)}, "without": {"clip_psnr": Cell(25, 24, 26)}}
     said = report.verdict(study, apart)
-    assert "without in clip, PSNR" in said and "this run shows none" not in said
+    assert "without in clip, PSNR" in said and "this run shows no difference" not in said
     assert report.as_text(study, "clip_psnr", Cell(25, 24, 26), Cell(20, 19, 21)).endswith("*")
 
 

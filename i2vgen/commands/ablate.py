@@ -127,6 +127,12 @@ def places(given: dict, runs: int) -> list[str]:
     return found[: max(1, runs)]
 
 
+def begin() -> None:
+    """In a worker."""
+    data.end_with_parent()
+    cli.show_warnings_as_notes()
+
+
 def perform(study, runs, budget, devices: list[str]) -> None:
     """Workers take runs from a queue; the first failure ends the study."""
     waiting: queue.SimpleQueue = queue.SimpleQueue()
@@ -135,7 +141,7 @@ def perform(study, runs, budget, devices: list[str]) -> None:
     failed: list[BaseException] = []
     context = multiprocessing.get_context("spawn")
     with (
-        ProcessPoolExecutor(len(devices), mp_context=context, initializer=data.end_with_parent) as pool,
+        ProcessPoolExecutor(len(devices), mp_context=context, initializer=begin) as pool,
         stopping_workers(),
         tqdm(total=len(runs), unit="run") as bar,
     ):

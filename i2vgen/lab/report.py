@@ -198,7 +198,10 @@ def verdict(study: Study, table: dict[str, dict[str, Cell]]) -> str:
     if len(table) == 1:
         return intervals
     if not apart:
-        return intervals + "Every difference from the base lies inside the error bars: this run shows none."
+        return (
+            intervals
+            + "Every difference from the base lies inside the error bars: this run shows no difference."
+        )
     return (
         intervals + f"Outside the error bars (*): {'; '.join(apart)}. All other differences lie inside them."
     )
