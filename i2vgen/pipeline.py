@@ -55,6 +55,7 @@ from i2vgen.settings import merge, shipped
 from i2vgen.settings.config import RANDOM, SETTINGS_FILE, Config, Runtime
 from i2vgen.settings.merge import load_config, read_stored_settings
 
+NARROW = 1 / 3  # no clip is suggested that is narrower or flatter
 CROPPED = 0.2  # share of a picture that may be cut off without a note
 LATE = 0.75  # share of the timesteps; steps that begin below it leave noise
 FAR = 1.5  # times the size or the frames of training, up or down
@@ -821,16 +822,17 @@ def note_cropping(picture: Image.Image | None, config: Config) -> None:
     if picture is None:
         return
     (wide, high), (width, height) = picture.size, (config.sample.width, config.sample.height)
-    if (left := _kept(wide / high, width / height)) > 1 - CROPPED:
+    if (left := _kept(wide / high, width / height)) >= 1 - CROPPED:
         return
     where = "top and bottom" if wide / high < width / height else "left and right"
     multiple, side = config.size_multiple, math.sqrt(width * height * high / wide)
     other_height = max(multiple, round(side / multiple) * multiple)
     other_width = max(multiple, round(other_height * wide / high / multiple) * multiple)
     whole = f"; width={other_width} height={other_height} keeps it nearly whole"
+    better = _kept(wide / high, other_width / other_height) > left and _kept(wide / high, 1) > NARROW
     warnings.warn(
         f"the picture is {wide} x {high} and the clip {width} x {height}: {1 - left:.0%} of the picture, at "
-        f"its {where}, is cut off{whole if _kept(wide / high, other_width / other_height) > left else ''}",
+        f"its {where}, is cut off{whole if better else ''}",
         stacklevel=4,
     )
 

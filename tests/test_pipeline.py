@@ -274,7 +274,7 @@ def test_pictures_may_be_arrays(road, with_config, picture):
         ([["a.png"]], "the picture is a list; give a path"),
         (np.zeros((8, 8, 3)) - 1, r"floats run from -1 to -1; give 0 to 1, \(x \+ 1\) / 2"),
         (np.full((8, 8, 3), 200.0), "floats run from 200 to 200"),
-        (np.full((8, 8, 3), np.nan), "floats run from nan"),
+        (np.full((8, 8, 3), np.nan), "values that are NaN or infinite"),
         (np.zeros((8, 8, 3), int), "an array of int64; give uint8"),
         (torch.zeros(8, 8), r"shape \(8, 8\); give \[h w 3\]"),
         (np.zeros((0, 8, 3), np.uint8), "none of them 0"),

@@ -87,7 +87,9 @@ def from_array(given: np.ndarray | Tensor) -> Image.Image:
     if given.ndim != 3 or given.shape[-1] not in (3, 4) or 0 in given.shape:
         raise ValueError(f"the picture has shape {tuple(given.shape)}; give [h w 3], none of them 0")
     if given.dtype.kind == "f":
-        if not 0 <= given.min() <= given.max() <= 1:  # also catches NaN
+        if not np.isfinite(given).all():
+            raise ValueError("the picture has values that are NaN or infinite; give floats from 0 to 1")
+        if not 0 <= given.min() <= given.max() <= 1:
             raise ValueError(
                 f"the picture's floats run from {given.min():g} to {given.max():g}; give 0 to 1, "
                 "(x + 1) / 2 for a picture in -1 to 1, or uint8 for 0 to 255"
@@ -223,8 +225,10 @@ def noise(given: Any, shape: Sequence[int]) -> Tensor:
         given = given[None]
     if tuple(given.shape) != tuple(shape):
         raise ValueError(f"noise has shape {tuple(given.shape)}; this job needs {tuple(shape)}")
-    if not given.is_floating_point() or not given.isfinite().all():
+    if not given.is_floating_point():
         raise ValueError(f"noise is {given.dtype}, and must be finite floats, as torch.randn gives them")
+    if not given.isfinite().all():
+        raise ValueError("noise has values that are NaN or infinite, and must be finite floats")
     return given
 
 

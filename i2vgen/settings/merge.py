@@ -165,8 +165,8 @@ def read_stored_settings(weights: str | Path) -> dict[str, Any]:
     folder = Path(weights)
     if not folder.is_dir():
         what = "is a file" if folder.is_file() else "does not exist"
-        hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(weights)) and not folder.is_file()
-        more = f"; if it is on the hub: i2vgen convert hf:{weights} FOLDER" if hub else ""
+        hub = re.fullmatch(r"(hf:)?([\w.-]+/[\w.-]+)", str(weights)) if not folder.is_file() else None
+        more = f"; if it is on the hub: i2vgen convert hf:{hub[2]} FOLDER" if hub else ""
         if str(weights) == "weights/xl":  # what the docs call the released model
             more = "; for the released model: i2vgen convert hf:ali-vilab/i2vgen-xl weights/xl"
         raise ValueError(
