@@ -130,7 +130,12 @@ class I2VGenXLPipeline:
             ways = [f"{section}.{k}={v}" for section, one in THEIR_WAY.items() for k, v in one.items()]
             cfg = merge.load_config(None, [*ways, *overrides], weights=source)
             return cls(model=pipeline.load_parts(dataclasses.replace(cfg, negative_prompt="")))
-        found = sources.gather([source], variant=variant, compat="diffusers")
+        try:
+            found = sources.gather([source], variant=variant, compat="diffusers")
+        except ValueError as error:
+            if source.startswith("hf:"):
+                raise ValueError(f"there is no folder {name} here, and {error}") from error
+            raise
         cfg, states = convert.read(found, overrides, report := convert.Report(source))
         if report.missing:
             raise ValueError(f"{source} lacks {', '.join(report.missing)}, which sampling needs")
