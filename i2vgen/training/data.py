@@ -224,13 +224,15 @@ class World:
 def tell_unknown_words(captions: Mapping[str, Sequence[str]], config: Config) -> None:
     """A note on words of the captions that a vocabulary of one's own (`clip.words`) lacks."""
     known = set(config.clip.words)
+    if not known:
+        return
     said = Counter(
         word
         for texts in captions.values()
         for word in {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
     )
     unknown = [word for word, _ in said.most_common() if word not in known]
-    if known and unknown:
+    if unknown:
         LOGGER.warning(
             "clip.words lacks %d words of the captions, such as %r (of %d clips); they are spelt, and these "
             "weights know nothing of them",
@@ -388,7 +390,7 @@ class Folder:
                 name,
                 kind,
                 f"{total} frames at {rate:g} fps are too short for {bucket.frames} at {bucket.fps} (needs "
-                f"{stride * (bucket.frames - 1) + 1}: every {ordinal(stride)} is taken)",
+                f"{stride * (bucket.frames - 1) + 1}: {every(stride)} is taken)",
             )
         elif not self.told_rate:
             self._tell_rate(name, rate, bucket)
@@ -400,9 +402,9 @@ class Folder:
         if abs(rate / stride - bucket.fps) > OFF_RATE * bucket.fps:
             self.told_rate = True
             LOGGER.warning(
-                "%s: every %s frame of %s is taken, which gives %.3g frames a second in place of %d, as in "
+                "%s: %s of %s is taken, which gives %.3g frames a second in place of %d, as in "
                 "the official code; clips whose rate is a multiple of %d keep their speed",
-                self.folder, ordinal(stride), name, rate / stride, bucket.fps, bucket.fps,
+                self.folder, every(stride), name, rate / stride, bucket.fps, bucket.fps,
             )  # fmt: skip
 
     def read(self, name: str, bucket: Bucket, start: int) -> np.ndarray | None:
@@ -481,9 +483,9 @@ def frame_stride(rate: float, fps: int) -> int:
     return max(1, round(rate / fps))
 
 
-def ordinal(number: int) -> str:
-    ending = {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th") if number // 10 % 10 != 1 else "th"
-    return f"{number}{ending}"
+def every(stride: int) -> str:
+    ending = {1: "st", 2: "nd", 3: "rd"}.get(stride % 10, "th") if stride // 10 % 10 != 1 else "th"
+    return "every frame" if stride == 1 else f"every {stride}{ending} frame"
 
 
 def num_starts(total: int, rate: float, bucket: Bucket) -> int:
