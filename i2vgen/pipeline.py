@@ -57,7 +57,7 @@ from i2vgen.settings.merge import load_config, read_stored_settings
 
 NARROW = 1 / 3  # no clip is suggested that is narrower or flatter
 CROPPED = 0.2  # share of a picture that may be cut off without a note
-LATE = 0.75  # share of the timesteps; steps that begin below it leave noise
+LATE = 0.25  # share of the timesteps; steps that begin below it leave nearly all of the noise
 FAR = 1.5  # times the size or the frames of training, up or down
 BUILT = ("use", "unet", "vae", "clip", "schedule", "runtime")  # settings of a model that loading reads
 
@@ -214,6 +214,8 @@ class I2VGenXL:
         opened = [None if picture is None else open_picture(picture, config) for picture in pictures]
         for picture in opened:
             note_cropping(picture, config)
+        if sampler is None:
+            note_late_start(config)
         facts = [
             given.facts(
                 *both,
@@ -262,8 +264,6 @@ class I2VGenXL:
             parallel.check(self.ranks, config)
             if _size(config) != _size(self.config) and (Path(config.weights) / SETTINGS_FILE).is_file():
                 note_other_size(config)
-            if steps_made(config) != steps_made(self.config):
-                note_late_start(config)
         other = copy.copy(self)
         other._config = self.plan.adapt(config, self.parts, self.device, clips=clips)
         return other
@@ -709,7 +709,6 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     else:
         note_other_size(config)
     refuse_unsampleable(config)  # impossible betas too, before anything is loaded
-    note_late_start(config)
     plugins.of(config)
     if config.adapter:
         lora.read(config.adapter)  # a wrong folder is told before gigabytes are read
@@ -812,8 +811,8 @@ def note_late_start(config: Config) -> None:
     if first < LATE * count:
         warnings.warn(
             f"{sample.steps} steps with sample.spacing={sample.spacing} begin at timestep {first} of {count},"
-            " so much of the noise stays; give more steps, or spacing=trailing",
-            stacklevel=3,
+            " so the noise stays; give more steps, or spacing=trailing",
+            stacklevel=4,
         )
 
 

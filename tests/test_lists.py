@@ -31,7 +31,7 @@ def folder(tmp_path):
     """folder(captions, name): two clips, of which each is a few grey frames, and a list of captions."""
     frames = (np.arange(6)[:, None, None, None] * 20 + np.zeros((1, 16, 16, 3))).astype(np.uint8)
     for name in ("a.gif", "b.gif"):
-        video.save(frames, tmp_path / name, fps=8)
+        video.save(frames, tmp_path / name, fps=16)
 
     def make(captions, name="captions.csv"):
         content = captions if isinstance(captions, bytes) else captions.encode()

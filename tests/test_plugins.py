@@ -10,7 +10,8 @@ from conftest import ROOT
 from PIL import Image
 
 from i2vgen import pipeline
-from i2vgen.adapt import taps
+from i2vgen.adapt import lora_files, taps
+from i2vgen.commands import export
 from i2vgen.files import checkpoint, plugins, records
 from i2vgen.lab import measure
 from i2vgen.lab import study as studies
@@ -165,8 +166,10 @@ def change(parts, config):
     # Under another plugin, which drops what the adapter adapts.
     status, _, err = run(*ONE, f"adapter={adapter}", f"plugins={EXAMPLE}", "output=other.png")
     assert status == 2 and "this network has no mid1.temporal" in err and asked in err
-    out = script_at("export")(adapter, "shared", "layout=diffusers", "weights=lab")[1]
-    assert f"note: trained with the plugin {file} (sha256 {sha256[:12]}), which is not exported" in out
+    status, _, err = script_at("export")(adapter, "shared", "layout=diffusers", "weights=lab")
+    assert status == 2 and "which diffusers cannot build" in err
+    told = f"trained with the plugin {file} (sha256 {sha256[:12]}), which is not exported"
+    assert export.plugin_notes(lora_files.origin(adapter)) == [told]
     # The file that holds the matrices is as good a name as its folder.
     with pytest.warns(UserWarning, match=r"adapter_model\.safetensors: it was trained with the plugin"):
         pipeline.load("lab", device="cpu").lora(adapter / "adapter_model.safetensors")
