@@ -173,7 +173,7 @@ def as_figure(one: Made) -> pages.Figure:
 def contact_sheet(clips: Sequence[Made]) -> Image.Image:
     """For each clip: the picture, VIEWS frames up to the last, and the sentence below."""
     cells = [cell(one) for one in clips]
-    wide, high = (max(size) for size in zip(*(one.size for one in cells), strict=True))
+    wide, high = cells[0].size
     rows = -(-len(cells) // COLUMNS)
     sheet = Image.new("RGB", (wide * min(COLUMNS, len(cells)), high * rows), "white")
     for place, one in enumerate(cells):

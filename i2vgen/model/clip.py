@@ -12,7 +12,7 @@ import itertools
 import re
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,13 @@ from torch import Tensor, nn
 from i2vgen.settings import config
 
 LONGEST = 200  # characters of a lost end that a warning shows
+
+
+def unknown_words(text: str, known: Collection[str]) -> list[str]:
+    """The words of a text that a vocabulary of one's own lacks; an empty one stands for open_clip's, which
+    lacks none."""
+    said = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+    return [word for word in said if known and word not in known]
 
 
 class ClipEncoders(nn.Module):
@@ -73,9 +80,7 @@ class ClipEncoders(nn.Module):
 
     def tell_unknown_words(self, prompt: str) -> None:
         """A note on the words that a vocabulary of one's own (`clip.words`) lacks; open_clip's lacks none."""
-        said = dict.fromkeys(re.findall(r"[^\W\d_]+", prompt.lower()))
-        unknown = [word for word in said if word not in self.settings.words]
-        if self.settings.words and unknown:
+        if unknown := unknown_words(prompt, self.settings.words):
             warnings.warn(
                 "these weights were trained on a few words (clip.words in their settings.json) and know "
                 f"nothing of: {', '.join(unknown)}",

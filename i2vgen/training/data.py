@@ -15,7 +15,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import threading
 import unicodedata
 import warnings
@@ -33,6 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from i2vgen.files import fingerprint, images, lists, reading
+from i2vgen.model.clip import unknown_words
 from i2vgen.settings.config import Config
 from i2vgen.training import copies, draws, prepared
 from i2vgen.training.draws import Clips, Source, derived_seed, generator  # noqa: F401
@@ -110,10 +110,10 @@ def divided(source: Folder | Prepared, share: float) -> Folder | Prepared:
             "name another folder, or leave it out"
         )
     chosen = draws.held_out(hashes, share, source.usable)
-    if chosen.all() or not chosen.any():
+    if not chosen.any():
         raise ValueError(
-            f"train.validate={share:g} holds out a share of {source.folder}, in which {int(chosen.sum())} of "
-            f"{len(hashes)} clips can be used (the log above says why); give more or longer clips"
+            f"train.validate={share:g} holds out a share of {source.folder}, in which none of {len(hashes)} "
+            "clips can be used (the log above says why); give more or longer clips"
         )
     kept, held = source.only(np.flatnonzero(~chosen)), source.only(np.flatnonzero(chosen))
     kept.held_out = held
@@ -226,19 +226,15 @@ def tell_unknown_words(captions: Mapping[str, Sequence[str]], config: Config) ->
     known = set(config.clip.words)
     if not known:
         return
-    said = Counter(
-        word
-        for texts in captions.values()
-        for word in {word for text in texts for word in re.findall(r"[^\W\d_]+", text.lower())}
-    )
-    unknown = [word for word, _ in said.most_common() if word not in known]
+    unknown = Counter(word for texts in captions.values() for word in unknown_words(" ".join(texts), known))
     if unknown:
+        word, clips = unknown.most_common(1)[0]
         LOGGER.warning(
             "clip.words lacks %d words of the captions, such as %r (of %d clips); they are spelt, and these "
             "weights know nothing of them",
             len(unknown),
-            unknown[0],
-            said[unknown[0]],
+            word,
+            clips,
         )
 
 
