@@ -1,9 +1,9 @@
-"""What tests/test_parallel.py starts under torchrun. Each process writes what it found to OUT.RANK, as JSON.
+"""What tests/test_parallel.py starts in two processes. Each writes what it found to OUT.RANK, as JSON.
 
     torchrun ... tests/ranks.py equal OUT             plain and split networks and roads, compared
     torchrun ... tests/ranks.py commands OUT LINES    commands one after the other in the same processes
 
-In the end, with two processes, the second fails in the middle of a clip.
+In the end the second fails in the middle of a clip.
 """
 
 import contextlib
@@ -156,6 +156,14 @@ def commands(lines):
     return told
 
 
+def found(rank):
+    """`equal` in a process of tests/processes.py"""
+    dist.init_process_group("gloo")
+    result = equal()
+    dist.destroy_process_group()
+    return result
+
+
 def fails(how):
     """The last process breaks down in the middle of a clip."""
     if os.environ["RANK"] == "1":
@@ -179,12 +187,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     what, out, *lines = sys.argv[1:]
-    if what == "equal":
-        dist.init_process_group("gloo")
-        result = equal()
-        dist.destroy_process_group()
-    else:
-        result = commands(json.loads(lines[0]))
+    result = found(int(os.environ["RANK"])) if what == "equal" else commands(json.loads(lines[0]))
     Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(result), encoding="utf-8")
-    if os.environ["WORLD_SIZE"] == "2":
-        fails("killed" if what == "equal" else "raises")
+    fails("killed" if what == "equal" else "raises")

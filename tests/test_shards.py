@@ -24,8 +24,8 @@ from i2vgen.training.settings import Train, load_settings
 
 # Few blocks, because each is a dozen messages a step.
 FEWER = [
-    *SMALLER, "unet.width_multipliers=[1]", "unet.attention_levels=[true]", "unet.head_width=8",
-    "clip.text.layers=2",
+    *SMALLER, "unet.width_multipliers=[1]", "unet.attention_levels=[false]", "unet.blocks_per_level=1",
+    "unet.head_width=8", "clip.text.layers=2",
 ]  # fmt: skip
 WORDS = [
     "device=cpu", "train.warmup=1", "train.bucket_batch=[]", "train.frame_lengths=[]", "train.sample_fps=[]",
