@@ -44,14 +44,14 @@ def guidance_step(unet, x, t, branches):
     return both_branches(unet, *prepared)(x, t)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def branches(make_inputs):
     """-> x, t, and the conditions of both branches of guidance"""
 
     def make(*shape):
         x, t, cond = make_inputs(*shape)
-        blank = torch.zeros_like(cond.image_vector)
-        return x, t, [cond, cond._replace(text=torch.randn_like(cond.text), image_vector=blank)]
+        other = torch.randn(cond.text.shape, generator=torch.Generator().manual_seed(7)).to(cond.text)
+        return x, t, [cond, cond._replace(text=other, image_vector=torch.zeros_like(cond.image_vector))]
 
     return make
 
@@ -184,44 +184,58 @@ def test_unknown_savings_are_refused():
 # ------------------------------------------------------------------------------------------ the guard
 
 
+def hooked(network, predict, path, *inputs, then=lambda: None):
+    """What `predict` gives while one module's output is doubled, and how often that is asked for"""
+    calls = []
+    handle = network.get_submodule(path).register_forward_hook(lambda m, args, y: calls.append(1) or 2 * y)
+    then()
+    found = predict(*inputs), len(calls)
+    handle.remove()
+    return found
+
+
+@pytest.fixture(scope="module")
+@torch.no_grad()
+def hooked_plain(make_unet, branches):
+    """The plain network's output, and by the path of each leaf what comes out while it is hooked"""
+    plain, (x, t, conditions) = make_unet(), branches(1, 2, 2, 4)
+    predict = both_branches(plain, *(projected(plain, plain.prepare(c, 2)) for c in conditions))
+    leaves = [path for path, m in plain.named_modules() if not m._modules and not path.startswith("stem.")]
+    return predict(x, t), {path: hooked(plain, predict, path, x, t) for path in leaves}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("when", ["before", "after", "compiled", "recorded"])
-def test_a_hook_on_any_leaf_is_called_as_in_the_plain_network(make_unet, branches, when, monkeypatch):
+def test_a_hook_on_any_leaf_is_called_as_in_the_plain_network(
+    make_unet, branches, hooked_plain, when, monkeypatch
+):
     """One leaf at a time: as many calls as in the plain network, and the hook's output counts."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(compiled, "record", lambda call: call)
-    plain, unet = make_unet(), make_unet()
+    unet, (usual, by_leaf) = make_unet(), hooked_plain
     x, t, conditions = branches(1, 2, 2, 4)
     if when != "before":
         savings.apply(unet, RUNTIMES["all and kernels"], META)
     if when == "compiled":
         compiled.compile_blocks(unet)
-    prepared = {u: [projected(u, u.prepare(c, 2)) for c in conditions] for u in (plain, unet)}
-    predict = {u: both_branches(u, *prepared[u]) for u in (plain, unet)}
+    predict = both_branches(unet, *(projected(unet, unet.prepare(c, 2)) for c in conditions))
     if when == "recorded":
-        predict[unet] = compiled.Recorded(predict[unet], unet)
-        predict[unet](x, t)
-    leaves = [path for path, m in plain.named_modules() if not m._modules and not path.startswith("stem.")]
-    usual = predict[plain](x, t)
-    torch.testing.assert_close(predict[unet](x, t), usual, **EXACT)
-    assert len(leaves) > 150
-    for path in leaves:
-        found = []
-        for network in (plain, unet):
-            calls = []
-            handle = network.get_submodule(path).register_forward_hook(
-                lambda m, args, y, calls=calls: calls.append(1) or 2 * y
-            )
-            if network is unet and when == "before":
-                savings.apply(unet, RUNTIMES["all and kernels"], META)
-            found.append((predict[network](x, t), len(calls)))
-            handle.remove()
-        (wanted, expected), (got, number) = found
+        predict = compiled.Recorded(predict, unet)
+        predict(x, t)
+    torch.testing.assert_close(predict(x, t), usual, **EXACT)
+    assert len(by_leaf) > 150
+
+    def late():
+        if when == "before":
+            savings.apply(unet, RUNTIMES["all and kernels"], META)
+
+    for path, (wanted, expected) in by_leaf.items():
+        got, number = hooked(unet, predict, path, x, t, then=late)
         # What guidance shares, the entrance, runs once for both branches.
         assert number == expected or (number == expected / 2 > 0), path
         assert not torch.allclose(wanted, usual, **EXACT), path
         torch.testing.assert_close(got, wanted, **EXACT, msg=path)
-    torch.testing.assert_close(predict[unet](x, t), usual, **EXACT)
+    torch.testing.assert_close(predict(x, t), usual, **EXACT)
 
 
 class Doubled(nn.Linear):
