@@ -44,6 +44,8 @@ def run(main: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             return 130
+        finally:
+            whole.remove_empty()
 
 
 def show_warnings_as_notes() -> None:

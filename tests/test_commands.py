@@ -298,6 +298,22 @@ def test_examples_replace_nothing(run, words, told):
     assert sorted(p.name for p in Path().rglob("*")) == ["empty", "file", "full", "link", "mine.txt"]
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "weights=lab", "train.data=mine", "output=a/b"),
+        ("prepare", "weights=lab", "data=mine", "output=a"),
+        ("evaluate", "things=mine", "output=a/b"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_refused_command_leaves_no_folder(run, words):
+    Path("mine").mkdir()
+    status, _, err = run(*words, "device=cpu")
+    assert status == 2 and "mine holds" in err
+    assert [p.name for p in Path().rglob("*")] == ["mine"]
+
+
 def test_an_empty_folder_is_filled(run):
     Path("my examples").mkdir()
     status, out, err = run("examples", "my examples")

@@ -96,10 +96,21 @@ def _short_lists(text: str) -> str:
 # Before any work
 
 
+MADE: list[Path] = []  # folders that `check_folder` made in this process, inner ones before outer ones
+
+
+def remove_empty() -> None:
+    """Remove the folders that were made for results which then did not come."""
+    while MADE:
+        with contextlib.suppress(OSError):  # not empty, or gone
+            MADE.pop(0).rmdir()
+
+
 def check_folder(what: str, folder: str | Path) -> Path:
     """ValueError, naming `what` is to be written, unless files can be put into this folder; it is made."""
     folder = Path(os.path.expanduser(folder))
     _check_name(what, folder)
+    MADE.extend(place for place in (folder, *folder.parents) if not place.exists())
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
