@@ -127,15 +127,23 @@ def fit(rank, ranks, config, train, folder, *, double):
     return [json.loads(line) for line in log], counts
 
 
-def work(rank, ranks, jobs):
-    """Several trainings after one another in one launch; each is (name, config, train, folder, double)."""
+def work(rank, ranks, jobs, backend=None):
+    """Several trainings after one another in one launch; each is (name, config, train, folder, double).
+
+    `backend` is what torch.compile uses; how many graphs it compiled is then told too.
+    """
     import torch
 
     from i2vgen.training import shards
 
+    if backend:
+        right = torch.compile
+        torch.compile = lambda function, **how: right(function, backend=backend, **how)
     shards.join(torch.device("cpu"))
     found = {}
     for name, config, train, folder, double in jobs:
         found[name] = fit(rank, ranks, config, train, folder, double=double)
     torch.distributed.destroy_process_group()
+    if backend:
+        found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return found

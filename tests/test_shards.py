@@ -147,6 +147,18 @@ def test_float32_equals_within_rounding(settings, two, tmp_path):
     equal(two[1][0]["float32"][0], log, 1e-4)
 
 
+@pytest.mark.slow  # compiling
+@pytest.mark.parametrize("shard", ["full", "none"])
+def test_compiled_blocks_train_as_plain_ones(settings, tmp_path, shard):
+    if shard == "full" and not shards.CPUS:
+        pytest.skip(NEEDS_CPUS)
+    words = [f"train.shard={shard}", "train.accumulate=2", "train.steps=3"]
+    jobs = [(on, *settings(*words, f"train.compile={on}"), tmp_path / on, True) for on in ("true", "false")]
+    first, second = processes.launch(2, processes.work, 2, jobs, "aot_eager")
+    assert first["graphs"] > 3 and second["graphs"] > 3
+    equal(first["true"][0], first["false"][0], 1e-9)
+
+
 def test_one_process_goes_on_from_shards(settings, one, four, tmp_path):
     half(four[0] / "double", tmp_path / "run")
     log, _ = processes.fit(0, 1, *settings("train.accumulate=4"), tmp_path / "run", double=True)
