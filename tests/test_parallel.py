@@ -266,15 +266,21 @@ def test_loading_without_torchrun_says_what_to_do():
 
 
 def test_a_process_without_a_device(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_RANK", "2")
-    crew = processes.Crew(2, 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+
+    def own(device, local, world=4):
+        config = load_config(None, [f"device={device}"])
+        return processes.own_device(config, local, world).runtime.device
+
     with pytest.raises(ValueError, match=r"process 3 on this machine has no device: PyTorch sees 2 here"):
-        crew.own(torch.device("cuda"))
+        own("cuda", 2)
     with pytest.raises(ValueError, match="write device=cuda"):
-        crew.own(torch.device("cuda:1"))
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert crew.own(torch.device("cuda")) == torch.device("cuda:1")
+        own("cuda:1", 0)
+    assert (own("cuda", 1), own("cuda:1", 0, world=1), own("cpu", 3)) == ("cuda:1", "cuda:1", "cpu")
+    assert chosen == [1]
 
 
 def test_a_split_model_cannot_be_moved():

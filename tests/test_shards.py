@@ -256,12 +256,6 @@ def test_a_number_of_processes_that_does_not_fit_is_refused(replicas, ranks, mes
     shards.check(Train(replicas=1), ranks)
 
 
-def test_a_process_without_a_device_is_refused():
-    shards.check_device(3, 4)
-    with pytest.raises(ValueError, match="process 4 of this machine has no GPU: there are 4"):
-        shards.check_device(4, 4)
-
-
 def test_fewer_clips_than_processes_are_refused(settings):
     config, train = settings("train.num_clips=3")
     source = data.open_source(config, train)

@@ -34,6 +34,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from i2vgen import cli
 from i2vgen.commands import train as training
 from i2vgen.fast import runtime
+from i2vgen.fast.processes import own_device
 from i2vgen.files import checkpoint, whole
 from i2vgen.settings.config import RANDOM, Config
 from i2vgen.settings.merge import load_config
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
     if output.resolve() == Path(train.data).resolve():
         raise ValueError(f"output={output} is the folder of videos itself; choose another")
     rank, ranks, local = training.processes()
-    config, device = training.place(config, ranks, local)
+    config = own_device(config, local, ranks)
+    device = runtime.device(config.runtime)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
     job = prepare.Job(config, train, form, output, device, rank=rank, ranks=ranks)

@@ -29,7 +29,6 @@ A run whose output folder already holds its checkpoints continues from the newes
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -42,6 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from i2vgen import cli
 from i2vgen.fast import machine, runtime
+from i2vgen.fast.processes import own_device
 from i2vgen.files import whole
 from i2vgen.memory.free import free_memory
 from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
@@ -71,7 +71,8 @@ def main(argv: list[str]) -> int:
     whole.check_folder("output=", config.output)
     loop.open_folder(Path(config.output), config, train, resume="--resume" in flags)  # rejects another run's
     shards.check(train, ranks)
-    config, device = place(config, ranks, local)
+    config = own_device(config, local, ranks)
+    device = runtime.device(config.runtime)
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s")
     runtime.apply(config.runtime)
     if device.type != "cpu" or local == 0:  # the processes of a machine share the CPU's memory
@@ -152,17 +153,6 @@ def planned_place(config, train, ranks: int) -> plans.Place:
         return plans.Place("cuda", dtype, ranks, encoded)
     device = runtime.device(config.runtime)
     return plans.Place(device.type, loop.precision(train, device), ranks, encoded)
-
-
-def place(config, ranks: int, local: int):
-    """-> settings with this process's device, and the device"""
-    device = runtime.device(config.runtime)
-    if ranks > 1 and device.type == "cuda":
-        shards.check_device(local, torch.cuda.device_count())
-        device = torch.device("cuda", local)
-        torch.cuda.set_device(device)
-        config = dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=str(device)))
-    return config, device
 
 
 def advance(bar: tqdm, step: int, figures: dict[str, float]) -> None:

@@ -31,6 +31,29 @@ CREWS = itertools.count()  # of one run of torchrun; every process counts alike
 SECONDS_TO_SPEAK = 1.0  # for the first process that fails, before the end of another makes torchrun end it
 
 
+def own_device(config: Config, local: int, world: int) -> Config:
+    """The settings of process number `local` on this machine, of `world` in all: each GPU computes for one.
+
+    ValueError if there is none for it.
+    """
+    device = runtime.device(config.runtime)
+    if world == 1 or device.type == "cpu":
+        return config
+    if device.type != "cuda" or device.index is not None:
+        raise ValueError(
+            f"runtime.device={device} is one device for {world} processes; write device=cuda, of which each "
+            "takes its own, or device=cpu"
+        )
+    there = torch.cuda.device_count()
+    if local >= there:
+        raise ValueError(
+            f"process {local + 1} on this machine has no device: PyTorch sees {there} here; use "
+            f"--nproc-per-node {there}, or device=cpu"
+        )
+    torch.cuda.set_device(local)
+    return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=f"cuda:{local}"))
+
+
 @dataclass(frozen=True)
 class Crew:
     """Process `rank` of `world`; `store` is what they all see, None for one process."""
@@ -46,34 +69,16 @@ class Crew:
         """
         if self.world == 1:
             return config
-        device = runtime.device(config.runtime)
-        if device.type != "cpu":
-            device = self.own(device)
-            torch.cuda.set_device(device)
-            own = dataclasses.replace(config.runtime, device=str(device))
-            config = dataclasses.replace(config, runtime=own)
+        config = own_device(config, dist.get_node_local_rank(fallback_rank=0), self.world)
         if config.runtime.parallel != "none":
-            self.connect("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+            on_cpu = runtime.device(config.runtime).type == "cpu"
+            self.connect("gloo" if on_cpu else "cpu:gloo,cuda:nccl")
         return config
 
     def connect(self, backend: str) -> None:
         dist.init_process_group(
             backend, store=self.store, rank=self.rank, world_size=self.world, timeout=LONG
         )
-
-    def own(self, device: torch.device) -> torch.device:
-        if device.type != "cuda" or device.index is not None:
-            raise ValueError(
-                f"runtime.device={device} is one device for {self.world} processes; write device=cuda, of "
-                "which each takes its own, or device=cpu"
-            )
-        there, local = torch.cuda.device_count(), dist.get_node_local_rank(fallback_rank=0)
-        if local >= there:
-            raise ValueError(
-                f"process {local + 1} on this machine has no device: PyTorch sees {there} here; use "
-                f"--nproc-per-node {there}, or device=cpu"
-            )
-        return torch.device("cuda", local)
 
     def decided(self, decide: Callable[[], Any]) -> Any:
         """What the first process decides, on all of them; something that JSON can hold"""

@@ -67,15 +67,6 @@ def check(train: Train, ranks: int) -> None:
         )
 
 
-def check_device(local: int, devices: int) -> None:
-    """ValueError for a process of this machine that gets no GPU of its own."""
-    if local >= devices:
-        raise ValueError(
-            f"process {local} of this machine has no GPU: there are {devices}, numbered from 0; start at "
-            f"most torchrun --nproc-per-node {devices}"
-        )
-
-
 def join(device: torch.device) -> None:
     """Enter the group of all processes. Checkpoints are agreed upon by CPUs, whatever the device."""
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
