@@ -28,7 +28,11 @@ UNSEEN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff
 def run(main: Callable[[], int | None]) -> int:
     """Run `main` -> exit status. User errors and lack of memory are reported in one line, with status 2."""
     show_warnings_as_notes()
-    with contextlib.redirect_stdout(Shown(sys.stdout)), contextlib.redirect_stderr(Shown(sys.stderr)):
+    with (
+        contextlib.redirect_stdout(Shown(sys.stdout)),
+        contextlib.redirect_stderr(Shown(sys.stderr)),
+        whole.no_empty_folders(),
+    ):
         try:
             return main() or 0
         except (ValueError, OSError, FloatingPointError) as error:
@@ -44,8 +48,6 @@ def run(main: Callable[[], int | None]) -> int:
         except KeyboardInterrupt:
             sys.stderr.write("interrupted\n")
             return 130
-        finally:
-            whole.remove_empty()
 
 
 def show_warnings_as_notes() -> None:

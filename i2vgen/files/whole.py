@@ -96,22 +96,28 @@ def _short_lists(text: str) -> str:
 # Before any work
 
 
-MADE: list[Path] = []  # folders that `check_folder` made in this process, inner ones before outer ones
+MADE: list[Path] = []  # folders that `check_folder` made
 
 
-def remove_empty() -> None:
-    """Remove the folders that were made for results which then did not come."""
-    while MADE:
-        with contextlib.suppress(OSError):  # not empty, or gone
-            MADE.pop(0).rmdir()
+@contextlib.contextmanager
+def no_empty_folders() -> Iterator[None]:
+    """In the end, folders that were made inside for results which then did not come are removed."""
+    MADE.clear()
+    try:
+        yield
+    finally:
+        for folder in sorted(MADE, key=lambda path: -len(path.parts)):
+            with contextlib.suppress(OSError):  # not empty, or gone
+                folder.rmdir()
 
 
 def check_folder(what: str, folder: str | Path) -> Path:
     """ValueError, naming `what` is to be written, unless files can be put into this folder; it is made."""
     folder = Path(os.path.expanduser(folder))
     _check_name(what, folder)
-    MADE.extend(place for place in (folder, *folder.parents) if not place.exists())
+    path = folder.absolute()
     try:
+        MADE.extend(place for place in (path, *path.parents) if not place.exists())
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"{what}: cannot create the folder {folder} ({error.strerror})") from error
