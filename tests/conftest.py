@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import gc
 import inspect
 import io
 import os
@@ -49,6 +50,13 @@ def pytest_configure(config):
     merge.SHIPPED = LAB  # quick; test_shipped.py samples the default model
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def pytest_collection_finish():
+    # What is imported by now stays, and need not be looked through: a sixth of the time of the tests.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_runtest_setup(item):
