@@ -1,4 +1,4 @@
-"""What tests/test_parallel.py starts in two processes. Each writes what it found to OUT.RANK, as JSON.
+"""What tests/test_parallel.py starts by torchrun: each process writes what it found to OUT.RANK, as JSON.
 
     torchrun ... tests/ranks.py equal OUT             plain and split networks and roads, compared
     torchrun ... tests/ranks.py commands OUT LINES    commands one after the other in the same processes

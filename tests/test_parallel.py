@@ -1,4 +1,4 @@
-"""One clip on several cards, and a list of clips over several: gloo processes on CPUs, under torchrun.
+"""One clip on several cards, and a list of clips over several: gloo processes on CPUs, by torchrun or forked.
 
 A launch takes seconds, so each makes many comparisons (tests/ranks.py) and the tests read what it found.
 """
