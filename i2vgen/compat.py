@@ -36,6 +36,7 @@ from i2vgen.memory import plans
 from i2vgen.model.conditioning import Conditions, Encoded, Unconditional
 from i2vgen.settings import config as settings
 from i2vgen.settings import merge, shipped
+from i2vgen.settings.wording import counted
 from weights_conversion import convert, diffusers_configs, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion import vae as vae_tables
 
@@ -362,7 +363,8 @@ class I2VGenXLPipeline:
         many = isinstance(image, list | tuple) or (isinstance(image, Tensor | np.ndarray) and image.ndim == 4)
         pictures = [given.picture(one, exif="ignore") for one in (image if many else [image])]
         if len(pictures) not in (1, count):
-            raise ValueError(f"got {len(pictures)} pictures for {count} prompts; give one, or as many")
+            got = counted(len(pictures), "picture")
+            raise ValueError(f"got {got} for {counted(count, 'prompt')}; give one, or as many")
         return pictures * (count // len(pictures))
 
     def _encoded(
@@ -528,7 +530,8 @@ def normal(shape: Sequence[int], generator: Generators) -> Tensor:
     """Standard normal float32, as diffusers draws it: on the generator's device, or one sample of each"""
     if isinstance(generator, Sequence):
         if len(generator) != shape[0]:
-            raise ValueError(f"got {len(generator)} generators for {shape[0]} clips; give as many")
+            got = counted(len(generator), "generator")
+            raise ValueError(f"got {got} for {counted(shape[0], 'clip')}; give as many")
         return torch.cat([normal((1, *shape[1:]), one) for one in generator])
     if generator is not None and not isinstance(generator, torch.Generator):
         raise ValueError(

@@ -810,8 +810,8 @@ def note_late_start(config: Config) -> None:
     first = timesteps(count, sample.steps, sample.spacing)[0]
     if first < LATE * count:
         warnings.warn(
-            f"{sample.steps} steps with sample.spacing={sample.spacing} begin at timestep {first} of {count},"
-            " so the noise stays; give more steps, or spacing=trailing",
+            f"sample.steps={sample.steps} with sample.spacing={sample.spacing} begins at timestep {first} of "
+            f"{count}, so the noise stays; give more steps, or spacing=trailing",
             stacklevel=4,
         )
 

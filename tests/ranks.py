@@ -1,7 +1,7 @@
-"""What tests/test_parallel.py starts by torchrun: each process writes what it found to OUT.RANK, as JSON.
+"""What the processes of tests/test_parallel.py do.
 
-    torchrun ... tests/ranks.py equal OUT             plain and split networks and roads, compared
-    torchrun ... tests/ranks.py commands OUT LINES    commands one after the other in the same processes
+    equal()                                plain and split networks and roads, compared, in forked processes
+    torchrun ... tests/ranks.py OUT LINES  commands one after the other; each writes what it said to OUT.RANK
 
 In the end the second fails in the middle of a clip.
 """
@@ -156,16 +156,25 @@ def commands(lines):
     return told
 
 
-def found(rank):
-    """`equal` in a process of tests/processes.py"""
+def found(rank, *, killed):
+    """`equal` in a process of tests/processes.py -> what every process found, and what this one then said
+
+    `killed`: of a clip that follows, in the middle of which the last process is killed.
+    """
     dist.init_process_group("gloo")
-    result = equal()
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, equal())
     dist.destroy_process_group()
-    return result
+    said = io.StringIO()
+    if killed:
+        os.environ["TORCHELASTIC_RUN_ID"] = "none"  # a command asks by this whether it has company
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            assert fails("killed") == 2
+    return every, said.getvalue()
 
 
 def fails(how):
-    """The last process breaks down in the middle of a clip."""
+    """The last process breaks down in the middle of a clip -> exit status"""
     if os.environ["RANK"] == "1":
 
         def breaks(info):
@@ -180,13 +189,12 @@ def fails(how):
 
         pipeline.I2VGenXL.generate = breaking
     words = ["weights=lab", "steps=2", "device=cpu", "parallel=frames", "output=never.gif"]
-    sys.exit(door.main(["generate", *words, f"image={shipped.STAR}", "prompt=a star"]))
+    return door.main(["generate", *words, f"image={shipped.STAR}", "prompt=a star"])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    what, out, *lines = sys.argv[1:]
-    result = found(int(os.environ["RANK"])) if what == "equal" else commands(json.loads(lines[0]))
-    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(result), encoding="utf-8")
-    fails("killed" if what == "equal" else "raises")
+    out, lines = sys.argv[1:]
+    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(commands(json.loads(lines))), encoding="utf-8")
+    sys.exit(fails("raises"))

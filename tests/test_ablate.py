@@ -195,7 +195,7 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     file, folder = study_file(), tmp_path / "out"
     status, out = run(file, "budget=smoke", f"output={folder}", "workers=1")
     assert status == 0, out
-    assert "Does the concat branch matter?" in out and "4 runs, of which 0 are done" in out
+    assert "Does the concat branch matter?" in out and "4 runs, 0 of them done" in out
     costs = json.loads((folder / "cost.json").read_text())
     assert costs["with it"]["parameters"] > costs["without"]["parameters"] > 1e6
     assert costs["with it"]["time_ratio"] == 1.0
@@ -223,7 +223,7 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     stamp = kept.stat().st_mtime_ns
     (folder / "without" / "untrained" / measure.RESULT).unlink()
     status, out = run(file, "budget=smoke", f"output={folder}", "workers=1")
-    assert status == 0 and "4 runs, of which 3 are done" in out
+    assert status == 0 and "4 runs, 3 of them done" in out
     assert kept.stat().st_mtime_ns == stamp
     again = (folder / "results.csv").read_text().splitlines()
     assert [r for r in again if ",cost," not in r] == [r for r in table_before if ",cost," not in r]
@@ -231,7 +231,7 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     status, out = run(file, "budget=smoke", f"output={folder}", "measures=untrained")
     assert (
         status == 0
-        and "2 runs, of which 2 are done" in out
+        and "2 runs, 2 of them done" in out
         and ",cost," not in (folder / "results.csv").read_text()
     )
 
@@ -248,13 +248,11 @@ def test_a_study_from_the_command_line(run, study_file, tmp_path):
     )
     assert "stale=again" in out and "stale=keep" in out
     status, out = run(*words, "stale=keep")
-    assert status == 0 and "note: 1 of 2 results are stale" in out and "2 runs, of which 2 are done" in out
+    assert status == 0 and "note: 1 of 2 results are stale" in out and "2 runs, 2 of them done" in out
     assert "1 of 2 results are stale" in (folder / "table.md").read_text()
     status, out = run(*words, "stale=again")
     assert (
-        status == 0
-        and "2 runs, of which 1 are done" in out
-        and "stale" not in (folder / "table.md").read_text()
+        status == 0 and "2 runs, 1 of them done" in out and "stale" not in (folder / "table.md").read_text()
     )
     assert json.loads((old / measure.CODE).read_text()) == then
     (old / measure.CODE).unlink()

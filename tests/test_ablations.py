@@ -198,7 +198,7 @@ def test_a_switch_may_replace_a_part(make_unet, full, inputs, full_output, repla
     with torch.device("meta"):
         unet = unet_module.UNet(SMALL, replacing)
     first = {name: torch.zeros(t.shape) for name, t in unet.state_dict().items() if name in change.added}
-    with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* start untrained"):
+    with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* starts untrained"):
         checkpoint.fill(unet, full.state_dict(), changed=change, initial=lambda names: first)
     state = full.state_dict()
     assert all(t.equal(state.get(name, t)) for name, t in unet.state_dict().items())

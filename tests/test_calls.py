@@ -123,7 +123,7 @@ def test_nothing_is_loaded_or_built_again(model, monkeypatch):
         ({"unet": {}}, "unet is read when a model is loaded"),
         ({"adapter_scale": 0.5}, r"model\.lora"),
         ({"negative_prompt": 3}, "the prompt is an int"),
-        ({"negative_prompt": ["a", "b"]}, "got 2 negative prompts for 1 clips"),
+        ({"negative_prompt": ["a", "b"]}, "got 2 negative prompts for 1 clip"),
         ({"output": "gif"}, "no output='gif'; choose video, frames, pil, tensor, latents"),
         ({"on_step": 3}, "on_step is an int"),
         ({"seed": -1}, r"sample\.seed is -1"),
@@ -400,10 +400,12 @@ def test_a_picture_that_is_cropped_is_told(model):
 
 
 def test_steps_that_begin_late_are_told(model):
-    with pytest.warns(UserWarning, match="1 steps with sample.spacing=official begin at timestep 1 of 1000"):
+    with pytest.warns(
+        UserWarning, match="sample.steps=1 with sample.spacing=official begins at timestep 1 of 1000"
+    ):
         model(STAR, PROMPT, steps=1, spacing="official")
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".* begin at timestep")
+        warnings.filterwarnings("error", message=".* begins at timestep")
         model(STAR, PROMPT, steps=2, spacing="official")
         model(STAR, PROMPT, steps=1, spacing="trailing")
 

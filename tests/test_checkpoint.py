@@ -145,9 +145,9 @@ def test_weights_are_cast_on_the_way_in(folder, settings, state):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda s: s.pop("conv_in.bias"), "1 tensors: missing conv_in.bias"),
-        (lambda s: s.update(extra=torch.zeros(1)), "1 tensors: unexpected extra"),
-        (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), "1 tensors: conv_in.bias has shape (3,)"),
+        (lambda s: s.pop("conv_in.bias"), "1 tensor: missing conv_in.bias"),
+        (lambda s: s.update(extra=torch.zeros(1)), "1 tensor: unexpected extra"),
+        (lambda s: s.update({"conv_in.bias": torch.zeros(3)}), "1 tensor: conv_in.bias has shape (3,)"),
         (lambda s: s.clear(), "missing stem.fps.linear1.weight"),
     ],
     ids=["missing", "unexpected", "shape", "empty"],
@@ -351,7 +351,7 @@ def test_an_addition_starts_as_built_beside_full_weights(folder, settings, state
     use = dataclasses.replace(Use(), **{name: True})
     loaded = merge.load_config(None, [f"use.{name}=true"], weights=str(folder))
     assert loaded.use == use
-    with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* start untrained"):
+    with pytest.warns(UserWarning, match=r"lacks \d+ tensors that the settings add .* starts untrained"):
         unet = load_unet(folder, loaded)
     torch.manual_seed(0)
     fresh, got = checkpoint.construct("unet", loaded).state_dict(), unet.state_dict()

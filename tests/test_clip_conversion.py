@@ -163,7 +163,7 @@ def test_what_does_not_fit_is_listed():
     exported.pop("visual_projection.weight")
     exported["vision_model.extra"] = torch.zeros(1)
     with pytest.raises(
-        ValueError, match=r"1 tensors are missing \(visual_projection.*1 are unexpected \(vision_model\.extra"
+        ValueError, match=r"1 tensor missing \(visual_projection.*1 unexpected \(vision_model\.extra"
     ):
         clip.from_transformers(towers(exported), TINY)
 

@@ -178,7 +178,7 @@ def test_the_first_clip_replaces_nothing(run):
     assert status == 0 and "outputs/a.gif (8 frames, seed 4)" in out, err
     assert Path("outputs/rocket.mp4").read_text() == Path("outputs/rocket-2.mp4.json").read_text() == "mine"
     status, out, _ = run("generate", *QUICK, "output=outputs/a.gif", "seed=4", "--resume")
-    assert status == 0 and "1 clips are already there, 0 to make" in out
+    assert status == 0 and "1 clip already there, 0 to make" in out
     status, out, err = run("generate", *QUICK, f"image={shipped.PICTURE}", "prompt=p", "seed=[1,2]")
     assert status == 0 and "outputs/rocket-4-001-seed2.mp4 (8 frames, seed 2)" in out, err
 

@@ -199,7 +199,7 @@ def converted():
 def test_missing_and_unexpected_names_are_named(converted):
     mapping, theirs, _ = converted
     theirs["unknown.weight"] = theirs.pop("input_blocks.0.0.weight")
-    with pytest.raises(ValueError, match=r"1 tensors are missing \(input_blocks\.0\.0\.weight\)") as caught:
+    with pytest.raises(ValueError, match=r"1 tensor missing \(input_blocks\.0\.0\.weight\)") as caught:
         rules.to_ours(mapping, theirs)
     assert "1 are unexpected (unknown.weight)" in str(caught.value)
 
@@ -223,7 +223,7 @@ def test_the_strict_load_names_a_wrong_shape(converted):
 
 def test_long_lists_of_names_are_shortened(converted):
     mapping, theirs, _ = converted
-    with pytest.raises(ValueError, match=rf"{len(theirs)} tensors are missing .*, \.\.\.\) and 0 .*\(none\)"):
+    with pytest.raises(ValueError, match=rf"{len(theirs)} tensors missing .*, \.\.\.\) and 0 .*\(none\)"):
         rules.to_ours(mapping, {})
 
 

@@ -283,7 +283,7 @@ def test_nonfinite_and_partial_if_requested(official, tmp_path, capsys):
     del content["state_dict"]["out.0.weight"]
     torch.save(content, tmp_path / "part.pth")
     assert run("convert", tmp_path / "part.pth", tmp_path / "b", *HEADS, "--partial") == 0
-    assert "freshly initialised 1 tensors: norm_out.weight" in capsys.readouterr().out
+    assert "freshly initialised 1 tensor: norm_out.weight" in capsys.readouterr().out
     assert torch.equal(load_file(tmp_path / "b" / "unet.safetensors")["norm_out.weight"], torch.ones(32))
 
 

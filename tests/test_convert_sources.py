@@ -105,7 +105,7 @@ def test_tensors_without_the_prefix_are_told(converted, ours, theirs, tmp_path):
     state = {f"model.{name}": tensor for name, tensor in theirs.items()} | {"loss.weight": torch.ones(2)}
     torch.save(state, tmp_path / "u.pth")
     got, said = converted(tmp_path / "u.pth")
-    assert same(got, ours) and "so were 1 tensors without it, such as loss.weight" in said
+    assert same(got, ours) and "also left out: 1 tensor without it, such as loss.weight" in said
 
 
 def test_names_both_with_and_without_a_prefix_are_refused(theirs, tmp_path, capsys):

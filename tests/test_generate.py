@@ -114,11 +114,11 @@ def test_a_list_of_items_then_resume(run, quick, loads, picture_file):
     assert json.loads(Path("b-002-seed2.gif.json").read_text())["seed"] == 2
 
     status, out, _ = run(*words, "--resume")
-    assert (status, len(loads)) == (0, 1) and out == "4 clips are already there, 0 to make\n"
+    assert (status, len(loads)) == (0, 1) and out == "4 clips already there, 0 to make\n"
     Path("b-001-seed1.gif.json").unlink()
     before = Path("a.gif").stat().st_mtime_ns
     status, out, _ = run(*words, "--resume")
-    assert status == 0 and "3 clips are already there, 1 to make" in out and "clip 1 of 1" not in out
+    assert status == 0 and "3 clips already there, 1 to make" in out and "clip 1 of 1" not in out
     assert Path("b-001-seed1.gif.json").exists() and Path("a.gif").stat().st_mtime_ns == before
 
 
@@ -391,7 +391,7 @@ def test_an_old_record_is_read_and_then_replaced(run, quick, loads, picture_file
     words = [*quick, f"image={picture_file}", "prompt=p", "steps=1", "output=c.gif"]
     assert run(*words)[0] == 0
     Path("c.gif.json").rename("c.json")  # where earlier versions put it
-    assert "1 clips are already there" in run(*words, "--resume")[1]
+    assert "1 clip already there" in run(*words, "--resume")[1]
     assert run(*words, "seed=2")[0] == 0 and made() == ["a picture.png", "c.gif", "c.gif.json"]
 
 
@@ -402,14 +402,14 @@ def test_clips_of_one_name_keep_a_record_each(run, quick, loads, picture_file):
     seeds = [json.loads(Path(f"{name}.json").read_text())["seed"] for name in ("c.gif", "c.webp", "c")]
     assert seeds == [0, 1, 2]
     for seed, name in enumerate(("c.gif", "c.webp", "c")):
-        assert "1 clips are already" in run(*words, f"output={name}", f"seed={seed}", "--resume")[1]
+        assert "1 clip already" in run(*words, f"output={name}", f"seed={seed}", "--resume")[1]
 
 
 def test_a_changed_picture_is_made_again(run, quick, loads, picture_file):
     words = [*quick, f"image={picture_file}", "prompt=p", "steps=1", "output=c.gif", "--resume"]
-    assert run(*words)[0] == 0 and "1 clips are already there" in run(*words)[1]
+    assert run(*words)[0] == 0 and "1 clip already there" in run(*words)[1]
     Image.new("RGB", (50, 50), "red").save(picture_file)
-    assert "0 clips are already there, 1 to make" in run(*words)[1]
+    assert "0 clips already there, 1 to make" in run(*words)[1]
 
 
 # --- names

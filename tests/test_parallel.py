@@ -1,9 +1,9 @@
-"""One clip on several cards, and a list of clips over several: gloo processes on CPUs, by torchrun or forked.
+"""One clip on several cards, and a list of clips over several: gloo processes on CPUs.
 
 A launch takes seconds, so each makes many comparisons (tests/ranks.py) and the tests read what it found.
 """
 
-import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -30,8 +30,8 @@ TOLERANCE = 1e-12
 SHAPES = {2: ("frames", "guidance", "auto"), 4: ("frames", "both", "auto")}
 
 
-def launch(*words, cwd):
-    """Two processes -> what each found, and the lines of standard error that are the program's own"""
+def torchrun(lines, cwd):
+    """Two processes -> what each said to each command, and the program's own lines of standard error"""
     env = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -39,9 +39,8 @@ def launch(*words, cwd):
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    what, *rest = words
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "ranks.py"), what, "found", *rest],
+        [*command, str(ROOT / "tests" / "ranks.py"), "found", json.dumps(lines)],
         cwd=cwd,
         env=env,
         capture_output=True,
@@ -57,11 +56,13 @@ def launch(*words, cwd):
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def found(request, tmp_path_factory):
-    """How many processes one launch had, what they found, and what they said of errors"""
-    if request.param == 4:
-        return 4, gloo.launch(4, driver.found), []
-    return 2, *launch("equal", cwd=tmp_path_factory.mktemp("equal"))
+def found(request):
+    """Number of processes of a launch, what each found, what the first said when the last was killed"""
+    world = request.param
+    killed = world == 2
+    work = functools.partial(driver.found, killed=killed)
+    every, said = gloo.launch(world, work, dies=world - 1 if killed else None)[0]
+    return world, every, said
 
 
 def test_every_split_gives_the_clip_of_one_process(found):
@@ -109,7 +110,7 @@ def test_what_would_see_a_share_is_refused(found):
     assert refused["hook"] == refused["a module of one's own"] == parallel.WHOLE
     assert "no gradients" in refused["gradients"]
     assert "cannot be split over 2 processes" in refused["few frames"]
-    assert first["removed"] == ["UNet", "GroupNorm"]
+    assert first["removed"] == ("UNet", "GroupNorm")
 
 
 # --- commands
@@ -133,7 +134,8 @@ def told(tmp_path_factory):
     ]
     (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     words = [*MODEL, "items=items.jsonl", "batch=2"]
-    with contextlib.chdir(folder), warnings.catch_warnings():
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.chdir(folder)
         warnings.simplefilter("ignore")
         assert door.main(["generate", *words]) == 0
         assert door.main(["generate", *ONE, "output=alone.png"]) == 0
@@ -150,7 +152,7 @@ def told(tmp_path_factory):
         ["generate", *ONE, "output=no.png", "device=cuda"],
         ["evaluate", *SCORED, "json=shared.json"],
     ]
-    said, own = launch("commands", json.dumps(lines), cwd=folder)
+    said, own = torchrun(lines, folder)
     return folder, alone, list(zip(*said, strict=True)), own
 
 
@@ -167,7 +169,7 @@ def test_processes_share_a_list(told):
     assert clips_told(whole) == names and len(names) == 5  # each once, by whichever made it
     assert {name: records.sha256(folder / name) for name in names} == {name: alone[name] for name in names}
     assert clips_told(rest) == [LOST]
-    assert "4 clips are already there, 1 to make" in rest[0][1]
+    assert "4 clips already there, 1 to make" in rest[0][1]
 
 
 def test_processes_share_a_clip(told):
@@ -206,8 +208,9 @@ def test_a_process_that_fails_ends_all_with_its_line(told):
 
 
 def test_a_process_that_is_killed_ends_all_with_one_line(found):
-    world, _, own = found
-    assert world == 4 or (len(own) == 1 and "another process of this run has ended" in own[0])
+    world, _, said = found
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    assert world == 4 or (len(errors) == 1 and "another process of this run has ended" in errors[0])
 
 
 # --- what is refused before anything is loaded

@@ -70,7 +70,7 @@ def test_a_clip_under_a_plugin(script_at, tmp_path):
     assert status == 0
     sha256 = records.sha256(EXAMPLE)
     assert f"plugin {EXAMPLE} (sha256 {sha256[:12]})" in out
-    assert "lacks 1 tensors that the settings add (stem.registers, ...): they start untrained" in err
+    assert "lacks 1 tensor that the settings add (stem.registers): what is new starts untrained" in err
     record = records.read(tmp_path / "changed.png")
     assert record["plugins"] == [{"file": str(EXAMPLE), "sha256": sha256}]
     assert record["settings"]["plugins"] == [str(EXAMPLE)]
@@ -80,12 +80,12 @@ def test_a_clip_under_a_plugin(script_at, tmp_path):
     assert not np.array_equal(*pictures)
 
     # A clip that another file of this name made is not taken for this one.
-    assert "1 clips are already there" in run(*ONE, f"plugins={EXAMPLE}", "output=changed.png", "--resume")[1]
+    assert "1 clip already there" in run(*ONE, f"plugins={EXAMPLE}", "output=changed.png", "--resume")[1]
     path = records.path_of(tmp_path / "changed.png")
     held = json.loads(path.read_text(encoding="utf-8"))
     held["plugins"][0]["sha256"] = "0" * 64
     path.write_text(json.dumps(held), encoding="utf-8")
-    assert "0 clips are already there" in run(*ONE, f"plugins={EXAMPLE}", "output=changed.png", "--resume")[1]
+    assert "0 clips already there" in run(*ONE, f"plugins={EXAMPLE}", "output=changed.png", "--resume")[1]
 
 
 def test_a_training_under_a_plugin_and_its_weights(script_at, tmp_path, root):
@@ -199,7 +199,7 @@ def change(parts, config):
     parts["unet"].time = Wide(parts["unet"].time)
 """
     config = load_config(None, ["weights=lab", "device=cpu", f"plugins={plugin(text)}"])
-    with pytest.warns(UserWarning, match="start untrained"):
+    with pytest.warns(UserWarning, match="starts untrained"):
         unet = checkpoint.load("unet", config, device="cpu", dtype=torch.float32)
     # Bias and weight: only the weight has another shape, so the pattern covers one tensor of the two.
     torch.nn.init.constant_(unet.time.linear1.weight, 3.0)

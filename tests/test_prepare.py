@@ -177,7 +177,7 @@ def test_bad_clips_are_skipped_and_counted(run, clips, tmp_path):
     shutil.copytree(clips, "videos")
     (tmp_path / "videos/0.mp4").write_bytes(b"no video")
     said = run("prepare", "data=videos", "output=prepared", *SIZE)
-    assert "holds 5 clips in 5 crops; 1 were skipped, skipped.jsonl says why" in said
+    assert "holds 5 clips in 5 crops; 1 clip skipped, skipped.jsonl says why" in said
     line = json.loads((tmp_path / "prepared/skipped.jsonl").read_text())
     assert line["file"] == "0.mp4" and "cannot be read as a video" in line["reason"]
     config, train = load_settings(None, [f"weights={LAB}", "train.data=prepared", *SIZE])
@@ -241,7 +241,7 @@ def test_workers_change_nothing(run, clips, tmp_path):
         said = run(
             "prepare", "data=videos", f"output=prepared by {name}", *SIZE, "batch=2", f"workers={workers}"
         )
-        assert "1 were skipped" in said
+        assert "1 clip skipped" in said
         run(
             "train",
             f"weights={LAB}",
@@ -345,7 +345,7 @@ def test_damaged_data_is_named(run, ready, tmp_path):
         (["data={clips}", "output={clips}"], "is the folder of videos itself"),
         (["data={clips}", "output=out", "crops=0"], "crops=0; give 1 to 1000"),
         (["data={clips}", "output=out", "dtype=int8"], "dtype=int8; give float32 or float16"),
-        (["data={clips}", "output=out", "frames=9"], "none of its 6 clips can be used"),
+        (["data={clips}", "output=out", "frames=9"], "none of its clips (6) can be used"),
         (["data={clips}", "output=out", "weights=random", "width=64", "height=64"], "lacks a VAE or CLIP"),
         (["data={clips}", "output={ready}", "crops=2"], "crops is 2 here but 1 there; choose another output"),
         (["data={clips}", "output={ready}", "width=32"], "sample.width is 32 here but 16 there"),

@@ -419,7 +419,7 @@ def test_both_stages_in_one_command(run, picture_file):
     assert frames.shape == (3, 16, 16, 3) and fps == 8.0  # 16 x 16 kept inside 20 x 16
     record = json.loads(Path("c.json").read_text())["settings"]
     assert record["refine_prompt"] == "a fine boat: it sails" and record["prompt"] == ["a boat"]
-    assert "1 clips are already there" in run(*words, "--resume")[1]
+    assert "1 clip already there" in run(*words, "--resume")[1]
 
 
 def test_the_second_stage_alone(run):
@@ -453,10 +453,10 @@ def test_the_rate_of_the_settings_does_not_stop_a_clip_that_keeps_its_own(run):
 def test_a_refined_clip_names_its_source(run):
     video.save(clip(4), "in.gif", fps=5)
     words = [*SECOND, "video=in.gif", "prompt=a boat", "output=o.gif", "--resume"]
-    assert run(*words)[0] == 0 and "1 clips are already there" in run(*words)[1]
+    assert run(*words)[0] == 0 and "1 clip already there" in run(*words)[1]
     assert json.loads(Path("o.gif.json").read_text())["inputs"]["video"]["sha256"] == records.sha256("in.gif")
     video.save(clip(3), "in.gif", fps=5)
-    assert "0 clips are already there" in run(*words)[1]
+    assert "0 clips already there" in run(*words)[1]
 
 
 @pytest.mark.parametrize(

@@ -359,7 +359,7 @@ def test_a_damaged_clip_is_skipped_and_reported(run, tmp_path):
     assert "skipped 1 of 2 clips" in out and "broken" in out
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "broken.mp4").write_bytes(b"no video")
-    assert "none of the 1 clips can be scored" in run("videos=bad")[2]
+    assert "none of the clips (1) can be scored" in run("videos=bad")[2]
 
 
 def test_a_clip_that_cannot_be_scored_costs_no_other(run, tmp_path):

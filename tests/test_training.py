@@ -622,8 +622,8 @@ def test_a_folder_gives_its_good_clips_and_names_the_bad_ones(folder, caplog):
     again = source(Bucket(4, 5, 2), [0, 1])
     assert torch.equal(again.pixels, clips[0].pixels)
     assert {name for name, _ in source.skipped} == {"short.gif", "broken.mp4"}
-    assert "1 captions without a file" in caplog.text and "gone.gif" in caplog.text
-    assert "1 files without a caption" in caplog.text and "orphan.gif" in caplog.text
+    assert "1 caption without a file" in caplog.text and "gone.gif" in caplog.text
+    assert "1 file without a caption" in caplog.text and "orphan.gif" in caplog.text
     assert (
         "skipping broken.mp4" in caplog.text and "2 frames at 10 fps are too short for 4 at 5" in caplog.text
     )

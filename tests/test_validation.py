@@ -282,7 +282,7 @@ def test_what_cannot_be_held_out_is_refused(run, clips, tmp_path):  # noqa: F811
     assert "holds out a share of videos, which holds a single clip" in said
     write_clips(tmp_path / "short", frames=2)
     said = run.refused("train", *WORDS, "train.data=videos", "train.validate=short", "output=out")
-    assert "train.validate=short: none of its 6 clips can be used" in said
+    assert "train.validate=short: none of its clips (6) can be used" in said
 
 
 def test_another_validation_folder_needs_resume(run, clips, tmp_path):  # noqa: F811

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from i2vgen.settings import config
+from i2vgen.settings.wording import counted
 from weights_conversion.rules import Place, Row, Table, expand
 
 Tower = Literal["text", "image"]
@@ -163,8 +164,8 @@ def from_transformers(
     missing, unexpected = sorted(expected - places.keys()), sorted(places.keys() - expected)
     if missing or unexpected:
         raise ValueError(
-            f"the CLIP towers do not fit their settings: {len(missing)} tensors are missing "
-            f"({_some(missing)}), {len(unexpected)} are unexpected ({_some(unexpected)})"
+            f"the CLIP towers do not fit their settings: {counted(len(missing), 'tensor')} missing "
+            f"({_some(missing)}), {len(unexpected)} unexpected ({_some(unexpected)})"
         )
     lacking = [name for name in ABSENT if name not in {row.theirs for row in rows}]
     dtype = held["text_model.embeddings.position_embedding.weight"].dtype

@@ -17,6 +17,7 @@ from i2vgen.files import checkpoint, records
 from i2vgen.files.eight_bits import narrow
 from i2vgen.files.safefile import Entry
 from i2vgen.settings import config, merge
+from i2vgen.settings.wording import counted
 from weights_conversion import adapters, readers, rules, sources, unet_diffusers, unet_vgen
 from weights_conversion import clip as clip_tables
 from weights_conversion import vae as vae_tables
@@ -53,13 +54,13 @@ class Report:
         lines = [f"{part:5} {line}" for part, line in self.parts.items()]
         lines += [f"note: {note}" for note in self.notes]
         if self.dropped:
-            lines.append(
-                f"dropped {len(self.dropped)} tensors of parts that are switched off: {_some(self.dropped)}"
-            )
+            count = counted(len(self.dropped), "tensor")
+            lines.append(f"dropped {count} of parts that are switched off: {_some(self.dropped)}")
         if self.fresh:
-            lines.append(f"freshly initialised {len(self.fresh)} tensors: {_some(self.fresh)}")
+            lines.append(f"freshly initialised {counted(len(self.fresh), 'tensor')}: {_some(self.fresh)}")
         if self.nonfinite:
-            lines.append(f"NaN or infinity in {len(self.nonfinite)} tensors: {_some(self.nonfinite)}")
+            count = counted(len(self.nonfinite), "tensor")
+            lines.append(f"NaN or infinity in {count}: {_some(self.nonfinite)}")
         for source in self.sources:
             known = f", which is {source['known']}" if source.get("known") else ""
             lines.append(f"source {source['file']} sha256 {source['sha256']}{known}")
@@ -369,7 +370,7 @@ def _clip(held: list[PartSource], cfg: config.Config, partial: bool, report: Rep
     report.notes += notes
     _check_shapes(held[0], state, wanted)
     if absent := sorted(set(wanted) - set(state)):
-        raise ValueError(f"{held[0].files[0]} lacks {len(absent)} tensors: {_some(absent)}")
+        raise ValueError(f"{held[0].files[0]} lacks {counted(len(absent), 'tensor')}: {_some(absent)}")
     return state, " + ".join(_line(p, p.tensors) for p in held)
 
 
@@ -413,9 +414,9 @@ def _refuse(source: PartSource, missing: list[str], unexpected: list[str], parti
         return
     lines = [f"{source.files[0]}: the {WORDS[source.part]} does not fit its layout ({source.layout})"]
     if missing:
-        lines.append(f"{len(missing)} tensors are missing: {_grouped(missing)}")
+        lines.append(f"{counted(len(missing), 'tensor')} missing: {_grouped(missing)}")
     if unexpected:
-        lines.append(f"{len(unexpected)} tensors are unexpected: {_grouped(unexpected)}")
+        lines.append(f"{counted(len(unexpected), 'tensor')} unexpected: {_grouped(unexpected)}")
     if reason := likely_reason(missing, unexpected):
         lines.append(reason)
     lines.append("--partial takes what fits; use.NAME=false says that a part is not there")
@@ -448,7 +449,8 @@ def _check_shapes(source: PartSource, state: Mapping, wanted: Mapping[str, Tenso
         if have != want:
             wrong.append(f"{name} has shape {have}, the settings say {want}")
     if wrong:
-        raise ValueError(f"{source.files[0]}: {len(wrong)} tensors have wrong shapes: {_some(wrong, '; ')}")
+        count = counted(len(wrong), "tensor")
+        raise ValueError(f"{source.files[0]}: {count} of a wrong shape: {_some(wrong, '; ')}")
 
 
 def _refuse_other_numbers(states: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -456,8 +458,9 @@ def _refuse_other_numbers(states: Mapping[str, Mapping[str, Tensor]]) -> None:
         kinds = {name: state[name].dtype for name in state}
         if wrong := [name for name, kind in kinds.items() if not kind.is_floating_point]:
             raise ValueError(
-                f"{part}: {len(wrong)} tensors are no floats: {wrong[0]} is {str(kinds[wrong[0]])[6:]}; "
-                "quantised weights are not read, give those that they were made from"
+                f"{part}: {counted(len(wrong), 'tensor')} without floating-point numbers: {wrong[0]} is "
+                f"{str(kinds[wrong[0]])[6:]}; quantised weights are not read, give those that "
+                "they were made from"
             )
 
 
@@ -475,7 +478,7 @@ def _refuse_nonfinite(states: Mapping[str, Mapping], report: Report, on_bytes: O
         report.nonfinite += [f"{part}: {name}" for name in readers.find_nonfinite(state, on_tensor=tick)]
     if report.nonfinite:
         raise ValueError(
-            f"NaN or infinity in {len(report.nonfinite)} tensors: {_some(report.nonfinite)}; "
+            f"NaN or infinity in {counted(len(report.nonfinite), 'tensor')}: {_some(report.nonfinite)}; "
             "--allow-nonfinite converts anyway"
         )
 
@@ -528,7 +531,7 @@ def _describe(path: Path, on_bytes: OnBytes | None) -> dict[str, Any]:
 def _line(source: PartSource, state: Mapping[str, Tensor]) -> str:
     parameters = sum(tensor.numel() for tensor in state.values())
     files = source.files[0].name + (f" and {len(source.files) - 1} more" if len(source.files) > 1 else "")
-    count = f"{len(state)} tensors, {parameters:,} parameters"
+    count = f"{counted(len(state), 'tensor')}, {parameters:,} parameters"
     return f"{WORDS[source.part]} from {files} ({source.layout}): {count}"
 
 

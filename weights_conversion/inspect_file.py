@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from i2vgen.files import records
+from i2vgen.settings.wording import counted
 from weights_conversion import readers
 from weights_conversion.readers import OnBytes, TensorFile
 
@@ -85,7 +86,7 @@ def _lines(file: TensorFile, recognise: Recognise | None) -> Iterator[str]:
     if told is not None:
         yield f"what      {told}"
     num, size, dtypes = _totals(file.tensors)
-    parts = f" in {len(file.parts)} files" if file.parts else ""
+    parts = f" in {counted(len(file.parts), 'file')}" if file.parts else ""
     yield f"format    {file.format}{parts}"
     yield f"tensors   {len(file.tensors):,}"
     yield f"numbers   {num:,}"

@@ -14,6 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from i2vgen.settings.wording import counted
+
 # The parameters of a leaf, and how their weight differs from ours:
 #   affine    weight and bias, unchanged
 #   weight    a weight without bias
@@ -93,7 +95,7 @@ def to_ours(rows: list[Row], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     missing, unexpected = audit(rows, theirs)
     if missing or unexpected:
         raise ValueError(
-            f"{len(missing)} tensors are missing ({_some(missing)}) and {len(unexpected)} are unexpected "
+            f"{counted(len(missing), 'tensor')} missing ({_some(missing)}) and {len(unexpected)} unexpected "
             f"({_some(unexpected)})"
         )
     return {name: tensor for row in rows for name, tensor in row.to_ours(theirs[row.theirs]).items()}

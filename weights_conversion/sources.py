@@ -15,7 +15,8 @@ from torch import Tensor
 from i2vgen.files import checkpoint
 from i2vgen.files.eight_bits import Widened
 from i2vgen.settings.config import FORMAT, SETTINGS_FILE
-from i2vgen.settings.merge import first_line, read_stored_settings
+from i2vgen.settings.merge import read_stored_settings
+from i2vgen.settings.wording import counted, first_line
 from weights_conversion import adapters, diffusers_layout, readers
 from weights_conversion.inspect_file import INDEX_ENDING, WEIGHT_ENDINGS
 from weights_conversion.recognise import COMPILED, WORDS, Renamed, bare, recognise, recognise_below
@@ -138,7 +139,7 @@ def _from_file(path: Path, ema: bool) -> list[PartSource]:
         some = ", ".join(list(tensors)[:4])
         why = "; it is an adapter: convert it by itself" if adapters.has_matrices(tensors) else ""
         raise ValueError(
-            f"{path} holds {len(tensors)} tensors, but nothing known (its names: {some}, ...){why}"
+            f"{path} holds {counted(len(tensors), 'tensor')}, but nothing known (its names: {some}, ...){why}"
         )
     notes = averaged if any(f.part == "unet" for f in found) else []
     if prefix:
@@ -196,7 +197,8 @@ def _without_dots(name: str) -> str:
 def _without(prefix: str, tensors: Mapping[str, Tensor]) -> str:
     start = prefix.removeprefix(COMPILED)
     others = [name for name in tensors if not name.replace(COMPILED, "").startswith(start)]
-    return f"; so were {len(others)} tensors without it, such as {others[0]}" if others else ""
+    count = counted(len(others), "tensor")
+    return f"; also left out: {count} without it, such as {others[0]}" if others else ""
 
 
 def _record(path: Path, extra: Mapping[str, Any]) -> dict[str, Any]:

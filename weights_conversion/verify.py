@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions
 from i2vgen.settings import config
+from i2vgen.settings.wording import counted
 from weights_conversion import clip as clip_tables
 from weights_conversion import convert, diffusers_layout, rules, sources, unet_diffusers
 from weights_conversion.recognise import WORDS
@@ -128,7 +129,7 @@ def _compare_settings(part: str, sides: list[Side], verdict: Verdict) -> None:
 
 def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdict: Verdict) -> None:
     if only := sorted(set(a) ^ set(b)):
-        verdict.add(False, f"{WORDS[part]}: {len(only)} tensors are on one side only, first {only[0]}")
+        verdict.add(False, f"{WORDS[part]}: {counted(len(only), 'tensor')} on one side only, first {only[0]}")
     names = [name for name in a if name in b]
     different = [name for name in names if not _equal(a[name], b[name])]
     if different:
@@ -136,7 +137,7 @@ def _compare(part: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor], verdic
         how = f"first {first}: {_how(a[first], b[first])}"
         verdict.add(False, f"{WORDS[part]}: {len(different)} of {len(names)} tensors differ, {how}")
     else:
-        verdict.add(True, f"{WORDS[part]}: {len(names)} tensors, bit for bit")
+        verdict.add(True, f"{WORDS[part]}: {counted(len(names), 'tensor')}, bit for bit")
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

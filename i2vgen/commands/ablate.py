@@ -36,6 +36,7 @@ from i2vgen import cli
 from i2vgen.files import lock, whole
 from i2vgen.lab import measure, own_clips, report
 from i2vgen.lab import study as studies
+from i2vgen.settings.wording import counted
 from i2vgen.training import data
 
 COSTS = "cost.json"
@@ -69,8 +70,8 @@ def main(argv: list[str]) -> int:
             own_clips.check(study.evaluate["videos"], measure.cost_config(study, study.base, budget))
         whole.check_results("output=", folder, report.FILES, ours=begun)
         print(
-            f"{study.question}\n{len(study.variants)} variants, {len(todo)} runs, of which "
-            f"{len(todo) - len(left)} are done"
+            f"{study.question}\n{counted(len(study.variants), 'variant')}, {counted(len(todo), 'run')}, "
+            f"{len(todo) - len(left)} of them done"
         )
 
         costs = None

@@ -46,6 +46,7 @@ from i2vgen.refiner import refine
 from i2vgen.settings import shipped
 from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
+from i2vgen.settings.wording import counted
 
 FLAGS = ("--print-config", "--resume")
 JOBS = {"image", "prompt", "items", "video", "weights"}  # without any of them, the first clip is made
@@ -75,7 +76,7 @@ def make(argv: list[str], crew: Crew) -> int:
             before = todo
             left = crew.decided(lambda: [i for i, job in enumerate(before) if not job.done(config)])
             todo = [before[i] for i in left]
-            print(f"{len(before) - len(todo)} clips are already there, {len(todo)} to make")
+            print(f"{counted(len(before) - len(todo), 'clip')} already there, {len(todo)} to make")
             if not todo:
                 return 0
         runtime.apply(config.runtime)
@@ -118,7 +119,7 @@ def first_clip(overrides: list[str]) -> Config:
 
 
 def tell(clip: pipeline.Video, path: Path) -> None:
-    facts = f"{len(clip.frames)} frames, seed {clip.seed}"
+    facts = f"{counted(len(clip.frames), 'frame')}, seed {clip.seed}"
     print(f"{cli.shown(path)} ({facts}), settings in {cli.shown(records.path_of(path))}")
 
 
@@ -143,7 +144,7 @@ def first_stage(
         model = pipeline.load_parts(config, tell=lambda estimate: print(f"memory: {estimate}"))
         print(describe(config, model))
         if crew.world > 1 and model.ranks is None:
-            print(f"{crew.world} processes share {len(todo)} clips")
+            print(f"{crew.world} processes share {counted(len(todo), 'clip')}")
 
     batches = range(0, len(todo), size)
     together = model.ranks is not None
@@ -179,7 +180,8 @@ def second_stage(
         stage = config.refine
         print(
             f"second stage: at most {stage.width} x {stage.height} pixels, noise level {stage.noise_level}, "
-            f"{stage.steps} steps of {stage.solver}, guidance {stage.guidance:g}, on {refiner.device}"
+            f"{counted(stage.steps, 'step')} of {stage.solver}, guidance {stage.guidance:g}, "
+            f"on {refiner.device}"
         )
     for number, (job, clip) in enumerate(clips, start=1):
         label = f"refining {number} of {len(clips)}"
@@ -195,9 +197,11 @@ def second_stage(
 
 def describe(config, model) -> str:
     sample, made = config.sample, pipeline.steps_made(config)
-    steps = f"{made} steps" + ("" if made == sample.steps else f" (for steps={sample.steps}, by its spacing)")
+    steps = counted(made, "step")
+    if made != sample.steps:
+        steps += f" (for steps={sample.steps}, by its spacing)"
     return (
-        f"{sample.width} x {sample.height} pixels, {sample.frames} frames, {steps}, "
+        f"{sample.width} x {sample.height} pixels, {counted(sample.frames, 'frame')}, {steps}, "
         f"guidance {sample.guidance:g}, on {model.device} in "
         f"{machine.precision(model.unet.conv_in.weight.dtype, model.device)}"
         + (f", split over {model.ranks}" if model.ranks else "")

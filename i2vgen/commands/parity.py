@@ -30,6 +30,7 @@ from i2vgen.files.tables import Table
 from i2vgen.parity import kinds
 from i2vgen.parity.report import Golden, Row, Settings
 from i2vgen.settings import config
+from i2vgen.settings.wording import counted
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +56,8 @@ def main(argv: list[str]) -> int:
     failed = sum(not row.passed for row in rows)
     if out is not None:
         write_json(out, arguments.dtype, str(where), tables, unread)
-    print(f"\n{len(rows)} rows in {len(tables)} files, {arguments.dtype} on {where}: {failed} failed")
+    where_from = f"{counted(len(rows), 'row')} in {counted(len(tables), 'file')}"
+    print(f"\n{where_from}, {arguments.dtype} on {where}: {failed} failed")
     if unread:
         raise ValueError("; ".join(unread))
     return 1 if failed or not rows else 0

@@ -38,6 +38,7 @@ from i2vgen.fast.processes import own_device
 from i2vgen.files import checkpoint, whole
 from i2vgen.settings.config import RANDOM, Config
 from i2vgen.settings.merge import load_config
+from i2vgen.settings.wording import counted
 from i2vgen.training import prepare, prepared
 from i2vgen.training.settings import WORLD, Train, load_settings
 
@@ -63,18 +64,22 @@ def main(argv: list[str]) -> int:
         tqdm(total=count, unit="clip", disable=rank > 0, mininterval=0.5) as bar,
     ):
         if rank == 0:
-            sizes = ", ".join(f"{frames} frames at {fps} fps" for frames, fps in job.facts["buckets"])
-            held = "1 shard" if len(job.shards) == 1 else f"{len(job.shards)} shards"
+            sizes = ", ".join(
+                f"{counted(frames, 'frame')} at {fps} fps" for frames, fps in job.facts["buckets"]
+            )
+            held = counted(len(job.shards), "shard")
             size = f"{config.sample.width} x {config.sample.height}"
-            bar.write(f"{count} clips in {held} on {device}: {size}, {sizes}")
+            bar.write(f"{counted(count, 'clip')} in {held} on {device}: {size}, {sizes}")
         summary = job.run(lambda done: advance(bar, done))
     if summary.missing:
         if rank == 0:
             print(f"{summary.missing} of {len(job.shards)} shards are still being made by other processes")
         return 0
     place, skipped = cli.shown(output), summary.skipped
-    note = f"; {skipped} were skipped, {prepared.SKIPPED} says why" if skipped else ""
-    print(f"{place} holds {summary.clips - skipped} clips in {summary.rows} crops{note}")
+    note = f"; {counted(skipped, 'clip')} skipped, {prepared.SKIPPED} says why" if skipped else ""
+    print(
+        f"{place} holds {counted(summary.clips - skipped, 'clip')} in {counted(summary.rows, 'crop')}{note}"
+    )
     return 0
 
 

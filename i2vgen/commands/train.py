@@ -44,6 +44,7 @@ from i2vgen.fast import machine, runtime
 from i2vgen.fast.processes import own_device
 from i2vgen.files import whole
 from i2vgen.memory.free import free_memory
+from i2vgen.settings.wording import counted
 from i2vgen.training import clip, data, diffusion, loop, plans, shards, vae
 from i2vgen.training.prepared import is_prepared, read_facts
 from i2vgen.training.settings import SECTION, WORLD, load_settings
@@ -94,7 +95,7 @@ def main(argv: list[str]) -> int:
             tqdm(total=train.steps, unit="step", disable=rank > 0, mininterval=0.5) as bar,
         ):
             if rank == 0:
-                shared = "1 process" if ranks == 1 else f"{ranks} processes"
+                shared = counted(ranks, "process")
                 bar.write(
                     f"{train.part}: {count:,} parameters on {device}, {shared}, in "
                     f"{machine.precision(loop.precision(train, device), device)}",

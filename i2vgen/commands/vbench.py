@@ -32,6 +32,7 @@ from i2vgen.files import whole
 from i2vgen.scoring import vbench
 from i2vgen.settings.config import Config
 from i2vgen.settings.merge import load_config
+from i2vgen.settings.wording import counted
 
 TEXTS = ("info", "images", "dimensions", "ratio", "share")
 
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
     jobs.check([sample.job for sample in todo], config)
     whole.check_folder("output=", Path(config.output) / "videos")
     left = [sample for sample in todo if not sample.job.done(config)]
-    print(f"{len(todo)} clips, of which {len(todo) - len(left)} are done")
+    print(f"{counted(len(todo), 'clip')}, {len(todo) - len(left)} of them done")
     if left:
         make(config, left)
     folder = vbench.link_samples(samples, Path(config.output))

@@ -12,6 +12,7 @@ from i2vgen.evaluation.evaluate import Evaluation
 from i2vgen.evaluation.scores import ACCURACIES, MEANS, SCORES, SHAPES, Made, Scores, asked
 from i2vgen.files import pages, whole
 from i2vgen.files.tables import NONE, Table
+from i2vgen.settings.wording import counted
 
 LABELS = {
     "motion_accuracy_basic": "motion, basic clips",
@@ -149,9 +150,9 @@ def of_set(evaluation: Evaluation, name: str) -> list[Made]:
 def summary(evaluation: Evaluation) -> str:
     s = evaluation.settings
     return (
-        f"{s['weights']}: {s['clips']} seeds from {s['first_seed']}, {s['width']} x {s['height']} pixels, "
-        f"{s['frames']} frames, {s['steps']} steps, guidance {s['guidance']:g}, "
-        f"{evaluation.scores.seconds:.0f} s"
+        f"{s['weights']}: {counted(s['clips'], 'seed')} from {s['first_seed']}, "
+        f"{s['width']} x {s['height']} pixels, {counted(s['frames'], 'frame')}, "
+        f"{counted(s['steps'], 'step')}, guidance {s['guidance']:g}, {evaluation.scores.seconds:.0f} s"
     )
 
 

@@ -40,6 +40,7 @@ from i2vgen.model.vae import AutoencoderKL
 from i2vgen.settings import config as settings
 from i2vgen.settings.config import SETTINGS_FILE, Config, Use
 from i2vgen.settings.merge import from_dict, read_stored_settings
+from i2vgen.settings.wording import counted
 
 ORIGIN_FILE = "origin.json"
 CARD_FILE = "README.md"  # a model card, by hand: never read, and kept when the weights are replaced
@@ -198,14 +199,15 @@ def fill(
     new = [name for name in wanted if name not in filled and name in changed.added]
     if new and initial is not None:
         warnings.warn(
-            f"{source} lacks {len(new)} tensors that the settings add ({new[0]}, ...): they start untrained",
+            f"{source} lacks {counted(len(new), 'tensor')} that the settings add ({new[0]}"
+            f"{', ...' * (len(new) > 1)}): what is new starts untrained",
             stacklevel=3,
         )
         filled |= {name: place(name, t) for name, t in initial(new).items()}
     problems += [f"missing {name}" for name in wanted if name not in filled and not _named(problems, name)]
     if problems:
         shown = "; ".join(problems[:6]) + ("; ..." if len(problems) > 6 else "")
-        raise ValueError(f"{source} does not fit the settings in {len(problems)} tensors: {shown}")
+        raise ValueError(f"{source} does not fit the settings in {counted(len(problems), 'tensor')}: {shown}")
     inner(model).load_state_dict(filled, strict=True, assign=True)
     if isinstance(model, ClipEncoders):
         model.reset_buffers()

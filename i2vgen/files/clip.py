@@ -13,6 +13,7 @@ from PIL import Image
 
 from i2vgen.files import given, records, video, whole
 from i2vgen.settings.config import Config
+from i2vgen.settings.wording import counted
 
 OUTPUTS = ("video", "frames", "pil", "tensor", "latents")  # what `model(..., output=)` can return
 SHOWN_WIDTH = 256  # pixels at which a notebook shows a smaller clip
@@ -36,7 +37,7 @@ class Video:
 
     def __repr__(self) -> str:
         f, height, width, _ = self.frames.shape
-        return f"Video({f} frames of {width} x {height}, prompt={self.prompt!r}, seed={self.seed})"
+        return f"Video({counted(f, 'frame')} of {width} x {height}, prompt={self.prompt!r}, seed={self.seed})"
 
     @property
     def rate(self) -> float:
@@ -88,6 +89,6 @@ class Video:
             f'<figure style="margin:0"><img width="{wide}" height="{round(height * wide / width)}" '
             f'style="image-rendering:{"pixelated" if wide > width else "auto"}" alt="the clip" '
             f'src="data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}">'
-            f"<figcaption>{html.escape(self.prompt)}<br><small>seed={self.seed}, {len(self.frames)} frames, "
-            f"{told}</small></figcaption></figure>"
+            f"<figcaption>{html.escape(self.prompt)}<br><small>seed={self.seed}, "
+            f"{counted(len(self.frames), 'frame')}, {told}</small></figcaption></figure>"
         )

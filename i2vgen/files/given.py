@@ -28,6 +28,7 @@ from i2vgen.diffusion.schedulers import FromDiffusers, from_diffusers
 from i2vgen.files import images, records
 from i2vgen.model.conditioning import Conditions, Encoded
 from i2vgen.settings.config import Config
+from i2vgen.settings.wording import counted
 
 Picture = str | os.PathLike | Image.Image | np.ndarray | Tensor
 DTYPES = ("float64", "float32", "bfloat16", "float16")  # of `runtime.dtype`
@@ -51,7 +52,7 @@ def paired(pictures: Any, prompts: Any, seeds: Any) -> tuple[list, list[str], li
     counts = {len(one) for one, alone in zip(lists, lone, strict=True) if not alone} or {1}
     if len(counts) > 1 or 0 in counts:
         told = zip(map(len, lists), ("picture", "prompt", "seed"), strict=True)
-        got = ", ".join(f"{n} {what}" if n == 1 else f"{n} {what}s" for n, what in told)
+        got = ", ".join(counted(n, what) for n, what in told)
         raise ValueError(f"got {got}; give as many of each, or a single one for all")
     lists = [one * max(counts) if alone else one for one, alone in zip(lists, lone, strict=True)]
     return lists[0], [prompt(one) for one in lists[1]], [seed(one) for one in lists[2]]
@@ -163,7 +164,8 @@ def spread(given: Any, default: str, count: int) -> list[str]:
     """Negative prompts: one for each clip, one for all, or none for that of the settings"""
     texts = list(given) if isinstance(given, list | tuple) else [default if given is None else given]
     if len(texts) not in (1, count):
-        raise ValueError(f"got {len(texts)} negative prompts for {count} clips; give one, or as many")
+        got = counted(len(texts), "negative prompt")
+        raise ValueError(f"got {got} for {counted(count, 'clip')}; give one, or as many")
     return [prompt(one) for one in texts] * (count // len(texts))
 
 
@@ -255,7 +257,8 @@ def seeds_for(given: Any, count: int) -> list[int]:
     """Seeds of clips whose conditions are `count`: as many, or any number if one serves all"""
     seeds = [seed(one) for one in given] if listed(given) else [seed(given)] * count
     if count not in (1, len(seeds)) or not seeds:
-        raise ValueError(f"got conditions of {count} clips and {len(seeds)} seeds; give as many of each")
+        got = f"conditions of {counted(count, 'clip')} and {counted(len(seeds), 'seed')}"
+        raise ValueError(f"got {got}; give as many of each")
     return seeds
 
 

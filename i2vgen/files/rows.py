@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from i2vgen.files.safefile import DTYPES, METADATA
+from i2vgen.settings.wording import counted
 
 MOST_OPEN = 64  # files
 MAX_HEADER = 2**26  # bytes
@@ -58,7 +59,9 @@ class RowFile:
         dtype, shape, start = self.places[name]
         count = shape[0] - first if count is None else count
         if not 0 <= first <= first + count <= shape[0]:
-            raise self._damaged(f"{name} has {shape[0]} rows; asked for {first} to {first + count}")
+            raise self._damaged(
+                f"{name} has {counted(shape[0], 'row')}; asked for {first} to {first + count}"
+            )
         rows = torch.empty((count, *shape[1:]), dtype=dtype)
         width = math.prod(shape[1:]) * dtype.itemsize
         if width and count:

@@ -18,6 +18,7 @@ from i2vgen.lab.measure import CLIPS, RESULT, made_by
 from i2vgen.lab.study import Budget, Run, Study
 from i2vgen.scoring import stats
 from i2vgen.scoring.scores import METRICS, SETS
+from i2vgen.settings.wording import counted
 from i2vgen.training.settings import WORLD
 
 CALLS = "UNet calls a clip"  # a pair of guidance counts two
@@ -285,8 +286,8 @@ def setup_table(study: Study, budget: Budget, results: dict[Run, dict]) -> Table
             ("training data", data),
             (
                 "training",
-                f"{STARTS[study.start]}, {train.steps} steps of {train.batch} clips, rate "
-                f"{train.learning_rate:g}",
+                f"{STARTS[study.start]}, {counted(train.steps, 'step')} of {counted(train.batch, 'clip')}, "
+                f"rate {train.learning_rate:g}",
             ),
             ("seeds", ", ".join(map(str, range(budget.seeds)))),
         ]

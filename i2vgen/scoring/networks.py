@@ -33,7 +33,8 @@ from torch import Tensor
 
 from i2vgen.files import checkpoint, images
 from i2vgen.model.clip import ClipEncoders
-from i2vgen.settings.merge import first_line, load_config
+from i2vgen.settings.merge import load_config
+from i2vgen.settings.wording import counted, first_line
 
 Network = Callable[..., Tensor]
 FVD_SIDE = 224  # input size of the published I3D networks
@@ -205,7 +206,8 @@ class Lpips:
             out = torch.as_tensor(self.network(*pair)).reshape(-1).double().cpu()
             if len(out) != len(pair[0]):
                 raise ValueError(
-                    f"lpips_network returned {len(out)} numbers for {len(pair[0])} pairs; expected one each"
+                    f"lpips_network returned {counted(len(out), 'number')} for "
+                    f"{counted(len(pair[0]), 'pair')}; expected one each"
                 )
             found.append(out)
         return float(torch.cat(found).mean())

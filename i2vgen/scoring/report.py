@@ -12,6 +12,7 @@ from i2vgen.files.tables import NONE, Table
 from i2vgen.scoring.clips import frames
 from i2vgen.scoring.scores import METRICS, SETS, Found, Job, Metric, differences
 from i2vgen.scoring.stats import Mean
+from i2vgen.settings.wording import counted
 
 ARROWS = {"higher": "higher", "lower": "lower", "": "-"}
 INSIDE = "inside the error bars"
@@ -75,11 +76,11 @@ def notes(job: Job, found: Sequence[Found]) -> list[str]:
     lines = []
     if skipped := found[0].skipped:
         name, why = next(iter(skipped.items()))
-        lines.append(
-            f"skipped {len(skipped)} of {len(job.models[0].clips)} clips, the first is {name}: {why}"
-        )
+        count = counted(len(job.models[0].clips), "clip")
+        lines.append(f"skipped {len(skipped)} of {count}, the first is {name}: {why}")
     if job.unpaired:
-        lines.append(f"left out {len(job.unpaired)} clips that only one has, the first is {job.unpaired[0]}")
+        count = counted(len(job.unpaired), "clip")
+        lines.append(f"left out {count} that only one has, the first is {job.unpaired[0]}")
     for need in dict.fromkeys(job.left_out.values()):
         names = ", ".join(name for name, lack in job.left_out.items() if lack == need)
         lines.append(f"not scored: {names}; needed: {need}")
@@ -118,9 +119,10 @@ def as_figure(job: Job, found: Sequence[Found], number: int) -> pages.Figure:
 
 
 def describe(found: Sequence[Found]) -> str:
+    count = counted(len(found[0].rows), "clip")
     if len(found) == 1:
-        return f"{found[0].place}: {len(found[0].rows)} clips"
-    return f"videos {found[0].place} against {found[1].place}: {len(found[0].rows)} clips with the same names"
+        return f"{found[0].place}: {count}"
+    return f"videos {found[0].place} against {found[1].place}: {count} with the same names"
 
 
 # ---------------------------------------------------------------------------------------------------

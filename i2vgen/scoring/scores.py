@@ -25,6 +25,7 @@ from i2vgen.scoring import flow, metrics, networks, stats
 from i2vgen.scoring.clips import Clip
 from i2vgen.scoring.stats import Mean
 from i2vgen.settings.config import Runtime
+from i2vgen.settings.wording import counted
 
 NEEDS = {
     "picture": "the picture that each clip was made from: its record, the JSON next to the clip, or a list",
@@ -283,7 +284,7 @@ def run(job: Job, judges: Judges, on_clip: Callable[[], None] = lambda: None) ->
             on_clip()
     if not found[0].rows:
         name, why = next(iter(found[0].skipped.items()))
-        raise ValueError(f"none of the {len(found[0].skipped)} clips can be scored; {name}: {why}")
+        raise ValueError(f"none of the clips ({len(found[0].skipped)}) can be scored; {name}: {why}")
     for one, own, true in zip(found, features, true_features, strict=True):
         for name in job.names:
             if name in SETS:
@@ -421,8 +422,9 @@ def set_distance(name: str, own: Sequence[np.ndarray], true: Sequence[np.ndarray
         return Mean(None, None, None, len(own))
     if name == "fvd" and len(own) <= len(own[0]):
         warnings.warn(
-            f"fvd: {len(own)} clips span fewer than the {len(own[0])} directions of their features; it comes "
-            "out too high, and only values of as many clips can be compared (kvd has no such bias)",
+            f"fvd: {counted(len(own), 'clip')} span fewer than the {len(own[0])} directions of their "
+            "features; it comes out too high, and only values of as many clips can be compared (kvd has no "
+            "such bias)",
             stacklevel=2,
         )
     return Mean(SETS[name](np.stack(own), np.stack(true)), None, None, len(own))

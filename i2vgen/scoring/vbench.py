@@ -25,6 +25,7 @@ from typing import NamedTuple
 from i2vgen.files import whole
 from i2vgen.jobs import Job
 from i2vgen.settings.config import MAX_SEED, Config
+from i2vgen.settings.wording import counted
 
 SAMPLES = 5  # per prompt, as the benchmark expects
 RATIOS = ("1-1", "8-5", "7-4", "16-9")  # width to height, the names of the benchmark's folders
@@ -135,7 +136,7 @@ def plan(
             made.append(Sample(Job(str(pictures / entry.image_name), entry.prompt, seed, clip), name))
     if lacking := [s.job.image for s in made if not Path(s.job.image).is_file()]:
         lacking = list(dict.fromkeys(lacking))
-        raise ValueError(f"{len(lacking)} pictures are missing, such as {lacking[0]}; check images=")
+        raise ValueError(f"{counted(len(lacking), 'picture')} missing, such as {lacking[0]}; check images=")
     return made
 
 

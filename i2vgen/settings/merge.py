@@ -46,6 +46,7 @@ from i2vgen.settings.config import (
     Config,
     Schedule,
 )
+from i2vgen.settings.wording import first_line, shortened
 
 MOST_NAMED = 30  # names that a message can list
 
@@ -436,17 +437,6 @@ def _nearest(name: str, known: list[str], prefix: str = "") -> str:
     if len(known) > MOST_NAMED:
         return "; i2vgen/settings/config.py lists them all"
     return f"; known are {', '.join(prefix + n for n in known)}"
-
-
-def shortened(value: Any, most: int = 200) -> str:
-    """A value as Python writes it, cut where it is long."""
-    text = repr(value)
-    return text if len(text) <= most else text[:most] + "..."
-
-
-def first_line(error: BaseException) -> str:
-    """Of its message; the error's kind where there is none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def refuse_contradiction(stored: Mapping, weights: str, layer: Mapping, source: str) -> None:

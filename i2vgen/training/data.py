@@ -34,6 +34,7 @@ from torch import Tensor
 from i2vgen.files import fingerprint, images, lists, reading
 from i2vgen.model.clip import unknown_words
 from i2vgen.settings.config import Config
+from i2vgen.settings.wording import counted
 from i2vgen.training import copies, draws, prepared
 from i2vgen.training.draws import Clips, Source, derived_seed, generator  # noqa: F401
 from i2vgen.training.prepared import Prepared
@@ -171,8 +172,8 @@ def refuse_too_few(source: Source, train: Train, ranks: int) -> None:
     setting, count = (source.setting, len(source)) if listed else ("train.data", train.num_clips)
     if 0 < count < ranks:
         raise ValueError(
-            f"{setting}={train.data} gives {count} clips to {ranks} processes; give as many clips, or start "
-            "fewer processes"
+            f"{setting}={train.data} gives {counted(count, 'clip')} to {ranks} processes; give as many "
+            "clips, or start fewer processes"
         )
 
 
@@ -293,14 +294,15 @@ class Folder:
             LOGGER.warning("%s: %s", self.folder, hint)
         if not self.files:
             raise ValueError(
-                f"{setting}={self.folder} holds no clip to train on: {len(self.without_file)} captions "
-                f"without a file, {len(self.without_caption)} files ({', '.join(reading.VIDEOS)}, or folders "
-                f"of frame_0000.png, ...) without a caption{'; ' + hint if hint else ''}"
+                f"{setting}={self.folder} holds no clip to train on: "
+                f"{counted(len(self.without_file), 'caption')} without a file, "
+                f"{counted(len(self.without_caption), 'file')} ({', '.join(reading.VIDEOS)}, or folders of "
+                f"frame_0000.png, ...) without a caption{'; ' + hint if hint else ''}"
             )
         if train.part != "vae" and config.use.text and not any(map(any, map(captions.get, self.files))):
             raise ValueError(
-                f"{setting}={self.folder}: all captions of its {len(self.files)} clips are empty; write "
-                "them, or set use.text=false"
+                f"{setting}={self.folder}: all captions of its {counted(len(self.files), 'clip')} are empty; "
+                "write them, or set use.text=false"
             )
         for bucket in buckets(config, train):
             self(bucket, [0])  # fails early if the folder is unusable
@@ -356,7 +358,7 @@ class Folder:
                 return frames, captions[draws.one_of(len(captions), seed, position, draws.CAPTION_STREAM)]
         reasons = "; ".join(f"{name}: {why}" for (name, _), why in list(self.skipped.items())[:3])
         raise ValueError(
-            f"{self.setting}={self.folder}: none of its {len(self.files)} clips can be used for the bucket "
+            f"{self.setting}={self.folder}: none of its clips ({len(self.files)}) can be used for the bucket "
             f"train.frame_lengths = {bucket.frames} with train.sample_fps = {bucket.fps} ({reasons})"
         )
 

@@ -20,7 +20,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from i2vgen.settings import yaml_text
 from i2vgen.settings.config import MAX_COUNT, MAX_FRAMES, MAX_SEED, SHORT, Config
-from i2vgen.settings.merge import first_line, load_config, refuse_references, shortened
+from i2vgen.settings.merge import load_config, refuse_references
+from i2vgen.settings.wording import first_line, shortened
 from i2vgen.world import drawing
 
 SECTION = "train"

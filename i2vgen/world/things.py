@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 from torch import Tensor
 
+from i2vgen.settings.wording import counted
+
 Part = Literal["training", "never trained", "all"]
 SPLIT = 52  # decides, with the word, which part it falls into; another number is another split
 NEVER_TRAINED = 0.15  # share of the last words whose things are kept from training
@@ -332,7 +334,7 @@ def load_photographs(place: str | Path, *, setting: str = "backgrounds=") -> lis
     if not found:
         why = f" ({'; '.join(reasons[:3])})" if reasons else ""
         raise ValueError(
-            f"{setting}{place} holds no usable photograph: {len(files)} files end in "
+            f"{setting}{place} holds no usable photograph: {counted(len(files), 'file')} with an ending of "
             f"{', '.join(PHOTOGRAPHS)}{why}"
         )
     return found
