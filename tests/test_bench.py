@@ -17,8 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from i2vgen.bench import count
 from i2vgen.bench.cases import CASES
+from i2vgen.fast import guard, savings
 from i2vgen.memory.meter import Meter
+from i2vgen.model.conditioning import Conditions
 from i2vgen.settings import config
+from i2vgen.settings.config import Runtime
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "bench.py"
 BF16 = 2  # bytes
@@ -80,17 +83,54 @@ def test_convolution_keeps_channels_last(layer):
     assert not layer(last).permute(0, 2, 3, 1).is_contiguous()  # what meta says without the meter
 
 
-def test_what_the_meter_says_itself_is_what_a_cpu_gives():
-    """Norms and linear layers on `meta` are answered by the meter: shapes, formats, types."""
-    x = torch.randn(2, 8, 8, 4).permute(0, 3, 1, 2)
-    for layer in (nn.GroupNorm(2, 4), nn.LayerNorm(8), nn.Linear(8, 5)):
-        with torch.no_grad(), Meter() as real:
-            wanted = layer(x)
-        layer, like = layer.to("meta"), x.to("meta")
-        with torch.no_grad(), Meter() as said:
-            got = layer(like)
-        assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
-        assert (said.bytes, said.peak, said.operations) == (real.bytes, real.peak, real.operations)
+LAST = (2, 8, 8, 4)  # of which the calls below make a picture in channels-last format
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes"),
+    [
+        (lambda x, w, b: F.group_norm(x.movedim(3, 1), 2, w, b), (LAST, (4,), (4,))),
+        (lambda x, w, b: F.layer_norm(x, (4,), w, b), (LAST, (4,), (4,))),
+        (lambda x, w, b: F.linear(x, w, b), (LAST, (5, 4), (5,))),
+        (lambda x, w: F.linear(x, w), (LAST, (5, 4))),
+        (lambda x, w: torch.mm(x.t(), w), ((7, 3), (7, 5))),
+        (lambda x, w, b: F.conv2d(x.movedim(3, 1), w, b, padding=1), (LAST, (6, 4, 3, 3), (6,))),
+        (
+            lambda x, w: F.conv2d(x, w, stride=2, padding=(0, 2), dilation=(2, 1)),
+            ((2, 4, 9, 8), (6, 4, 3, 3)),
+        ),
+        (lambda x, w: F.conv2d(x, w, groups=2), ((2, 4, 9, 8), (6, 2, 3, 3))),
+        (lambda x, w: F.conv3d(x, w, padding=(1, 0, 0)), ((2, 4, 5, 3, 3), (6, 4, 3, 1, 1))),
+        (lambda x, w: F.conv1d(x, w, padding=1), ((2, 4, 9), (6, 4, 3))),
+        (lambda x, w: F.conv_transpose2d(x, w, stride=2), ((2, 4, 5, 5), (4, 6, 3, 3))),
+        (lambda x, y: x + y, (LAST, LAST)),
+        (lambda x, y: x + y, (LAST, (4,))),
+        (lambda x, y: x + y, (LAST, (2, 1, 1, 4))),
+        (lambda x, y: x + y, ((4,), LAST)),
+        (lambda x, y: x.movedim(3, 1) + y, (LAST, (4, 1, 1))),
+        (lambda x, y: x.movedim(3, 1) + y.movedim(3, 1), (LAST, LAST)),
+        (lambda x, y: torch.add(x, y, alpha=2) + 1, (LAST, LAST)),
+        (lambda x, y: x.half() + y, (LAST, LAST)),
+        (lambda x, y: x[..., :2] + y[..., 1:3], (LAST, LAST)),
+        (lambda x: F.silu(x.movedim(3, 1)), (LAST,)),
+        (lambda x: F.silu(x[:, ::2]), (LAST,)),
+        (lambda x: F.silu(x[:1].expand(3, -1, -1, -1)), (LAST,)),
+        (lambda x, y: F.silu(x + y, inplace=True).add_(y).mul_(y), (LAST, (4,))),
+        (lambda x, a, b: (x + 1).addmm_(a, b), ((3, 5), (3, 4), (4, 5))),
+        (lambda x: x.unflatten(3, (2, 2)).permute(0, 3, 1, 2, 4).reshape(4, -1), (LAST,)),
+        (lambda q: F.scaled_dot_product_attention(q, q, q).movedim(1, 2).flatten(2), ((2, 3, 5, 8),)),
+    ],
+)
+def test_what_the_meter_says_itself_is_what_a_cpu_gives(call, shapes):
+    """What is answered on `meta` without PyTorch has its shape, format and type, and counts as much."""
+    inputs = [torch.randn(shape) for shape in shapes]
+    with torch.no_grad(), Meter() as real:
+        wanted = call(*inputs)
+    inputs = [x.to("meta") for x in inputs]
+    with torch.no_grad(), Meter() as said:
+        got = call(*inputs)
+    assert (got.shape, got.stride(), got.dtype) == (wanted.shape, wanted.stride(), wanted.dtype)
+    assert (said.peak, said.live, said.table) == (real.peak, real.live, real.table)
 
 
 def test_group_norm_keeps_channels_last():
@@ -416,3 +456,17 @@ def test_every_case_is_in_the_help():
     status, out, _ = run_script("--help")
     assert status == 0 and "i2vgen bench case=count" in out
     assert all(f"case={name}" in out for name in CASES)
+
+
+def test_the_first_count_of_a_process_is_as_any(make_unet, make_inputs):
+    """A saving looks at networks that it builds once: they are none of what is counted."""
+    unet, (x, t, cond) = make_unet().to("meta"), make_inputs()
+    savings.apply(unet, Runtime())
+
+    def count():
+        with torch.no_grad(), Meter() as m:
+            unet(x.to("meta"), t.to("meta"), unet.prepare(Conditions(*(c.to("meta") for c in cond)), 4))
+        return m.peak, m.table
+
+    guard.built.cache_clear()
+    assert count() == count()

@@ -6,6 +6,7 @@ carry no noise, need no weights, and take seconds at any size. What is counted s
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
 from collections.abc import Iterable
@@ -17,9 +18,24 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from i2vgen.fast import kernels  # noqa: F401, for its operator
+from i2vgen.fast import guard, kernels  # noqa: F401, the kernels for their operator
 
 aten = torch.ops.aten
+
+
+def empty(shape: Iterable[int], dtype: torch.dtype) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, device="meta")
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """PyTorch's for `meta` does this in Python and takes a hundred times as long."""
+    dense = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1:
+            if stride != dense:
+                return torch.empty_like(x)
+            dense *= size
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
 
 
 @torch.library.custom_op("i2vgen_meter::attention", mutates_args=())
@@ -29,9 +45,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
 
 
 @attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+def _attention_result(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     # The fused kernels of CPU and CUDA lay their result out as the queries lie.
-    return torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
+    return empty_like(q) if v.shape[-1] == q.shape[-1] else empty((*q.shape[:-1], v.shape[-1]), q.dtype)
 
 
 @torch.library.custom_op("i2vgen_meter::attention_backward", mutates_args=())
@@ -106,26 +122,65 @@ ARITHMETIC = {
 }
 
 
-# PyTorch works these out in Python on `meta`, which is most of the time of a count; the answer is simple.
+# PyTorch works these out in Python on `meta`, which is most of the time of a count. The simple cases stand
+# here; None leaves a call to PyTorch.
+
+
+def _in_place(x: Tensor, *rest) -> Tensor:
+    return x
+
+
+def _one_by_one(x: Tensor) -> Tensor:
+    return empty_like(x)
+
+
+def _sum(x: Tensor, y: Tensor | float) -> Tensor | None:
+    if not (isinstance(y, Tensor) and y.dtype == x.dtype and x.is_contiguous() and y.ndim <= x.ndim):
+        return None
+    fits = all(n in (1, m) for n, m in zip(y.shape[::-1], x.shape[::-1], strict=False))
+    return empty(x.shape, x.dtype) if fits else None
 
 
 def _addmm_result(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
+    return empty((a.shape[0], b.shape[1]), a.dtype)
+
+
+def _mm_result(a: Tensor, b: Tensor) -> Tensor:
+    return empty((a.shape[0], b.shape[1]), a.dtype)
+
+
+def _convolution_result(
+    x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool, *rest
+) -> Tensor | None:
+    if transposed or x.ndim != weight.ndim:
+        return None
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
+    pixels = [(size + 2 * edge - gap * (width - 1) - 1) // step + 1 for size, width, step, edge, gap in sizes]
+    return empty((x.shape[0], weight.shape[0], *pixels), x.dtype)
 
 
 def _layer_norm_result(x: Tensor, shape: list[int], *rest) -> tuple[Tensor, Tensor, Tensor]:
     statistics = x.shape[: x.ndim - len(shape)] + (1,) * len(shape)
     wide = torch.promote_types(x.dtype, torch.float32)
-    mean, deviation = (x.new_empty(statistics, dtype=wide) for _ in range(2))
-    return x.new_empty(x.shape), mean, deviation
+    return empty(x.shape, x.dtype), empty(statistics, wide), empty(statistics, wide)
 
 
 def _group_norm_result(x: Tensor, weight, bias, n: int, c, pixels, groups: int, eps) -> tuple[Tensor, ...]:
-    return torch.empty_like(x), x.new_empty(n, groups), x.new_empty(n, groups)
+    return empty_like(x), empty((n, groups), x.dtype), empty((n, groups), x.dtype)
 
 
 RESULTS = {
+    aten.add_.Tensor: _in_place,
+    aten.mul_.Tensor: _in_place,
+    aten.silu_.default: _in_place,
+    aten.gelu_.default: _in_place,
+    aten.addmm_.default: _in_place,
+    aten.silu.default: _one_by_one,
+    aten.add.Tensor: _sum,
+    aten.mm.default: _mm_result,
     aten.addmm.default: _addmm_result,
+    aten.convolution.default: _convolution_result,
+    ATTENTION: _attention_result,
     aten.native_layer_norm.default: _layer_norm_result,
     aten.native_group_norm.default: _group_norm_result,
 }
@@ -201,6 +256,7 @@ class Meter(TorchDispatchMode):
         return sum(row.calls for row in self._table.values())
 
     def __enter__(self) -> Meter:
+        guard.built()  # networks that the first forward of a process builds: not part of what is counted
         super().__enter__()
         self._attention.__enter__()
         return self
@@ -210,9 +266,11 @@ class Meter(TorchDispatchMode):
         super().__exit__(*raised)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in RESULTS and args[0].is_meta and not kwargs:
-            result = RESULTS[func](*args)
-        else:
+        if _only_views(func):
+            return func(*args, **(kwargs or {}))
+        quick = RESULTS.get(func)
+        result = quick(*args) if quick and not kwargs and args[0].is_meta else None
+        if result is None:
             result = func(*args, **(kwargs or {}))
         if func is aten.convolution.default:
             result = _keep_channels_last(result, *args[:2])
@@ -271,6 +329,13 @@ def _plain_attention(
             "the meter, which counts it with attn_mask and scale only; leave the others at their defaults"
         )
     return attention(query, key, value, attn_mask, scale)
+
+
+@functools.cache
+def _only_views(func) -> bool:
+    """Whether all that an operation returns are views of what it is given"""
+    returns = [one.alias_info for one in func._schema.returns]
+    return bool(returns) and all(alias is not None and not alias.is_write for alias in returns)
 
 
 def _keep_channels_last(out: Tensor, *inputs: Tensor) -> Tensor:
