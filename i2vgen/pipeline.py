@@ -717,7 +717,8 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     machine.refuse_missing(config, device)
     config = parallel.agreed(ranks, machine.choose_dtype(config))
     asked = config.runtime
-    config, estimate = plans.choose(config, shares=1 if ranks is None else ranks.frames.count)
+    ledger, shares = plans.Ledger(config), 1 if ranks is None else ranks.frames.count
+    config, estimate = plans.choose(config, ledger=ledger, shares=shares)
     if tell is not None:
         tell(estimate)
     place = "cpu" if config.runtime.offload != "none" else device
@@ -727,7 +728,9 @@ def load_parts(config: Config, tell: Callable[[plans.Estimate], None] | None = N
     )
     if config.adapter:
         load_adapter(unet, config.adapter, config, config.sample.adapter_scale).merge()
-    return assemble(config, unet, vae, clip, device, asked, ranks)
+    model = assemble(config, unet, vae, clip, device, asked, ranks)
+    model.plan.ledger = ledger  # of the same model, should a call take more
+    return model
 
 
 def load_adapter(unet: UNet, source: str | Path, config: Config, scale: float) -> lora.Adapters:

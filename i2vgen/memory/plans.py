@@ -243,10 +243,17 @@ class Ledger:
             module.to(dtype(part, config.runtime)).requires_grad_(False)
         storage.store(self.parts["unet"], config.runtime.weight_storage)
         self._clip: dict[int, int] = {}
+        self._known: dict[tuple, Estimate] = {}
 
     def estimate(self, config: Config, device: str = "") -> Estimate:
-        """What settings of a plan take, on their device or the one named."""
+        """What settings of a plan take, on their device or the one named; counted once."""
         device = device or runtime.device(config.runtime).type
+        key = config.runtime, config.sample, device
+        if key not in self._known:
+            self._known[key] = self._counted(config, device)
+        return self._known[key]
+
+    def _counted(self, config: Config, device: str) -> Estimate:
         for part in ("unet", "vae"):
             savings.apply(self.parts[part], config.runtime)
         needs = {

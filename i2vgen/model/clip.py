@@ -7,8 +7,10 @@ Axes: b batch, k tokens, d text width, v joint (image vector) width.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
+import json
 import re
 import tempfile
 import warnings
@@ -137,15 +139,21 @@ def imported():
 
 def make_tokenizer(clip: config.Clip):
     """open_clip's byte-pair tokenizer: its own 49,408 tokens, or those of `clip.words`."""
-    open_clip = imported()
     options = {"context_length": clip.text_length, **(clip.text.get("tokenizer_kwargs") or {})}
-    if not clip.words:
-        return open_clip.SimpleTokenizer(**options)
+    return _tokenizer(json.dumps(options), tuple(clip.words))
+
+
+@functools.lru_cache(maxsize=8)
+def _tokenizer(options: str, words: tuple[str, ...]):
+    # Kept, because a vocabulary takes a tenth of a second, and every model is built once on `meta` before.
+    open_clip = imported()
+    if not words:
+        return open_clip.SimpleTokenizer(**json.loads(options))
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "merges.txt.gz"
-        lines = ["one pair per line", *(" ".join(pair) for pair in merges(clip.words))]
+        lines = ["one pair per line", *(" ".join(pair) for pair in merges(words))]
         file.write_bytes(gzip.compress("\n".join(lines).encode()))
-        return open_clip.SimpleTokenizer(**options, bpe_path=str(file))
+        return open_clip.SimpleTokenizer(**json.loads(options), bpe_path=str(file))
 
 
 def merges(words: Sequence[str]) -> list[tuple[str, str]]:
