@@ -16,6 +16,7 @@ from pathlib import Path
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
+        "lean",
         "torch.distributed.checkpoint",
         "i2vgen.commands.train",
         "i2vgen.training.shards",

@@ -1,19 +1,10 @@
-"""What the processes of tests/test_parallel.py do.
-
-    equal()                                plain and split networks and roads, compared, in forked processes
-    torchrun ... tests/ranks.py OUT LINES  commands one after the other; each writes what it said to OUT.RANK
-
-In the end the second fails in the middle of a clip.
-"""
+"""What the processes of tests/test_parallel.py do: networks and roads compared, commands, and a breakdown."""
 
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import signal
-import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -190,11 +181,3 @@ def fails(how):
         pipeline.I2VGenXL.generate = breaking
     words = ["weights=lab", "steps=2", "device=cpu", "parallel=frames", "output=never.gif"]
     return door.main(["generate", *words, f"image={shipped.STAR}", "prompt=a star"])
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    out, lines = sys.argv[1:]
-    Path(f"{out}.{os.environ['RANK']}").write_text(json.dumps(commands(json.loads(lines))), encoding="utf-8")
-    sys.exit(fails("raises"))

@@ -40,7 +40,7 @@ def torchrun(lines, cwd):
     }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*command, str(ROOT / "tests" / "ranks.py"), "found", json.dumps(lines)],
+        [*command, str(ROOT / "tests" / "by_torchrun.py"), "found", json.dumps(lines)],
         cwd=cwd,
         env=env,
         capture_output=True,

@@ -292,13 +292,12 @@ class Saver:
         if self.rank == 0:
             told = [self.writing.enter_context(whole.replacing_folder(place, sync=True))]
         dist.broadcast_object_list(told, src=0, group=self.group)
-        # Training goes on in these tensors: those of a GPU are copied by PyTorch, those of a CPU are not.
-        kept = {
-            name: like(local(t).detach().clone(), t) if local(t).device.type == "cpu" else t
-            for name, t in tensors.items()
-        }
+        # Training goes on in these tensors: those of a GPU are copied by PyTorch, those of a CPU not always.
+        on_cpu = {name: local(t).device.type == "cpu" for name, t in tensors.items()}
+        kept = {n: like(local(t).detach().clone(), t) if on_cpu[n] else t for n, t in tensors.items()}
+        writer = (Writer if all(on_cpu.values()) else FileSystemWriter)(told[0])
         with _quiet():
-            future = dcp.async_save(kept, storage_writer=FileSystemWriter(told[0]), process_group=self.group)
+            future = dcp.async_save(kept, storage_writer=writer, process_group=self.group)
 
         def done() -> None:
             future.result()
@@ -320,6 +319,13 @@ class Saver:
         if done is not None:
             done()
             self.writing = None
+
+
+class Writer(FileSystemWriter):
+    """PyTorch's, for tensors that are copies already: its own copy of a sharded one takes a millisecond."""
+
+    def stage(self, state_dict):
+        return state_dict
 
 
 def is_sharded(path: Path) -> bool:
