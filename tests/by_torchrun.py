@@ -9,7 +9,6 @@ import sys
 import warnings
 from pathlib import Path
 
-import lean  # noqa: F401, before all that is slow to import
 import ranks
 import torch
 

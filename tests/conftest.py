@@ -27,6 +27,8 @@ from i2vgen.settings.config import LAB
 from i2vgen.settings.merge import load_config
 
 ROOT = Path(__file__).parents[1]
+CORE_ONLY = ROOT / "tests" / "core_only"
+PATHS = os.pathsep.join(map(str, (CORE_ONLY, ROOT, ROOT / "tests")))  # PYTHONPATH of what the tests start
 # Every kind of part on two levels, a good million parameters: one forward takes hundredths of a second.
 SMALL = config.UNet(
     base_width=32,
@@ -48,6 +50,8 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests say depends on no card; -m gpu shows them one
     machine.product_speed = lambda dtype: 1.0  # nor on the processor's units
     merge.SHIPPED = LAB  # quick; test_shipped.py samples the default model
+    if getattr(config, "workerinput", None) or not config.getoption("numprocesses", None):
+        os.environ["PYTHONPATH"] = PATHS
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
 

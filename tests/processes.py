@@ -10,13 +10,13 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import traceback
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
-        "lean",
         "torch.distributed.checkpoint",
         "i2vgen.commands.train",
         "i2vgen.training.shards",
@@ -39,8 +39,12 @@ def launch(ranks, work, *arguments, dies=None):
         CONTEXT.Process(target=_begin, args=(rank, ranks, port, pipes[rank][1], work, arguments), daemon=True)
         for rank in range(ranks)
     ]
-    for process in started:
-        process.start()
+    sys.path.insert(0, str(Path(__file__).parent / "core_only"))
+    try:
+        for process in started:
+            process.start()
+    finally:
+        del sys.path[0]
     found = []
     try:
         for rank, (reader, writer) in enumerate(pipes):

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import PATHS
 from PIL import Image
 
 from i2vgen.files import lock, video
@@ -310,7 +311,7 @@ def test_two_studies_do_not_share_a_folder(run, study_file, tmp_path):
 def test_a_study_that_is_killed_leaves_no_worker(number, study_file, tmp_path):
     file = study_file(SMALL.replace("[cost, untrained, trained]", "[untrained]"))
     words = ["scripts/ablate.py", file, f"output={tmp_path / 'out'}", "workers=2", "budget=full"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": PATHS}
     study = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import PATHS
 from PIL import Image
 
 import i2vgen
@@ -100,7 +101,7 @@ def test_lora_one_motion(tmp_path):
     done = subprocess.run(
         [sys.executable, ROOT / "examples" / "lora_one_motion.py", *words],
         cwd=ROOT, capture_output=True, text=True, check=False,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": PATHS, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     before, after = (video.load(tmp_path / "out" / f"{name}.gif")[0] for name in ("before", "after"))

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import PATHS
 from PIL import Image
 
 from i2vgen import pipeline
@@ -577,7 +578,7 @@ def test_a_lean_plan_gives_the_same_frames(run, picture_file, monkeypatch):
 
 
 def test_the_command_line_for_real(picture_file, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
 
     def call(*words):
         command = [sys.executable, str(SCRIPT), *map(str, words)]

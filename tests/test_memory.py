@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from conftest import PATHS
 from torch import nn
 
 from i2vgen import pipeline
@@ -468,7 +469,7 @@ MEASURED = [  # in the autoencoder, in the UNet, in the weights
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak of a process")
 def test_the_estimate_is_what_a_run_takes(root):
     """Within 15 % of the process's own memory, whatever it is that takes most."""
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
     environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once
     command = [sys.executable, "-c", MEASURE, str(root / "configs" / "tiny.yaml"), json.dumps(MEASURED)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

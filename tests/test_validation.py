@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import PATHS
 from PIL import Image
 from test_prepare import CPU, RUN, SIZE, log, run, write_clips  # noqa: F401 (run is a fixture)
 
@@ -308,7 +309,7 @@ def test_two_processes_validate_as_one(run, clips, tmp_path, monkeypatch, root):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": 0}.items():
         monkeypatch.setenv(name, str(value))
     words = (*words, "output=two", "train.batch=1", "train.precision=float32")
-    env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    env = {**os.environ, "RANK": "1", "LOCAL_RANK": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": PATHS}
     script = [sys.executable, str(root / "scripts/train.py"), *words]
     other = subprocess.Popen(script, env=env, stderr=subprocess.PIPE, text=True)
     try:
