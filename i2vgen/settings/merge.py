@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import os
 import re
@@ -95,7 +96,7 @@ def load_config(
     if stored:
         for source, layer in layers[2:]:
             refuse_contradiction(stored, weights, layer, source)
-    merged = OmegaConf.structured(Config)
+    merged = _defaults()
     for source, layer in layers:
         merged = _merge(merged, _resolve_quality(_resolve_clip(layer)), source)
     try:
@@ -209,7 +210,7 @@ def from_dict(settings: Mapping[str, Any]) -> Config:
     sections = without_removed(
         {k: v for k, v in settings.items() if k not in LITERALS}, "the stored settings"
     )
-    merged = _merge(OmegaConf.structured(Config), sections, "the stored settings")
+    merged = _merge(_defaults(), sections, "the stored settings")
     return dataclasses.replace(OmegaConf.to_object(merged), **literals)
 
 
@@ -254,7 +255,7 @@ def refuse_other_names(changes: Iterable[str]) -> None:
 
 def check_types(settings: Mapping[str, Any], source: str) -> None:
     """ValueError for an unknown name or a value of the wrong type, whether or not the values fit together."""
-    _merge(OmegaConf.structured(Config), settings, source)
+    _merge(_defaults(), settings, source)
 
 
 def without_plugins(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -350,6 +351,12 @@ def _set(settings: dict[str, Any], dotted: str, value: Any, source: str) -> None
             _set(node[leaf], str(key), inner, source)
     else:
         node[leaf] = value
+
+
+@functools.cache
+def _defaults():
+    """Never changed: merging copies."""
+    return OmegaConf.structured(Config)
 
 
 def _merge(base, layer: Mapping[str, Any], source: str):
