@@ -201,7 +201,7 @@ def test_missing_and_unexpected_names_are_named(converted):
     theirs["unknown.weight"] = theirs.pop("input_blocks.0.0.weight")
     with pytest.raises(ValueError, match=r"1 tensor missing \(input_blocks\.0\.0\.weight\)") as caught:
         rules.to_ours(mapping, theirs)
-    assert "1 are unexpected (unknown.weight)" in str(caught.value)
+    assert "1 unexpected (unknown.weight)" in str(caught.value)
 
 
 def test_a_tensor_that_cannot_be_reshaped_is_named(converted):

@@ -56,12 +56,12 @@ def growth_of_a_step(config, train):
         optimiser.zero_grad(set_to_none=True)
 
     update()
-    return min(memory.growth(update) for _ in range(3))  # what else happens in the process only adds
+    return min(memory.growth(update) for _ in range(2))  # what else happens in the process only adds
 
 
 @pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status here")
 def test_the_count_is_what_a_process_grows_by():
-    config, train = settings("train.batch=6")  # so that Python's own objects weigh little
+    config, train = settings("train.batch=3")  # so that Python's own objects weigh little
     trains = [train, dataclasses.replace(train, checkpointing=True)]
     ledger = plans.Ledger(config)
     counted = [ledger.estimate(one, ON_CPU).steps["forward and backward"] for one in trains]

@@ -73,10 +73,10 @@ def open_source(config: Config, train: Train) -> World | Folder | Prepared:
             source = divided(source, share)
             if found := copies.shared(listed(source.held_out), listed(source)):
                 LOGGER.warning(
-                    "train.validate=%s holds out %d clips that are trained on under another name, such as "
-                    "%s, which is %s; remove the copies, or the loss on them says too little",
+                    "train.validate=%s holds out %s trained on under another name, such as %s, which is "
+                    "%s; remove the copies, or the loss on them says too little",
                     train.validate,
-                    len(found),
+                    counted(len(found), "clip"),
                     *found[0],
                 )
     if train.validate and train.validate != WORLD and not share:
@@ -231,11 +231,11 @@ def tell_unknown_words(captions: Mapping[str, Sequence[str]], config: Config) ->
     if unknown:
         word, clips = unknown.most_common(1)[0]
         LOGGER.warning(
-            "clip.words lacks %d words of the captions, such as %r (of %d clips); they are spelt, and these "
-            "weights know nothing of them",
-            len(unknown),
+            "clip.words lacks %s of the captions, such as %r (of %s); these weights know nothing of it, and "
+            "spell it",
+            counted(len(unknown), "word"),
             word,
-            clips,
+            counted(clips, "clip"),
         )
 
 
@@ -282,12 +282,13 @@ class Folder:
         self.without_file = sorted(captions.keys() - set(self.files))
         present = {str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if looks_like_a_clip(p)}
         self.without_caption = sorted(present - captions.keys())
-        for names, what in (
-            (self.without_file, "captions without a file"),
-            (self.without_caption, "files without a caption"),
+        for names, what, lack in (
+            (self.without_file, "caption", "file"),
+            (self.without_caption, "file", "caption"),
         ):
             if names:
-                LOGGER.warning("%s: ignoring %d %s, such as %s", self.folder, len(names), what, names[0])
+                count = counted(len(names), what)
+                LOGGER.warning("%s: ignoring %s without a %s, such as %s", self.folder, count, lack, names[0])
         hint = spelled_otherwise(self.without_file, self.without_caption)
         hint = hint or without_frames(self.folder, self.without_file)
         if hint:
