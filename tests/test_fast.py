@@ -205,9 +205,19 @@ def hooked_plain(make_unet, branches):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("when", ["before", "after", "compiled", "recorded"])
+@pytest.mark.parametrize(
+    ("when", "some"),
+    # Compiling and recording ask the same guard about every leaf: a third of them each.
+    [
+        ("before", slice(None)),
+        ("after", slice(None)),
+        ("compiled", slice(0, None, 3)),
+        ("recorded", slice(1, None, 3)),
+    ],
+    ids=["before", "after", "compiled", "recorded"],
+)
 def test_a_hook_on_any_leaf_is_called_as_in_the_plain_network(
-    make_unet, branches, hooked_plain, when, monkeypatch
+    make_unet, branches, hooked_plain, when, first, step, monkeypatch
 ):
     """One leaf at a time: as many calls as in the plain network, and the hook's output counts."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
@@ -229,7 +239,7 @@ def test_a_hook_on_any_leaf_is_called_as_in_the_plain_network(
         if when == "before":
             savings.apply(unet, RUNTIMES["all and kernels"], META)
 
-    for path, (wanted, expected) in by_leaf.items():
+    for path, (wanted, expected) in list(by_leaf.items())[first::step]:
         got, number = hooked(unet, predict, path, x, t, then=late)
         # What guidance shares, the entrance, runs once for both branches.
         assert number == expected or (number == expected / 2 > 0), path

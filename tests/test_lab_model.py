@@ -17,7 +17,7 @@ from i2vgen.settings import config, merge
 from i2vgen.world import drawing, reading
 
 SMALL = Path(config.LAB)
-CLIPS = 16
+CLIPS = 10
 LEAST_RIGHT = 0.8  # docs/evaluation.md has the figures; chance is one in eight
 MB = 10**6
 

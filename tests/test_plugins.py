@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import CORE_ONLY, ROOT
 from PIL import Image
 
 from i2vgen import pipeline
@@ -221,8 +221,9 @@ def test_evaluate_records_the_plugin(script_at, tmp_path):
     assert scores["settings"]["plugins"][0]["sha256"] == records.sha256(EXAMPLE)
 
 
-def test_a_study_of_a_plugin(run_script, tmp_path):
+def test_a_study_of_a_plugin(run_script, tmp_path, monkeypatch):
     """Its runs are made in worker processes."""
+    monkeypatch.syspath_prepend(str(CORE_ONLY))
     file = tmp_path / "registers.yaml"
     file.write_text(
         "# Do registers matter?\nmeasures: [untrained, trained]\nscores: [first_frame_psnr]\nvariants:\n"
