@@ -115,8 +115,11 @@ class Golden(Mapping):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:
             raise KeyError(name)
-        with safe_open(self.path, "pt") as file:
-            return file.get_tensor(name)
+        return self._file.get_tensor(name)
+
+    @cached_property
+    def _file(self):
+        return safe_open(self.path, "pt")  # kept open: to read the header takes a millisecond
 
     def __iter__(self):
         return iter(self.names)
