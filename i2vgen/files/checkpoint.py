@@ -96,6 +96,14 @@ def build(part: str, config: Config) -> nn.Module:
         return construct(part, config)
 
 
+def build_all(config: Config) -> dict[str, nn.Module]:
+    """All parts of one model, likewise; plugins see them once."""
+    with torch.device("meta"):
+        parts = {part: as_drawn(part, config) for part in PARTS}
+    plugins.change(parts, config, shapes)
+    return parts
+
+
 def construct(part: str, config: Config) -> nn.Module:
     """One part as a training from scratch starts: PyTorch's initialisation, branches zero at their ends.
 

@@ -238,9 +238,9 @@ class Ledger:
     """Estimates for one model at any size and under any plan; built once, without memory."""
 
     def __init__(self, config: Config):
-        self.parts = {part: checkpoint.build(part, config).eval() for part in checkpoint.PARTS}
+        self.parts = checkpoint.build_all(config)
         for part, module in self.parts.items():
-            module.to(dtype(part, config.runtime)).requires_grad_(False)
+            module.eval().to(dtype(part, config.runtime)).requires_grad_(False)
         storage.store(self.parts["unet"], config.runtime.weight_storage)
         self._clip: dict[int, int] = {}
         self._known: dict[tuple, Estimate] = {}
