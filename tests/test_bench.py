@@ -133,6 +133,23 @@ def test_what_the_meter_says_itself_is_what_a_cpu_gives(call, shapes):
     assert (said.peak, said.live, said.table) == (real.peak, real.live, real.table)
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: meta(2, 3) + meta(2, 4),
+        lambda: meta(2, 3).add_(meta(4, 3)),
+        lambda: torch.mm(meta(2, 3), meta(4, 5)),
+        lambda: torch.addmm(meta(7), meta(2, 3), meta(3, 5)),
+        lambda: meta(2, 7).addmm_(meta(2, 3), meta(3, 5)),
+        lambda: F.conv2d(meta(1, 4, 8, 8), meta(6, 3, 3, 3)),
+        lambda: F.conv2d(meta(1, 4, 2, 2), meta(6, 4, 3, 3)),
+    ],
+)
+def test_shapes_that_do_not_go_together_are_errors_on_meta_too(call):
+    with Meter(), torch.no_grad(), pytest.raises(RuntimeError):
+        call()
+
+
 def test_group_norm_keeps_channels_last():
     norm = on_meta(nn.GroupNorm(2, 4))
     last, plain = meta(2, 8, 8, 4).permute(0, 3, 1, 2), meta(2, 4, 8, 8)

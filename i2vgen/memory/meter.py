@@ -59,7 +59,7 @@ def attention_backward(
 
 @attention_backward.register_fake
 def _(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    return empty_like(q), empty_like(k), empty_like(v)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
@@ -123,11 +123,17 @@ ARITHMETIC = {
 
 
 # PyTorch works these out in Python on `meta`, which is most of the time of a count. The simple cases stand
-# here; None leaves a call to PyTorch.
+# here; None leaves a call, and every mistake, to PyTorch.
 
 
-def _in_place(x: Tensor, *rest) -> Tensor:
-    return x
+def _fits(y: Tensor, shape: torch.Size) -> bool:
+    """Whether y is broadcast to a shape"""
+    pairs = zip(y.shape[::-1], shape[::-1], strict=False)
+    return y.ndim <= len(shape) and all(n in (1, wanted) for n, wanted in pairs)
+
+
+def _in_place(x: Tensor, *rest) -> Tensor | None:
+    return x if all(_fits(y, x.shape) for y in rest if isinstance(y, Tensor)) else None
 
 
 def _one_by_one(x: Tensor) -> Tensor:
@@ -135,28 +141,30 @@ def _one_by_one(x: Tensor) -> Tensor:
 
 
 def _sum(x: Tensor, y: Tensor | float) -> Tensor | None:
-    if not (isinstance(y, Tensor) and y.dtype == x.dtype and x.is_contiguous() and y.ndim <= x.ndim):
-        return None
-    fits = all(n in (1, m) for n, m in zip(y.shape[::-1], x.shape[::-1], strict=False))
-    return empty(x.shape, x.dtype) if fits else None
+    simple = isinstance(y, Tensor) and y.dtype == x.dtype and x.is_contiguous() and _fits(y, x.shape)
+    return empty(x.shape, x.dtype) if simple else None
 
 
-def _addmm_result(bias: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return empty((a.shape[0], b.shape[1]), a.dtype)
+def _product(a: Tensor, b: Tensor) -> Tensor | None:
+    return empty((a.shape[0], b.shape[1]), a.dtype) if a.shape[1] == b.shape[0] else None
 
 
-def _mm_result(a: Tensor, b: Tensor) -> Tensor:
-    return empty((a.shape[0], b.shape[1]), a.dtype)
+def _sum_with_product(bias: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    return _product(a, b) if _fits(bias, (a.shape[0], b.shape[1])) else None
+
+
+def _sum_with_product_in_place(x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    return x if a.shape[1] == b.shape[0] and x.shape == (a.shape[0], b.shape[1]) else None
 
 
 def _convolution_result(
-    x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool, *rest
+    x: Tensor, weight: Tensor, bias, stride, padding, dilation, transposed: bool, edges, groups: int
 ) -> Tensor | None:
-    if transposed or x.ndim != weight.ndim:
+    if transposed or x.ndim != weight.ndim or x.shape[1] != groups * weight.shape[1]:
         return None
     sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     pixels = [(size + 2 * edge - gap * (width - 1) - 1) // step + 1 for size, width, step, edge, gap in sizes]
-    return empty((x.shape[0], weight.shape[0], *pixels), x.dtype)
+    return empty((x.shape[0], weight.shape[0], *pixels), x.dtype) if min(pixels) > 0 else None
 
 
 def _layer_norm_result(x: Tensor, shape: list[int], *rest) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,11 +182,11 @@ RESULTS = {
     aten.mul_.Tensor: _in_place,
     aten.silu_.default: _in_place,
     aten.gelu_.default: _in_place,
-    aten.addmm_.default: _in_place,
+    aten.addmm_.default: _sum_with_product_in_place,
     aten.silu.default: _one_by_one,
     aten.add.Tensor: _sum,
-    aten.mm.default: _mm_result,
-    aten.addmm.default: _addmm_result,
+    aten.mm.default: _product,
+    aten.addmm.default: _sum_with_product,
     aten.convolution.default: _convolution_result,
     ATTENTION: _attention_result,
     aten.native_layer_norm.default: _layer_norm_result,
