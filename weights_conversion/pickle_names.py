@@ -45,6 +45,7 @@ INERT = {
         "collections": "defaultdict Counter deque",
         "builtins": "set frozenset list tuple dict int float bool complex str bytes slice object",
         "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+        "pathlib._local": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",  # Python 3.13
         "datetime": "datetime date time timedelta timezone",
         "numpy": "dtype ndarray",
         "numpy.core.multiarray": "scalar _reconstruct",
