@@ -202,6 +202,7 @@ def dry(peer, *parts, **changes):
     return gpu.run("gpu-256p", peer, Options(dry=True, parts=parts, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.reference
 def test_every_part_runs_dry(peer):
     saved = []

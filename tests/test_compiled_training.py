@@ -70,7 +70,9 @@ def compare(unet, inputs, trained, backend, compiling):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == made
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointing", "adapters"])
+@pytest.mark.parametrize(
+    "way", ["plain", *(pytest.param(way, marks=pytest.mark.slow) for way in ("checkpointing", "adapters"))]
+)
 def test_losses_and_gradients_are_those_of_plain_blocks(make_inputs, compiling, way):
     unet = UNet(ONE_LEVEL, config.Use()).double()
     for name, parameter in unet.named_parameters():  # branches that end in zeros would hide what is inside

@@ -466,6 +466,7 @@ MEASURED = [  # in the autoencoder, in the UNet, in the weights
 ]
 
 
+@pytest.mark.slow  # measures
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Linux tells the peak of a process")
 def test_the_estimate_is_what_a_run_takes(root):
     """Within 15 % of the process's own memory, whatever it is that takes most."""

@@ -226,17 +226,17 @@ def test_a_study_of_a_plugin(run_script, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(CORE_ONLY))
     file = tmp_path / "registers.yaml"
     file.write_text(
-        "# Do registers matter?\nmeasures: [untrained, trained]\nscores: [first_frame_psnr]\nvariants:\n"
+        "# Do registers matter?\nmeasures: [trained]\nscores: [first_frame_psnr]\nvariants:\n"
         f"  without: []\n  with: [plugins={EXAMPLE}]\ntrain: {{log_every: 1}}\n",
         encoding="utf-8",
     )
     status, out = run_script("ablate.py", file, f"output={tmp_path / 'out'}", "budget=smoke", "workers=1")
     assert status == 0, out
     assert f"plugin {EXAMPLE}" in out
-    for kind in ("untrained", "trained/seed0"):
-        held = json.loads((tmp_path / "out" / "with" / kind / measure.RESULT).read_text(encoding="utf-8"))
-        assert held["plugins"] == [{"file": str(EXAMPLE), "sha256": records.sha256(EXAMPLE)}]
-    origin = checkpoint.read_origin(tmp_path / "out" / "with" / "trained" / "seed0" / "train" / "weights")
+    trained = tmp_path / "out" / "with" / "trained" / "seed0"
+    held = json.loads((trained / measure.RESULT).read_text(encoding="utf-8"))
+    assert held["plugins"] == [{"file": str(EXAMPLE), "sha256": records.sha256(EXAMPLE)}]
+    origin = checkpoint.read_origin(trained / "train" / "weights")
     assert origin["plugins"] == held["plugins"]
 
     # Another file of this name is another study.

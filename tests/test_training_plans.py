@@ -59,6 +59,7 @@ def growth_of_a_step(config, train):
     return min(memory.growth(update) for _ in range(2))  # what else happens in the process only adds
 
 
+@pytest.mark.slow  # measures
 @pytest.mark.skipif(not memory.measurable(), reason="no /proc/self/status here")
 def test_the_count_is_what_a_process_grows_by():
     config, train = settings("train.batch=3")  # so that Python's own objects weigh little
