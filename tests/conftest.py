@@ -50,6 +50,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what tests say depends on no card; -m gpu shows them one
     machine.product_speed = lambda dtype: 1.0  # nor on the processor's units
     merge.SHIPPED = LAB  # quick; test_shipped.py samples the default model
+    # Not in the process that starts the workers, which run the tests and need all that is installed.
     if getattr(config, "workerinput", None) or not config.getoption("numprocesses", None):
         os.environ["PYTHONPATH"] = PATHS
     torch.set_num_threads(1)

@@ -39,7 +39,9 @@ def launch(ranks, work, *arguments, dies=None):
         CONTEXT.Process(target=_begin, args=(rank, ranks, port, pipes[rank][1], work, arguments), daemon=True)
         for rank in range(ranks)
     ]
-    sys.path.insert(0, str(Path(__file__).parent / "core_only"))
+    from conftest import CORE_ONLY  # not by the processes started here, which import this module
+
+    sys.path.insert(0, str(CORE_ONLY))  # newer versions of Python hand it on instead of PYTHONPATH
     try:
         for process in started:
             process.start()

@@ -249,7 +249,7 @@ def test_copies_within_a_folder_are_told(clips, tmp_path, caplog):
         rows.append({"file": f"again{number}.mp4", "caption": "x"})
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     opened(f"train.data={folder}", "train.validate=0.4")
-    assert "trained on under another name, such as" in caplog.text
+    assert "clips trained on under another name, such as" in caplog.text
 
 
 def test_files_of_one_size_are_read_only_as_far_as_they_agree(tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def main(argv: list[str]) -> int:
     failed = sum(not row.passed for row in rows)
     if out is not None:
         write_json(out, arguments.dtype, str(where), tables, unread)
-    where_from = f"{counted(len(rows), 'row')} in {counted(len(tables), 'file')}"
-    print(f"\n{where_from}, {arguments.dtype} on {where}: {failed} failed")
+    counts = f"{counted(len(rows), 'row')} in {counted(len(tables), 'file')}"
+    print(f"\n{counts}, {arguments.dtype} on {where}: {failed} failed")
     if unread:
         raise ValueError("; ".join(unread))
     return 1 if failed or not rows else 0

@@ -241,7 +241,7 @@ def with_sample(config: Config, changes: Mapping[str, Any]) -> Config:
 
 @dataclass
 class _OfACall:
-    """To merge all settings takes tenths of a second."""
+    """What a call can change, by itself: to merge all settings would take tenths of a second."""
 
     sample: Sample
 

@@ -231,8 +231,8 @@ def tell_unknown_words(captions: Mapping[str, Sequence[str]], config: Config) ->
     if unknown:
         word, clips = unknown.most_common(1)[0]
         LOGGER.warning(
-            "clip.words lacks %s of the captions, such as %r (of %s); these weights know nothing of it, and "
-            "spell it",
+            "clip.words lacks %s of the captions, such as %r (of %s); these are spelt, and the "
+            "weights know nothing of them",
             counted(len(unknown), "word"),
             word,
             counted(clips, "clip"),
