@@ -514,7 +514,8 @@ def assembled(cfg: settings.Config, states: Mapping[str, Any], source: str) -> p
     small = dataclasses.replace(cfg.sample, width=side, height=side, frames=1)
     cfg = dataclasses.replace(cfg, sample=small, weights=source)
     pipeline.refuse_unsampleable(cfg)
-    asked, (cfg, _) = cfg.runtime, plans.choose(cfg)
+    asked, ledger = cfg.runtime, plans.Ledger(cfg)
+    cfg, _ = plans.choose(cfg, ledger=ledger)
     parts = {}
     for part in checkpoint.PARTS:
         parts[part] = checkpoint.build(part, cfg)
@@ -523,7 +524,9 @@ def assembled(cfg: settings.Config, states: Mapping[str, Any], source: str) -> p
             source=f"{part} of {source}",
         )  # fmt: skip
         parts[part].eval().requires_grad_(False)
-    return pipeline.assemble(cfg, *parts.values(), torch.device(asked.device), asked)
+    model = pipeline.assemble(cfg, *parts.values(), torch.device(asked.device), asked)
+    model.plan.ledger = ledger  # of the same model, should a call take more
+    return model
 
 
 def normal(shape: Sequence[int], generator: Generators) -> Tensor:

@@ -133,6 +133,33 @@ def test_what_the_meter_says_itself_is_what_a_cpu_gives(call, shapes):
     assert (said.peak, said.live, said.table) == (real.peak, real.live, real.table)
 
 
+@pytest.mark.parametrize("last", [False, True], ids=["plain", "channels last"])
+@pytest.mark.parametrize("trained", ["x w b", "x", "x w"])
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        (lambda x, w, b: F.group_norm(x, 2, w, b), (2, 4, 3, 5)),
+        (lambda x, w, b: F.layer_norm(x, (4,), w, b), (2, 3, 5, 4)),
+        (lambda x, w, b: F.gelu(x * w[0]) + b[0], (2, 4, 3, 5)),
+    ],
+)
+def test_gradients_on_meta_are_those_of_a_cpu(call, shape, trained, last):
+    def run(device):
+        given = {"x": torch.randn(shape), "w": torch.randn(4), "b": torch.randn(4)}
+        if last:
+            given["x"] = given["x"].to(memory_format=torch.channels_last)
+        given = {k: v.to(device).requires_grad_(k in trained.split()) for k, v in given.items()}
+        with Meter() as meter:
+            out = call(*given.values())
+            out.backward(torch.ones_like(out))
+        found = {k: v.grad for k, v in given.items() if v.grad is not None}
+        return {k: (g.shape, g.stride(), g.dtype) for k, g in found.items()}, meter
+
+    (wanted, real), (got, said) = run("cpu"), run("meta")
+    assert got == wanted and list(got) == trained.split()
+    assert (said.peak, said.table) == (real.peak, real.table)
+
+
 @pytest.mark.parametrize(
     "call",
     [

@@ -177,6 +177,23 @@ def _group_norm_result(x: Tensor, weight, bias, n: int, c, pixels, groups: int, 
     return empty_like(x), empty((n, groups), x.dtype), empty((n, groups), x.dtype)
 
 
+def _norm_gradients(x: Tensor, channels: Iterable[int], wanted: Iterable[bool]) -> tuple[Tensor | None, ...]:
+    made = x, empty(channels, x.dtype), empty(channels, x.dtype)
+    return tuple(one if asked else None for one, asked in zip(made, wanted, strict=True))
+
+
+def _group_norm_gradients(
+    gradient: Tensor, x: Tensor, mean, deviation, weight, n, channels: int, pixels, groups, wanted: list[bool]
+) -> tuple[Tensor | None, ...]:
+    return _norm_gradients(empty_like(x), (channels,), wanted)
+
+
+def _layer_norm_gradients(
+    gradient: Tensor, x: Tensor, shape: list[int], mean, deviation, weight, bias, wanted: list[bool]
+) -> tuple[Tensor | None, ...]:
+    return _norm_gradients(empty(x.shape, x.dtype), shape, wanted)
+
+
 RESULTS = {
     aten.add_.Tensor: _in_place,
     aten.mul_.Tensor: _in_place,
@@ -184,6 +201,7 @@ RESULTS = {
     aten.gelu_.default: _in_place,
     aten.addmm_.default: _sum_with_product_in_place,
     aten.silu.default: _one_by_one,
+    aten.gelu.default: _one_by_one,
     aten.add.Tensor: _sum,
     aten.mm.default: _product,
     aten.addmm.default: _sum_with_product,
@@ -191,6 +209,8 @@ RESULTS = {
     ATTENTION: _attention_result,
     aten.native_layer_norm.default: _layer_norm_result,
     aten.native_group_norm.default: _group_norm_result,
+    aten.native_layer_norm_backward.default: _layer_norm_gradients,
+    aten.native_group_norm_backward.default: _group_norm_gradients,
 }
 
 # One pass over the input for the statistics, one to normalise.
