@@ -111,6 +111,10 @@ LAST = (2, 8, 8, 4)  # of which the calls below make a picture in channels-last 
         (lambda x, y: x.movedim(3, 1) + y.movedim(3, 1), (LAST, LAST)),
         (lambda x, y: torch.add(x, y, alpha=2) + 1, (LAST, LAST)),
         (lambda x, y: x.half() + y, (LAST, LAST)),
+        (lambda x, y: (x * y - y) * 2 - 1, (LAST, (2, 1, 1, 4))),
+        (lambda x: x.int() * 0.5, (LAST,)),
+        (lambda x, y: torch.addcmul(x, y, y, value=2) ** 2, (LAST, (4,))),
+        (lambda x, y: torch.addcmul(y, x, x) ** 0.5, (LAST, (4,))),
         (lambda x, y: x[..., :2] + y[..., 1:3], (LAST, LAST)),
         (lambda x: F.silu(x.movedim(3, 1)), (LAST,)),
         (lambda x: F.silu(x[:, ::2]), (LAST,)),
@@ -164,6 +168,7 @@ def test_gradients_on_meta_are_those_of_a_cpu(call, shape, trained, last):
     "call",
     [
         lambda: meta(2, 3) + meta(2, 4),
+        lambda: torch.addcmul(meta(2, 3), meta(2, 3), meta(3, 2)),
         lambda: meta(2, 3).add_(meta(4, 3)),
         lambda: torch.mm(meta(2, 3), meta(4, 5)),
         lambda: torch.addmm(meta(7), meta(2, 3), meta(3, 5)),

@@ -207,8 +207,14 @@ def hooked_plain(make_unet, branches):
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("when", "first", "step"),
-    # All ask the same guard, so a third of the leaves each is enough for the others.
-    [("before", 0, 1), ("after", 1, 3), ("compiled", 0, 3), ("recorded", 2, 3)],
+    # All ask the same guard, so a third of the leaves each is enough.
+    [
+        ("before", 0, 3),
+        ("after", 1, 3),
+        ("compiled", 0, 3),
+        ("recorded", 2, 3),
+        pytest.param("before", 0, 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_hook_on_any_leaf_is_called_as_in_the_plain_network(
     make_unet, branches, hooked_plain, when, first, step, monkeypatch

@@ -873,7 +873,7 @@ def test_prefetching_gives_the_same_batches(root):
 def test_the_true_flow_teaches_where_things_move(root, stages, tmp_path):
     words = ["train.batch=4", "train.num_clips=4", "train.log_every=1", "train.cache=true"]
     words += ["use.output=moved", "schedule.prediction=x0", "train.learning_rate=0.002"]
-    words += ["train.validate=world", "train.validate_every=40"]
+    words += ["train.validate=world", "train.validate_clips=2", "train.validate_every=40"]
     taught, untaught = (
         fit(*settings(root, stages, "diffusion", *words, *own), tmp_path / own[0])
         for own in (["train.flow_weight=2", "train.steps=40"], ["train.flow_weight=0", "train.steps=1"])

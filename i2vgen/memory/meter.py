@@ -140,8 +140,10 @@ def _one_by_one(x: Tensor) -> Tensor:
     return empty_like(x)
 
 
-def _sum(x: Tensor, y: Tensor | float) -> Tensor | None:
-    simple = isinstance(y, Tensor) and y.dtype == x.dtype and x.is_contiguous() and _fits(y, x.shape)
+def _broadcast(x: Tensor, *rest: Tensor | float) -> Tensor | None:
+    simple = x.is_contiguous() and x.is_floating_point()
+    for y in rest:
+        simple = simple and (not isinstance(y, Tensor) or (y.dtype == x.dtype and _fits(y, x.shape)))
     return empty(x.shape, x.dtype) if simple else None
 
 
@@ -202,7 +204,11 @@ RESULTS = {
     aten.addmm_.default: _sum_with_product_in_place,
     aten.silu.default: _one_by_one,
     aten.gelu.default: _one_by_one,
-    aten.add.Tensor: _sum,
+    aten.add.Tensor: _broadcast,
+    aten.sub.Tensor: _broadcast,
+    aten.mul.Tensor: _broadcast,
+    aten.pow.Tensor_Scalar: _broadcast,
+    aten.addcmul.default: _broadcast,
     aten.mm.default: _product,
     aten.addmm.default: _sum_with_product,
     aten.convolution.default: _convolution_result,
