@@ -105,6 +105,8 @@ def _background(first: Tensor, cutouts: list[Cutout], starts: list[Tensor]) -> t
     known = (cover < 0.02).float()
     filled, todo = first * known, 1.0 - known
     for size in (3, 7, 15, 31, 63, 127):
+        if not todo.any():
+            break
         weight = F.avg_pool2d(known, size, 1, size // 2)
         mean = F.avg_pool2d(first * known, size, 1, size // 2) / weight.clamp(min=1e-6)
         new = todo * (weight > 0.15)
