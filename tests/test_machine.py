@@ -185,7 +185,7 @@ def compiling(monkeypatch):
 
 @torch.no_grad()
 def test_blocks_of_one_shape_are_compiled_once(make_unet, make_inputs, compiling):
-    unet, graphs = make_unet(blocks_per_level=3), []
+    unet, graphs = make_unet(blocks_per_level=2), []
     x, t, conditions = make_inputs(1, 3)
     prepared = unet.prepare(conditions, 3)
     plain = unet(x, t, prepared)
