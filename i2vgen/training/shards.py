@@ -117,8 +117,8 @@ def make_unet(config: Config, train: Train, device: torch.device, dtype: torch.d
         raise ValueError("weights=random cannot be trained on; leave weights out to start from new weights")
     mesh = make_mesh(train, device)
     recorder = Recorder()
-    with recorder:
-        unet = checkpoint.build("unet", config)
+    with recorder, torch.device("meta"):
+        unet = checkpoint.construct("unet", config)
     new = "unet" in checkpoint.missing_parts(config.weights)
     state = recorder.replay(unet, train.seed) if new else checkpoint.read_part(config.weights, "unet")
     set_checkpointing(unet, train.checkpointing)
