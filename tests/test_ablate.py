@@ -1,5 +1,6 @@
 """Studies: errors, numbers and error bars, and a whole study from the command line."""
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -10,12 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
 from conftest import CORE_ONLY, PATHS
 from PIL import Image
 
+from i2vgen.commands import ablate
 from i2vgen.files import lock, video
 from i2vgen.lab import measure, report
 from i2vgen.lab import study as studies
@@ -318,6 +322,29 @@ def test_a_study_that_is_killed_leaves_no_worker(number, study_file, tmp_path):
     finally:
         study.kill()
         study.communicate()
+
+
+class Forgetful(contextlib.AbstractContextManager):
+    """A pool that loses its workers while it is given a second run, of which it never says anything"""
+
+    def __init__(self, *given, **named):
+        self.futures = []
+
+    def __exit__(self, *raised):
+        pass
+
+    def submit(self, *given):
+        self.futures.append(Future())
+        if len(self.futures) == 2:
+            self.futures[0].set_exception(BrokenProcessPool("gone"))
+        return self.futures[-1]
+
+
+def test_a_run_that_a_broken_pool_forgets_is_not_waited_for(run, study_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablate, "ProcessPoolExecutor", Forgetful)
+    file = study_file(SMALL.replace("[cost, untrained, trained]", "[untrained]"))
+    status, out = run(file, f"output={tmp_path / 'out'}", "budget=smoke", "workers=2")
+    assert status == 2 and "a worker was killed" in out
 
 
 PREFETCHING = """

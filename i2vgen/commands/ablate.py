@@ -18,7 +18,6 @@ An interrupted study continues where it stopped; finished runs are not repeated.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -26,8 +25,9 @@ import multiprocessing
 import queue
 import shutil
 import threading
+import time
 import warnings
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 
 from tqdm import tqdm
@@ -40,6 +40,7 @@ from i2vgen.settings.wording import counted
 from i2vgen.training import data
 
 COSTS = "cost.json"
+PATIENCE = 0.1  # seconds between two looks at the workers
 
 
 def main(argv: list[str]) -> int:
@@ -143,7 +144,6 @@ def perform(study, runs, budget, devices: list[str]) -> None:
     context = multiprocessing.get_context("spawn")
     with (
         ProcessPoolExecutor(len(devices), mp_context=context, initializer=begin) as pool,
-        stopping_workers(),
         tqdm(total=len(runs), unit="run") as bar,
     ):
 
@@ -158,6 +158,11 @@ def perform(study, runs, budget, devices: list[str]) -> None:
                 except RuntimeError as error:  # the pool has lost a worker
                     failed.append(error)
                     return
+                # A pool that loses its workers in the moment it is given a run forgets the run.
+                while not done.done():
+                    if failed:
+                        return
+                    wait([done], timeout=PATIENCE)
                 if error := done.exception():
                     failed.append(error)
                     return
@@ -167,8 +172,16 @@ def perform(study, runs, budget, devices: list[str]) -> None:
         threads = [threading.Thread(target=serve, args=(device,)) for device in devices]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        try:
+            ended(threads)
+        except BaseException as error:
+            # On an interruption the workers end at once, instead of finishing their runs first. One that is
+            # being started is known only when its thread has done so.
+            failed.append(error)
+            ended(threads)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
     if failed and isinstance(failed[0], BrokenProcessPool):
         raise ValueError(
             "a worker was killed, perhaps for want of memory; call again with fewer workers=, the finished "
@@ -178,12 +191,7 @@ def perform(study, runs, budget, devices: list[str]) -> None:
         raise failed[0]
 
 
-@contextlib.contextmanager
-def stopping_workers():
-    """On an interruption the workers end at once, instead of finishing their runs first."""
-    try:
-        yield
-    except BaseException:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        raise
+def ended(threads: list[threading.Thread]) -> None:
+    """Wait for them, and look now and then: Ctrl-C may reach another thread, and is raised in this one."""
+    while any(thread.is_alive() for thread in threads):
+        time.sleep(PATIENCE)
