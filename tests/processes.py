@@ -141,6 +141,7 @@ def work(rank, ranks, jobs, backend=None):
     """
     import torch
 
+    from i2vgen.fast.processes import leave
     from i2vgen.training import shards
 
     if backend:
@@ -150,7 +151,7 @@ def work(rank, ranks, jobs, backend=None):
     found = {}
     for name, config, train, folder, double in jobs:
         found[name] = fit(rank, ranks, config, train, folder, double=double)
-    torch.distributed.destroy_process_group()
+    leave()
     if backend:
         found["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     return found

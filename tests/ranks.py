@@ -14,6 +14,7 @@ from conftest import SMALL
 from i2vgen import __main__ as door
 from i2vgen import pipeline
 from i2vgen.fast import parallel, savings
+from i2vgen.fast.processes import leave
 from i2vgen.files import checkpoint
 from i2vgen.model.conditioning import Conditions, Encoded, Unconditional
 from i2vgen.model.layers import GroupNorm
@@ -155,7 +156,7 @@ def found(rank, *, killed):
     dist.init_process_group("gloo")
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, equal())
-    dist.destroy_process_group()
+    leave()
     said = io.StringIO()
     if killed:
         os.environ["TORCHELASTIC_RUN_ID"] = "none"  # a command asks by this whether it has company

@@ -41,7 +41,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from i2vgen import cli
 from i2vgen.fast import machine, runtime
-from i2vgen.fast.processes import own_device
+from i2vgen.fast.processes import leave, own_device
 from i2vgen.files import whole
 from i2vgen.memory.free import free_memory
 from i2vgen.settings.wording import counted
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
         raise
     finally:
         if ranks > 1:
-            torch.distributed.destroy_process_group()
+            leave()
     if rank == 0:
         print(f"{cli.shown(weights)} holds the weights after {train.steps} steps")
         if (best := weights.parent / "best").is_dir():

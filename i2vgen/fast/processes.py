@@ -28,6 +28,7 @@ from i2vgen.settings.config import Config
 
 LONG = datetime.timedelta(days=7)  # for which others may be waited for: torchrun ends those whose peer died
 CREWS = itertools.count()  # of one run of torchrun; every process counts alike
+A_MOMENT = 0.1  # seconds in which a thread gives back what it holds
 SECONDS_TO_SPEAK = 1.0  # for the first process that fails, before the end of another makes torchrun end it
 
 
@@ -52,6 +53,16 @@ def own_device(config: Config, local: int, world: int) -> Config:
         )
     torch.cuda.set_device(local)
     return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, device=f"cuda:{local}"))
+
+
+def leave() -> None:
+    """Leave the group of processes.
+
+    Until 2.8 PyTorch waits for the group's threads with the interpreter's lock in hand, which one of them may
+    still need to give back the tensors of the last exchange: each would wait for the other for ever.
+    """
+    time.sleep(A_MOMENT)
+    dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -157,4 +168,4 @@ def crew() -> Iterator[Crew]:
         raise ValueError(f"{error} (rank {rank} of {world})") from error
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            leave()
