@@ -58,10 +58,11 @@ def own_device(config: Config, local: int, world: int) -> Config:
 def leave() -> None:
     """Leave the group of processes.
 
-    Until 2.8 PyTorch waits for the group's threads with the interpreter's lock in hand, which one of them may
-    still need to give back the tensors of the last exchange: each would wait for the other for ever.
+    Before 2.8 PyTorch waits for the group's threads with the interpreter's lock in hand, which one of them
+    may still need to give back the tensors of the last exchange: each would wait for the other for ever.
     """
-    time.sleep(A_MOMENT)
+    if torch.__version__ < "2.8":
+        time.sleep(A_MOMENT)
     dist.destroy_process_group()
 
 
