@@ -418,3 +418,12 @@ def test_random_weights_follow_from_name_and_shape_alone(settings):
 def test_random_weights_hide_nothing(settings):
     for name, tensor in checkpoint.random_state(checkpoint.build("unet", settings), seed=0):
         assert tensor.isfinite().all() and tensor.count_nonzero() == tensor.numel(), name
+
+
+def test_building_on_meta_leaves_other_tensors_alone():
+    """A plugin may fill tensors of its own while a network is built."""
+    with checkpoint.on_meta():
+        assert torch.nn.Linear(2, 3).weight.is_meta
+        filled = torch.zeros(3, device="cpu").fill_(2)
+        torch.nn.init.normal_(drawn := torch.zeros(3, device="cpu"))
+    assert filled.tolist() == [2, 2, 2] and drawn.all()

@@ -170,9 +170,9 @@ def perform(study, runs, budget, devices: list[str]) -> None:
                 bar.update()
 
         threads = [threading.Thread(target=serve, args=(device,)) for device in devices]
-        for thread in threads:
-            thread.start()
         try:
+            for thread in threads:
+                thread.start()
             ended(threads)
         except BaseException as error:
             # On an interruption the workers end at once, instead of finishing their runs first. One that is

@@ -141,9 +141,12 @@ def _one_by_one(x: Tensor) -> Tensor:
 
 
 def _broadcast(x: Tensor, *rest: Tensor | float) -> Tensor | None:
-    simple = x.is_contiguous() and x.is_floating_point()
-    for y in rest:
-        simple = simple and (not isinstance(y, Tensor) or (y.dtype == x.dtype and _fits(y, x.shape)))
+    def keeps(y: Tensor | float) -> bool:
+        """Whether it leaves x's shape and type as they are"""
+        same = isinstance(y, Tensor) and y.dtype == x.dtype and _fits(y, x.shape)
+        return same or isinstance(y, int | float)
+
+    simple = x.is_contiguous() and x.is_floating_point() and all(map(keeps, rest))
     return empty(x.shape, x.dtype) if simple else None
 
 
